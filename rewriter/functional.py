@@ -1,0 +1,233 @@
+"""Which torch.nn module says the same as a function or method call in a traced graph."""
+
+from __future__ import annotations
+
+import inspect
+import operator
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, fx, nn
+
+Constant = Callable[[Any], Tensor | None]
+
+_ACTIVATIONS: dict[Any, type[nn.Module]] = {
+    **dict.fromkeys((F.relu, torch.relu, torch.relu_, F.relu_, "relu", "relu_"), nn.ReLU),
+    F.relu6: nn.ReLU6,
+    **dict.fromkeys((torch.sigmoid, F.sigmoid, "sigmoid", "sigmoid_", torch.special.expit), nn.Sigmoid),
+    **dict.fromkeys((torch.tanh, F.tanh, "tanh", "tanh_"), nn.Tanh),
+    F.hardswish: nn.Hardswish,
+    F.hardsigmoid: nn.Hardsigmoid,
+    F.silu: nn.SiLU,
+    F.mish: nn.Mish,
+    F.leaky_relu: nn.LeakyReLU,
+    F.elu: nn.ELU,
+    F.gelu: nn.GELU,
+    F.softplus: nn.Softplus,
+    F.hardtanh: nn.Hardtanh,
+    **dict.fromkeys((F.softmax, torch.softmax, "softmax"), nn.Softmax),
+}
+_CLAMPS = (torch.clamp, torch.clip, torch.clamp_, "clamp", "clamp_", "clip", "clip_")
+_POOLS: dict[Any, type[nn.Module]] = {
+    F.max_pool2d: nn.MaxPool2d,
+    F.avg_pool2d: nn.AvgPool2d,
+    torch.max_pool2d: nn.MaxPool2d,
+    F.adaptive_avg_pool2d: nn.AdaptiveAvgPool2d,
+    F.adaptive_max_pool2d: nn.AdaptiveMaxPool2d,
+}
+_CONVOLUTIONS: dict[Any, type[nn.Module]] = {
+    **dict.fromkeys((F.conv2d, torch.conv2d), nn.Conv2d),
+    **dict.fromkeys((F.conv1d, torch.conv1d), nn.Conv1d),
+    **dict.fromkeys((F.conv_transpose2d, torch.conv_transpose2d), nn.ConvTranspose2d),
+}
+
+
+def module_for(node: fx.Node, constant: Constant) -> tuple[nn.Module, str] | None:
+    """The module that computes what ``node`` computes from its first argument, and a word to name it.
+
+    Args:
+        node: a ``call_function`` or ``call_method`` node.
+        constant: gives the tensor behind a ``get_attr`` node, None for anything else.
+
+    Returns:
+        None where there is none, or where an argument is computed in the graph.
+    """
+    target = node.target
+    if not node.args or not isinstance(node.args[0], fx.Node):
+        return None
+    if target in _ACTIVATIONS:
+        return _activation(node, _ACTIVATIONS[target])
+    if target in _CLAMPS:
+        return _clamp(node)
+    if target in _POOLS:
+        return _pool(node, _POOLS[target])
+    if target in _CONVOLUTIONS:
+        return _convolution(node, _CONVOLUTIONS[target], constant)
+    if target in (F.linear, torch._C._nn.linear):
+        return _linear(node, constant)
+    if target in (F.batch_norm, torch.batch_norm):
+        return _batch_norm(node, constant)
+    if target is F.layer_norm:
+        return _layer_norm(node, constant)
+    if target is F.prelu:
+        weight = constant(_argument(node, 1, "weight"))
+        if weight is None:
+            return None
+        prelu = nn.PReLU(weight.numel())
+        prelu.weight = nn.Parameter(weight.detach().clone().flatten(), requires_grad=False)
+        return prelu, "act"
+    if target in (F.pad, torch._C._nn.pad):
+        return _pad(node)
+    if target is F.interpolate:
+        return _upsample(node)
+    if target in (F.pixel_shuffle, torch.pixel_shuffle):
+        return nn.PixelShuffle(_argument(node, 1, "upscale_factor")), "shuffle"
+    return None
+
+
+def _argument(node: fx.Node, position: int, name: str, default: Any = None) -> Any:
+    return node.args[position] if len(node.args) > position else node.kwargs.get(name, default)
+
+
+def _symbolic(values: Any) -> bool:
+    found: list[fx.Node] = []
+    fx.node.map_arg(values, found.append)
+    return bool(found)
+
+
+def _bound(node: fx.Node, function: Callable[..., Any]) -> dict[str, Any]:
+    """Arguments by name, without the first; defaults filled in."""
+    bound = inspect.signature(function).bind(*node.args, **node.kwargs)
+    bound.apply_defaults()
+    return dict(list(bound.arguments.items())[1:])
+
+
+def _activation(node: fx.Node, kind: type[nn.Module]) -> tuple[nn.Module, str] | None:
+    if _symbolic((node.args[1:], node.kwargs)):
+        return None
+    names = list(inspect.signature(kind.__init__).parameters)[1:]
+    given = dict(zip(names, node.args[1:], strict=False)) | dict(node.kwargs)
+    kept = {k: v for k, v in given.items() if k in names and k != "inplace"}
+    if kind is nn.Softmax and given.get("dtype") is not None:
+        return None
+    return kind(**kept), "act"
+
+
+def _clamp(node: fx.Node) -> tuple[nn.Module, str] | None:
+    low, high = _argument(node, 1, "min"), _argument(node, 2, "max")
+    if low == 0 and high == 6:
+        return nn.ReLU6(), "act"
+    if low == 0 and high is None:
+        return nn.ReLU(), "act"
+    if isinstance(low, (int, float)) and isinstance(high, (int, float)) and low < high:
+        return nn.Hardtanh(float(low), float(high)), "act"
+    return None
+
+
+def _pool(node: fx.Node, kind: type[nn.Module]) -> tuple[nn.Module, str] | None:
+    if _symbolic((node.args[1:], node.kwargs)):
+        return None
+    names = list(inspect.signature(kind.__init__).parameters)[1:]
+    if kind is nn.MaxPool2d:  # the function's order differs from the module's
+        names = ["kernel_size", "stride", "padding", "dilation", "ceil_mode", "return_indices"]
+    given = dict(zip(names, node.args[1:], strict=False)) | dict(node.kwargs)
+    if given.pop("return_indices", False):
+        return None
+    stride = given.get("stride")
+    if stride is None or stride == []:
+        given.pop("stride", None)
+    return kind(**given), "pool"
+
+
+def _convolution(
+    node: fx.Node, kind: type[nn.Module], constant: Constant
+) -> tuple[nn.Module, str] | None:
+    transposed = kind is nn.ConvTranspose2d
+    names = ["weight", "bias", "stride", "padding"]
+    names += ["output_padding", "groups", "dilation"] if transposed else ["dilation", "groups"]
+    given = dict(zip(names, node.args[1:], strict=False)) | dict(node.kwargs)
+    weight, bias = constant(given.pop("weight")), given.pop("bias", None)
+    if weight is None or (bias is not None and constant(bias) is None) or _symbolic(given):
+        return None
+    groups = int(given.get("groups", 1))
+    a, b = int(weight.shape[0]), int(weight.shape[1]) * groups
+    given = {
+        k: (v[0] if len(v) == 1 else tuple(v)) if isinstance(v, (tuple, list)) else v
+        for k, v in given.items()
+    }
+    sizes = (a, b) if transposed else (b, a)
+    layer = kind(*sizes, tuple(weight.shape[2:]), bias=bias is not None, **given)
+    _set(layer, weight, constant(bias))
+    return layer, "conv"
+
+
+def _linear(node: fx.Node, constant: Constant) -> tuple[nn.Module, str] | None:
+    weight, bias = constant(_argument(node, 1, "weight")), _argument(node, 2, "bias")
+    if weight is None or weight.ndim != 2 or (bias is not None and constant(bias) is None):
+        return None
+    layer = nn.Linear(int(weight.shape[1]), int(weight.shape[0]), bias=bias is not None)
+    _set(layer, weight, constant(bias))
+    return layer, "linear"
+
+
+def _set(layer: nn.Module, weight: Tensor, bias: Tensor | None) -> None:
+    layer.weight = nn.Parameter(weight.detach().clone(), requires_grad=False)
+    layer.bias = (
+        None if bias is None else nn.Parameter(bias.detach().clone(), requires_grad=False)
+    )
+
+
+def _batch_norm(node: fx.Node, constant: Constant) -> tuple[nn.Module, str] | None:
+    names = ["running_mean", "running_var", "weight", "bias", "training", "momentum", "eps"]
+    given = dict(zip(names, node.args[1:], strict=False)) | dict(node.kwargs)
+    mean, var = constant(given.get("running_mean")), constant(given.get("running_var"))
+    if mean is None or var is None or given.get("training"):
+        return None
+    size = len(mean)
+    bn = nn.BatchNorm2d(size, eps=float(given.get("eps", 1e-5)))
+    scale, shift = constant(given.get("weight")), constant(given.get("bias"))
+    bn.running_mean, bn.running_var = mean.clone(), var.clone()
+    bn.weight = nn.Parameter(torch.ones(size) if scale is None else scale.clone(), False)
+    bn.bias = nn.Parameter(torch.zeros(size) if shift is None else shift.clone(), False)
+    return bn.eval(), "bn"
+
+
+def _layer_norm(node: fx.Node, constant: Constant) -> tuple[nn.Module, str] | None:
+    given = _bound(node, F.layer_norm)
+    weight, bias = constant(given["weight"]), constant(given["bias"])
+    if weight is None or bias is None or _symbolic(given["normalized_shape"]):
+        return None
+    norm = nn.LayerNorm(tuple(given["normalized_shape"]), given["eps"])
+    _set(norm, weight, bias)
+    return norm, "norm"
+
+
+def _pad(node: fx.Node) -> tuple[nn.Module, str] | None:
+    pad, mode = _argument(node, 1, "pad"), _argument(node, 2, "mode", "constant")
+    value = _argument(node, 3, "value")
+    if _symbolic(pad) or mode != "constant" or value not in (None, 0) or len(pad) > 4:
+        return None
+    return nn.ZeroPad2d((*pad, *[0] * (4 - len(pad)))), "pad"
+
+
+def _upsample(node: fx.Node) -> tuple[nn.Module, str] | None:
+    given = _bound(node, F.interpolate)
+    if _symbolic(given) or given.get("antialias"):
+        return None
+    mode, corners = given["mode"], given["align_corners"]
+    size, factor = given["size"], given["scale_factor"]
+    size = tuple(size) if isinstance(size, (tuple, list)) else size
+    factor = tuple(factor) if isinstance(factor, (tuple, list)) else factor
+    return nn.Upsample(size, factor, mode, corners, given["recompute_scale_factor"]), "up"
+
+
+def is_arithmetic(node: fx.Node) -> bool:
+    """Whether a node is one of the plain element-wise functions of the normal form."""
+    return node.op == "call_function" and node.target in (
+        operator.add,
+        operator.sub,
+        operator.mul,
+        operator.truediv,
+    )

@@ -1,0 +1,253 @@
+"""Which values of a graph exist in int8 on a target, and which of them must share one range.
+
+The quantization points are those of a fused int8 runtime: a convolution and the activation that its kernel computes
+are one operation, so only the value behind the activation is quantized; inputs of add, mul, cat and pooling are
+int8 values; an operation that only moves values (reshape, max pool, nearest upsampling, slicing) keeps the
+scale of what it reads. A layer kept in float reads floats, also where its neighbour reads the same value in int8.
+
+A node's annotation is ``node.meta["int8"]``.
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import fx, nn
+
+from rewriter.graph import LAYER_TYPES, is_call, module_of, outputs
+from rewriter.int8.scheme import QuantScheme, QuantSpec
+
+_INT8_FUNCTIONS = (operator.add, operator.mul, torch.cat, torch.mean)
+_INT8_MODULES = (
+    nn.ReLU,
+    nn.ReLU6,
+    nn.Hardtanh,
+    nn.LeakyReLU,
+    nn.PReLU,
+    nn.SiLU,
+    nn.Hardswish,
+    nn.Hardsigmoid,
+    nn.Sigmoid,
+    nn.Tanh,
+    nn.GELU,
+    nn.ELU,
+    nn.Mish,
+    nn.AvgPool2d,
+    nn.AdaptiveAvgPool2d,
+)
+_MOVING_MODULES = (
+    nn.MaxPool2d,
+    nn.AdaptiveMaxPool2d,
+    nn.ZeroPad2d,
+    nn.PixelShuffle,
+    nn.ChannelShuffle,
+)
+_MOVING_METHODS = (
+    "reshape",
+    "permute",
+    "transpose",
+    "chunk",
+    "split",
+    "squeeze",
+    "unsqueeze",
+    "expand",
+)
+_MOVING_FUNCTIONS = (
+    torch.flatten,
+    operator.getitem,
+    torch.chunk,
+    torch.split,
+    torch.squeeze,
+    torch.unsqueeze,
+)
+_POOLS = (nn.AvgPool2d, nn.AdaptiveAvgPool2d)
+
+
+@dataclass(frozen=True)
+class Annotation:
+    """What int8 does at one node.
+
+    Args:
+        weight: how this layer's weight is stored; None: it has none, or it stays in float.
+        output: how the value this node makes is stored; None: no int8 form of it exists.
+        reads: names of the argument nodes that this node reads in int8.
+        range_of: name of the value that owns the range; the same for all that share it.
+    """
+
+    weight: QuantSpec | None = None
+    output: QuantSpec | None = None
+    reads: tuple[str, ...] = ()
+    range_of: str = ""
+
+
+def annotation(node: fx.Node) -> Annotation:
+    """What ``annotate`` wrote at a node."""
+    return node.meta["int8"]
+
+
+def annotate(gm: fx.GraphModule, scheme: QuantScheme) -> None:
+    """Write an ``Annotation`` into ``node.meta["int8"]`` of every node, in place.
+
+    A node whose ``meta["keep_float"]`` is true stays in float.
+    """
+    fused = {n for n in gm.graph.nodes if _is_fused(gm, n, scheme)}
+    reads: dict[fx.Node, set[fx.Node]] = {n: set() for n in gm.graph.nodes}
+    for node in gm.graph.nodes:
+        if node in fused or node.op in ("placeholder", "get_attr"):
+            continue
+        for value in node.all_input_nodes:
+            if _exists_in_int8(gm, value, node, fused, reads):
+                reads[node].add(value)
+    quantized = {value for found in reads.values() for value in found}
+    owner = _owners(gm, quantized, reads, scheme)
+    for node in gm.graph.nodes:
+        node.meta["int8"] = Annotation(
+            weight=_weight_spec(gm, node, scheme),
+            output=scheme.activations if node in quantized else None,
+            reads=tuple(n.name for n in node.all_input_nodes if n in reads[node]),
+            range_of=owner[node].name if node in quantized else "",
+        )
+
+
+def moves_values(gm: fx.GraphModule, node: fx.Node) -> bool:
+    """Whether a node only selects or rearranges values (or pads with zero)."""
+    if node.op == "call_module":
+        m = module_of(gm, node)
+        return type(m) in _MOVING_MODULES or (type(m) is nn.Upsample and m.mode == "nearest")
+    if node.op == "call_method":
+        return node.target in _MOVING_METHODS
+    return node.op == "call_function" and node.target in _MOVING_FUNCTIONS
+
+
+def is_layer(gm: fx.GraphModule, node: fx.Node) -> bool:
+    """Whether a node is a weighted layer that runs in int8 unless it is kept in float."""
+    return is_call(gm, node, *LAYER_TYPES)
+
+
+def _is_fused(gm: fx.GraphModule, node: fx.Node, scheme: QuantScheme) -> bool:
+    """An activation that the kernel of the operation before it computes."""
+    if not is_call(gm, node, *scheme.fuses):
+        return False
+    before = node.args[0]
+    if not isinstance(before, fx.Node) or len(before.users) != 1:
+        return False
+    arithmetic = before.op == "call_function" and before.target in (operator.add, operator.mul)
+    return arithmetic or is_layer(gm, before) or is_call(gm, before, nn.BatchNorm2d)
+
+
+def _exists_in_int8(
+    gm: fx.GraphModule,
+    value: fx.Node,
+    reader: fx.Node,
+    fused: set[fx.Node],
+    reads: dict[fx.Node, set[fx.Node]],
+) -> bool:
+    """Whether ``reader`` reads ``value`` in int8."""
+    if not _is_float_tensor(value) or any(user in fused for user in value.users):
+        return False
+    if reader.op == "output":
+        return _made_in_int8(gm, value, fused, reads)
+    kept = bool(reader.meta.get("keep_float"))
+    if is_layer(gm, reader):
+        return not kept
+    if kept:
+        return _made_in_int8(gm, value, fused, reads)
+    if moves_values(gm, reader):
+        # moving a float is free: what decides is whether an int8 operation reads it behind the move
+        return _made_in_int8(gm, value, fused, reads) or _read_in_int8(gm, reader)
+    return _is_int8_operation(gm, reader)
+
+
+def _is_float_tensor(node: fx.Node) -> bool:
+    if node.op == "get_attr":
+        return False
+    return node.meta.get("dtype") is torch.float32
+
+
+def _is_int8_operation(gm: fx.GraphModule, node: fx.Node) -> bool:
+    if node.meta.get("keep_float"):
+        return False
+    if node.op == "call_module":
+        m = module_of(gm, node)
+        return type(m) in _INT8_MODULES or (type(m) is nn.Upsample and m.mode != "nearest")
+    if node.op == "call_function" and node.target in _INT8_FUNCTIONS:
+        # a product with a constant or a scalar has no int8 kernel of its own; it stays in float
+        tensors = [n for n in node.all_input_nodes if _is_float_tensor(n)]
+        return node.target in (torch.cat, torch.mean) or len(tensors) == 2
+    return False
+
+
+def _read_in_int8(gm: fx.GraphModule, moved: fx.Node) -> bool:
+    return any(
+        (is_layer(gm, user) and not user.meta.get("keep_float"))
+        or _is_int8_operation(gm, user)
+        or (moves_values(gm, user) and _read_in_int8(gm, user))
+        for user in moved.users
+    )
+
+
+def _made_in_int8(
+    gm: fx.GraphModule, value: fx.Node, fused: set[fx.Node], reads: dict[fx.Node, set[fx.Node]]
+) -> bool:
+    """Whether the operation that makes ``value`` writes int8."""
+    maker = value.args[0] if value in fused else value
+    assert isinstance(maker, fx.Node)
+    if maker.meta.get("keep_float"):
+        return False
+    if is_layer(gm, maker):
+        return True
+    if moves_values(gm, maker):
+        return bool(reads[maker])
+    return _is_int8_operation(gm, maker)
+
+
+def _weight_spec(gm: fx.GraphModule, node: fx.Node, scheme: QuantScheme) -> QuantSpec | None:
+    if not is_layer(gm, node) or node.meta.get("keep_float"):
+        return None
+    return scheme.linear_weights if is_call(gm, node, nn.Linear) else scheme.weights
+
+
+def _owners(
+    gm: fx.GraphModule,
+    quantized: set[fx.Node],
+    reads: dict[fx.Node, set[fx.Node]],
+    scheme: QuantScheme,
+) -> dict[fx.Node, fx.Node]:
+    """Union-find over the values that must have one range; the first in graph order owns it."""
+    parent = {n: n for n in gm.graph.nodes}
+    order = {n: i for i, n in enumerate(gm.graph.nodes)}
+
+    def root(n: fx.Node) -> fx.Node:
+        while parent[n] is not n:
+            n = parent[n]
+        return n
+
+    for node in gm.graph.nodes:
+        for value in _same_range(gm, node, scheme):
+            if value in reads[node] and (node in quantized or node.op == "output"):
+                a, b = sorted((root(node), root(value)), key=order.__getitem__)
+                parent[b] = a
+    return {n: root(n) for n in gm.graph.nodes}
+
+
+def _same_range(gm: fx.GraphModule, node: fx.Node, scheme: QuantScheme) -> Iterator[Any]:
+    if node.op == "output":
+        return
+    shared = (
+        moves_values(gm, node)
+        or ("cat" in scheme.shared_at and node.target is torch.cat)
+        or ("add" in scheme.shared_at and node.target is operator.add)
+        or ("pool" in scheme.shared_at and is_call(gm, node, *_POOLS))
+    )
+    if shared and not node.meta.get("keep_float"):
+        yield from node.all_input_nodes
+
+
+def quantized_outputs(gm: fx.GraphModule) -> list[fx.Node]:
+    """The values that the graph returns in int8."""
+    (output,) = gm.graph.find_nodes(op="output")
+    return [n for n in outputs(gm) if n.name in annotation(output).reads]

@@ -1,0 +1,249 @@
+"""Ranges of activations from a few unlabelled inputs, streaming.
+
+Memory is one batch and, for each value, its channel ranges and (where asked for) one histogram. ``minmax`` takes the largest and smallest
+value seen; ``percentile`` cuts 0.005 % of the values on each side; ``mse`` takes the range with the least expected squared
+rounding and clipping error under the histogram (Nagel et al., 2021, arXiv:2106.08295, section 3.1).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from typing import Literal
+
+import torch
+from torch import Tensor, fx, nn
+
+from rewriter.errors import QuantizeError
+from rewriter.graph import layer_name, layers, module_of, walk
+from rewriter.int8.annotate import annotation, moves_values
+from rewriter.int8.scheme import TINY, QuantSpec, channel_axis, weight_scale
+
+Method = Literal["minmax", "percentile", "mse"]
+BINS = 2048
+PERCENTILE = 0.99995
+
+
+@dataclass
+class Histogram:
+    """Counts of values in ``BINS`` equal bins over [-bound, bound]; the bound doubles as larger values come."""
+
+    bound: float = 0.0
+    counts: Tensor = field(default_factory=lambda: torch.zeros(BINS, dtype=torch.float64))
+
+    def add(self, x: Tensor, largest: float) -> None:
+        if largest == 0.0:
+            self.counts[BINS // 2] += x.numel()
+            return
+        if self.bound == 0.0:
+            self.bound = largest
+        while largest > self.bound:  # merge pairs of bins: same counts, twice the width
+            inner = self.counts.view(-1, 2).sum(1)
+            self.counts.zero_()
+            self.counts[BINS // 4 : BINS // 4 + BINS // 2] = inner
+            self.bound *= 2
+        self.counts += torch.histc(x.float(), BINS, -self.bound, self.bound).double()
+
+    @property
+    def centres(self) -> Tensor:
+        """(BINS,) middle of each bin."""
+        width = 2 * self.bound / BINS
+        return (torch.arange(BINS, dtype=torch.float64) + 0.5) * width - self.bound
+
+    def quantiles(self, share: float) -> tuple[float, float]:
+        """The range that leaves ``1 - share`` of the values outside on each side."""
+        total = self.counts.cumsum(0) / self.counts.sum()
+        edges = self.centres
+        low = edges[int((total >= 1 - share).nonzero()[0])]
+        high = edges[int((total >= share).nonzero()[0])]
+        return float(low), float(high)
+
+
+@dataclass
+class ValueStats:
+    """What calibration saw of one value: its range, and the range of each channel (dimension 1)."""
+
+    low: float
+    high: float
+    channel_low: Tensor
+    channel_high: Tensor
+    histogram: Histogram | None = None
+
+
+@dataclass
+class Calibration:
+    """Ranges of a graph.
+
+    Args:
+        values: (low, high) by the name of the value that owns the range (``annotation(node).range_of``).
+        weights: scale of each int8 layer's weight, () or (C_out,), by node name.
+        stats: what was seen, by node name.
+        samples: number of inputs.
+    """
+
+    values: dict[str, tuple[float, float]]
+    weights: dict[str, Tensor]
+    stats: dict[str, ValueStats]
+    samples: int
+
+
+def calibrate(
+    gm: fx.GraphModule,
+    batches: Iterable[Tensor | tuple[Tensor, ...]],
+    method: Method = "minmax",
+    histograms: bool = False,
+) -> Calibration:
+    """Ranges of an annotated graph from its float values on ``batches``.
+
+    Args:
+        gm: annotated canonical graph.
+        batches: inputs (N, C, H, W), or a tuple with one tensor for each input.
+        method: how a range follows from what was seen.
+        histograms: keep a histogram of each value (``percentile`` and ``mse`` keep them anyway).
+
+    Raises:
+        QuantizeError: there is no sample, or a value is NaN or infinite.
+    """
+    if method not in ("minmax", "percentile", "mse"):
+        raise QuantizeError(f"calibration: method: {method!r} is not minmax, percentile or mse")
+    histograms = histograms or method != "minmax"
+    stats: dict[str, ValueStats] = {}
+    samples = 0
+    with torch.no_grad():
+        for batch in batches:
+            inputs = batch if isinstance(batch, tuple) else (batch,)
+            samples += len(inputs[0])
+            for node, value in walk(gm, inputs):
+                if annotation(node).output is not None and not moves_values(gm, node):
+                    _observe(stats, node, value, histograms)
+    if samples == 0:
+        raise QuantizeError("calibration: no input was given")
+    values = _ranges(gm, stats, method)
+    return Calibration(values, weight_scales(gm, values), stats, samples)
+
+
+def _observe(
+    stats: dict[str, ValueStats], node: fx.Node, value: Tensor, histograms: bool
+) -> None:
+    rows = value.detach()
+    if rows.ndim >= 2:
+        axes = [d for d in range(rows.ndim) if d != 1]
+        low, high = rows.amin(axes).cpu(), rows.amax(axes).cpu()
+    else:
+        low, high = rows.amin().view(1).cpu(), rows.amax().view(1).cpu()
+    least, most = float(low.min()), float(high.max())
+    if not (abs(least) < float("inf") and abs(most) < float("inf")):  # also false for NaN
+        raise QuantizeError(f"{layer_name(node)}: value: NaN or infinite on calibration inputs")
+    seen = stats.get(node.name)
+    if seen is None:
+        seen = stats[node.name] = ValueStats(
+            least, most, low, high, Histogram() if histograms else None
+        )
+    else:
+        seen.low, seen.high = min(seen.low, least), max(seen.high, most)
+        seen.channel_low = torch.minimum(seen.channel_low, low)
+        seen.channel_high = torch.maximum(seen.channel_high, high)
+    if seen.histogram is not None:
+        seen.histogram.add(rows, max(-least, most))
+
+
+def _ranges(
+    gm: fx.GraphModule, stats: dict[str, ValueStats], method: Method
+) -> dict[str, tuple[float, float]]:
+    """One range for each owner: the hull over all values that share it."""
+    values: dict[str, tuple[float, float]] = {}
+    for node in gm.graph.nodes:
+        note = annotation(node)
+        if note.output is None or node.name not in stats:
+            continue
+        low, high = value_range(stats[node.name], note.output, method)
+        known = values.get(note.range_of, (low, high))
+        values[note.range_of] = (min(low, known[0]), max(high, known[1]))
+    return values
+
+
+def value_range(stats: ValueStats, spec: QuantSpec, method: Method) -> tuple[float, float]:
+    """The range of one value by one method."""
+    histogram = stats.histogram
+    if method == "minmax" or histogram is None or histogram.bound == 0.0:
+        return stats.low, stats.high
+    if method == "percentile":
+        low, high = histogram.quantiles(PERCENTILE)
+        return max(low, stats.low), min(high, stats.high)
+    return least_error_range(histogram, stats.low, stats.high, spec)
+
+
+def least_error_range(
+    histogram: Histogram, low: float, high: float, spec: QuantSpec, steps: int = 24
+) -> tuple[float, float]:
+    """The (low, high) inside the seen range with the least expected squared error."""
+    used = histogram.counts > 0
+    x, weight = histogram.centres[used].float(), histogram.counts[used].float()
+    shares = torch.linspace(1.0, 0.2, steps).tolist()
+    lows = [low * s for s in shares] if low < 0 else [low]
+    best, best_error = (low, high), float("inf")
+    upper = high
+    for _ in range(2):  # coordinate descent: upper end, lower end, and once more
+        for candidate in [(lo, upper) for lo in lows] if best_error < float("inf") else []:
+            best, best_error = _better(x, weight, candidate, spec, best, best_error)
+        lower = best[0]
+        for share in shares:
+            best, best_error = _better(x, weight, (lower, high * share), spec, best, best_error)
+        upper = best[1]
+    return best
+
+
+def _better(
+    x: Tensor,
+    weight: Tensor,
+    candidate: tuple[float, float],
+    spec: QuantSpec,
+    best: tuple[float, float],
+    best_error: float,
+) -> tuple[tuple[float, float], float]:
+    scale, zero = spec.params(*candidate)
+    inside = x.clamp((spec.qmin - zero) * scale, (spec.qmax - zero) * scale)
+    # inside the range the rounding error is uniform: step^2 / 12; outside, what is cut off
+    error = float((weight * ((x - inside) ** 2 + scale**2 / 12)).sum())
+    return (candidate, error) if error < best_error else (best, best_error)
+
+
+def weight_scales(gm: fx.GraphModule, values: dict[str, tuple[float, float]]) -> dict[str, Tensor]:
+    """Min-max scale of every int8 layer's weight, raised where the int32 bias would overflow.
+
+    The bias is stored as int32 in steps of (input scale x weight scale): a dead channel, with weights near zero and a
+    bias that is not, needs a coarser weight scale (its weights are zero all the same).
+    """
+    scales: dict[str, Tensor] = {}
+    for node in layers(gm):
+        note = annotation(node)
+        if note.weight is None:
+            continue
+        layer = module_of(gm, node)
+        axis = channel_axis(layer, note.weight)
+        scale = weight_scale(layer.weight, note.weight, axis)
+        step = input_scale(gm, node, values)
+        if layer.bias is not None and step is not None:
+            bias = layer.bias.detach().abs()
+            least = (bias if axis is not None else bias.amax()) / (step * 2.0**30)
+            scale = torch.maximum(scale, least.float())
+        scales[node.name] = scale.clamp_min(TINY)
+    return scales
+
+
+def input_scale(
+    gm: fx.GraphModule, node: fx.Node, values: dict[str, tuple[float, float]]
+) -> float | None:
+    """The scale of the int8 value that a layer reads; None where it reads a float."""
+    source = node.args[0]
+    if not isinstance(source, fx.Node) or source.name not in annotation(node).reads:
+        return None
+    note = annotation(source)
+    if note.output is None or note.range_of not in values:
+        return None
+    return note.output.params(*values[note.range_of])[0]
+
+
+def bias_of(layer: nn.Module) -> Tensor | None:
+    """The bias of a layer, or None."""
+    return layer.bias if isinstance(layer.bias, Tensor) else None

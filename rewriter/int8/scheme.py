@@ -1,0 +1,188 @@
+"""How one target represents tensors in int8, and the arithmetic of it.
+
+A real value x is stored as q = clip(round(x / scale) + zero_point, qmin, qmax) and read back as
+(q - zero_point) * scale, with ties rounded to even, as ONNX QuantizeLinear defines it.
+Source: Jacob et al., 2018 (arXiv:1712.05877); Nagel et al., 2021 (arXiv:2106.08295).
+"""
+
+from __future__ import annotations
+
+import difflib
+from dataclasses import dataclass, field, replace
+
+import torch
+from torch import Tensor, nn
+
+from rewriter.errors import QuantizeError
+
+# The smallest scale: keeps a dead tensor from dividing by zero, far below any range that occurs.
+TINY = 1e-12
+
+
+@dataclass(frozen=True)
+class QuantSpec:
+    """How one tensor is stored.
+
+    Args:
+        bits: 8, or 16 where the target has it.
+        symmetric: zero point at the middle (signed) or at the bottom; the range is then [-a, a].
+        signed: int8 rather than uint8.
+        ch_axis: the axis that has a scale for each entry; None: one scale for the tensor.
+    """
+
+    bits: int = 8
+    symmetric: bool = False
+    signed: bool = False
+    ch_axis: int | None = None
+
+    @property
+    def qmin(self) -> int:
+        if not self.signed:
+            return 0
+        # symmetric int8 leaves -128 out, so that a weight and its negative are stored alike
+        return -(2 ** (self.bits - 1)) + (1 if self.symmetric else 0)
+
+    @property
+    def qmax(self) -> int:
+        return 2 ** (self.bits - 1) - 1 if self.signed else 2**self.bits - 1
+
+    def params(self, low: float, high: float) -> tuple[float, int]:
+        """Scale and zero point for values in [low, high]; zero is always representable."""
+        low, high = min(low, 0.0), max(high, 0.0)
+        if self.symmetric:
+            scale = max(-low, high) / self.qmax
+            return float(torch.tensor(max(scale, TINY), dtype=torch.float32)), 0
+        scale = max((high - low) / (self.qmax - self.qmin), TINY)
+        scale = float(torch.tensor(scale, dtype=torch.float32))
+        zero = round(self.qmin - low / scale)
+        return scale, max(self.qmin, min(self.qmax, zero))
+
+
+@dataclass(frozen=True)
+class QuantScheme:
+    """One named deployment target.
+
+    Args:
+        name: what ``target:`` in a config says.
+        weights: of convolutions; ``linear_weights`` of linear layers.
+        activations: of all other values.
+        fuses: activation modules that the target's kernels compute inside the operation before them,
+            so that no int8 value exists between the two.
+        shared_at: operations whose inputs and output must have one range ("cat", "add", "pool").
+        engine: which engine scores a candidate by default.
+    """
+
+    name: str
+    weights: QuantSpec
+    linear_weights: QuantSpec
+    activations: QuantSpec
+    fuses: frozenset[type[nn.Module]]
+    shared_at: frozenset[str] = field(default_factory=frozenset)
+    engine: str = "onnxruntime"
+
+
+_CLIPS = frozenset({nn.ReLU, nn.ReLU6, nn.Hardtanh})
+_POINTWISE = _CLIPS | {
+    nn.LeakyReLU,
+    nn.PReLU,
+    nn.SiLU,
+    nn.Hardswish,
+    nn.Sigmoid,
+    nn.Tanh,
+    nn.GELU,
+    nn.ELU,
+    nn.Mish,
+    nn.Hardsigmoid,
+}
+_PER_CHANNEL = QuantSpec(symmetric=True, signed=True, ch_axis=0)
+_PER_TENSOR = QuantSpec(symmetric=True, signed=True)
+_UINT8 = QuantSpec()
+
+_ONNXRUNTIME = QuantScheme(
+    "onnxruntime", _PER_CHANNEL, _PER_TENSOR, _UINT8, fuses=frozenset(_POINTWISE)
+)
+TARGETS: dict[str, QuantScheme] = {
+    s.name: s
+    for s in (
+        _ONNXRUNTIME,
+        replace(_ONNXRUNTIME, name="per_tensor", weights=_PER_TENSOR),
+        replace(
+            _ONNXRUNTIME,
+            name="tensorrt",
+            linear_weights=_PER_CHANNEL,
+            activations=QuantSpec(symmetric=True, signed=True),
+            fuses=frozenset(_POINTWISE),
+            engine="simulate",
+        ),
+        replace(
+            _ONNXRUNTIME,
+            name="tflite",
+            activations=QuantSpec(signed=True),
+            fuses=_CLIPS,
+            shared_at=frozenset({"cat", "pool"}),
+            engine="simulate",
+        ),
+    )
+}
+
+
+def target(name: str) -> QuantScheme:
+    """The deployment target called ``name``.
+
+    Raises:
+        QuantizeError: there is none; the message names the nearest.
+    """
+    if name in TARGETS:
+        return TARGETS[name]
+    near = difflib.get_close_matches(name, TARGETS, 1)
+    hint = f"; did you mean {near[0]!r}?" if near else ""
+    raise QuantizeError(f"target: unknown: {name!r}{hint} (known: {', '.join(TARGETS)})")
+
+
+def channel_axis(layer: nn.Module, spec: QuantSpec) -> int | None:
+    """The axis of ``layer.weight`` that holds the output channels, None for one scale per tensor."""
+    if spec.ch_axis is None:
+        return None
+    if isinstance(layer, nn.ConvTranspose2d):
+        # (C_in, C_out / groups, ...): with groups one entry of axis 1 is several output channels
+        return 1 if layer.groups == 1 else None
+    return 0
+
+
+def weight_scale(weight: Tensor, spec: QuantSpec, axis: int | None = None) -> Tensor:
+    """The scale(s) that hold every weight: () or (C,), float32."""
+    if axis is None:
+        largest = weight.detach().abs().amax()
+    else:
+        rest = [d for d in range(weight.ndim) if d != axis]
+        largest = weight.detach().abs().amax(dim=rest)
+    return (largest / spec.qmax).clamp_min(TINY).float()
+
+
+def on_axis(scale: Tensor, weight: Tensor, axis: int | None) -> Tensor:
+    """A (C,) scale shaped to broadcast along ``axis`` of ``weight``."""
+    if scale.ndim == 0 or axis is None:
+        return scale
+    return scale.view([-1 if d == axis else 1 for d in range(weight.ndim)])
+
+
+def quantize_weight(
+    weight: Tensor, scale: Tensor, spec: QuantSpec, axis: int | None = None
+) -> Tensor:
+    """The int8 tensor that is stored for ``weight``."""
+    q = torch.round(weight.detach() / on_axis(scale, weight, axis))
+    return q.clamp(spec.qmin, spec.qmax).to(torch.int8)
+
+
+def dequantized_weight(
+    weight: Tensor, scale: Tensor, spec: QuantSpec, axis: int | None = None
+) -> Tensor:
+    """``weight`` as the int8 kernel sees it; straight-through gradient."""
+    wide = on_axis(scale, weight, axis)
+    q = (torch.round(weight / wide).clamp(spec.qmin, spec.qmax) * wide).detach()
+    return weight + (q - weight.detach()) if weight.requires_grad else q
+
+
+def fake_quantize(x: Tensor, scale: float, zero_point: int, spec: QuantSpec) -> Tensor:
+    """``x`` rounded to what int8 can hold; the gradient passes inside the range and is cut outside."""
+    return torch.fake_quantize_per_tensor_affine(x, scale, zero_point, spec.qmin, spec.qmax)

@@ -1,0 +1,158 @@
+"""A float graph that computes what the int8 kernels compute: fake quantization in torch.
+
+Runs on any device and is differentiable (straight-through), so it serves screening, fitting and training, and scores
+candidates for targets whose kernels are not at hand.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, fx, nn
+
+from rewriter.graph import module_of
+from rewriter.int8.annotate import annotate, annotation, is_layer, moves_values
+from rewriter.int8.calibrate import Calibration, Method, calibrate
+from rewriter.int8.scheme import (
+    QuantScheme,
+    QuantSpec,
+    channel_axis,
+    dequantized_weight,
+    fake_quantize,
+)
+
+
+@dataclass(frozen=True)
+class Quantized:
+    """An annotated canonical graph and its ranges: all that an int8 engine needs."""
+
+    gm: fx.GraphModule
+    calibration: Calibration
+    scheme: QuantScheme
+
+    def value_params(self, node: fx.Node) -> tuple[float, int]:
+        """Scale and zero point of the int8 value that ``node`` makes."""
+        note = annotation(node)
+        assert note.output is not None, node.name
+        return note.output.params(*self.calibration.values[note.range_of])
+
+
+class FakeQuantize(nn.Module):
+    """Rounds its input to int8 values of one scale while ``enabled``."""
+
+    def __init__(self, scale: float, zero_point: int, spec: QuantSpec) -> None:
+        super().__init__()
+        self.scale, self.zero_point, self.spec = scale, zero_point, spec
+        self.enabled = True
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not self.enabled:
+            return x
+        return fake_quantize(x, self.scale, self.zero_point, self.spec)
+
+    def extra_repr(self) -> str:
+        return f"scale={self.scale:.4g}, zero_point={self.zero_point}"
+
+
+class QuantizedLayer(nn.Module):
+    """A layer that reads int8 and has int8 weights while ``enabled``; otherwise the float layer.
+
+    The input is quantized here and not where the value is made, so that one layer can be switched alone.
+    """
+
+    def __init__(
+        self, layer: nn.Module, scale: Tensor, spec: QuantSpec, read: FakeQuantize | None
+    ) -> None:
+        super().__init__()
+        self.layer, self.read, self.spec = layer, read, spec
+        self.axis = channel_axis(layer, spec)
+        self.register_buffer("scale", scale.clone())
+        self.enabled = True
+        self._rounded: Tensor | None = None
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not self.enabled:
+            return self.layer(x)
+        if self.read is not None:
+            x = self.read(x)
+        return torch.func.functional_call(self.layer, {"weight": self.weight()}, (x,))
+
+    def weight(self) -> Tensor:
+        """The weight as int8 holds it; computed once while it is not being trained."""
+        weight, scale = self.layer.weight, self.scale
+        if weight.requires_grad:
+            return dequantized_weight(weight, scale, self.spec, self.axis)
+        if self._rounded is None or self._rounded.device != weight.device:
+            self._rounded = dequantized_weight(weight, scale, self.spec, self.axis)
+        return self._rounded
+
+    def refresh(self) -> None:
+        """Forget the rounded weight after the weight was changed."""
+        self._rounded = None
+
+
+def quantize(
+    gm: fx.GraphModule,
+    scheme: QuantScheme,
+    batches: Iterable[Tensor | tuple[Tensor, ...]],
+    method: Method = "minmax",
+    histograms: bool = False,
+) -> Quantized:
+    """Annotate (in place) and calibrate a canonical graph for a target."""
+    annotate(gm, scheme)
+    return Quantized(gm, calibrate(gm, batches, method, histograms), scheme)
+
+
+def simulate(quantized: Quantized) -> fx.GraphModule:
+    """A copy of the graph with fake quantization at every annotated place; same inputs and outputs."""
+    gm = copy.deepcopy(quantized.gm)
+    for before, after in zip(quantized.gm.graph.nodes, gm.graph.nodes, strict=True):
+        after.meta["int8"] = annotation(before)
+    by_name = {n.name: n for n in gm.graph.nodes}
+    for node in list(gm.graph.nodes):
+        note = annotation(node)
+        if is_layer(gm, node) and note.weight is not None:
+            source = node.args[0]
+            assert isinstance(source, fx.Node)
+            read = _fake(quantized, source) if source.name in note.reads else None
+            scale = quantized.calibration.weights[node.name]
+            layer = QuantizedLayer(module_of(gm, node), scale, note.weight, read)
+            gm.set_submodule(str(node.target), layer)
+    made: dict[str, fx.Node] = {}
+    for node in list(gm.graph.nodes):
+        if isinstance(_called(gm, node), QuantizedLayer):
+            continue
+        for name in annotation(node).reads if "int8" in node.meta else ():
+            value = by_name[name]
+            if moves_values(gm, value) and annotation(value).reads:
+                continue  # what was moved is on the grid already
+            if name not in made:
+                target = f"int8_{name}"
+                gm.add_submodule(target, _fake(quantized, value))
+                with gm.graph.inserting_after(value):
+                    made[name] = gm.graph.call_module(target, (value,))
+                made[name].meta = dict(value.meta)
+            node.replace_input_with(value, made[name])
+    gm.recompile()
+    return gm
+
+
+def _called(gm: fx.GraphModule, node: fx.Node) -> nn.Module | None:
+    return module_of(gm, node) if node.op == "call_module" else None
+
+
+def _fake(quantized: Quantized, value: fx.Node) -> FakeQuantize:
+    spec = annotation(value).output
+    assert spec is not None, value.name
+    low, high = quantized.calibration.values[annotation(value).range_of]
+    return FakeQuantize(*spec.params(low, high), spec)
+
+
+def switches(sim: fx.GraphModule) -> dict[str, nn.Module]:
+    """The parts of a simulation that can be switched by ``enabled``: layers and values, by module path."""
+    return {
+        name: m for name, m in sim.named_modules() if isinstance(m, (QuantizedLayer, FakeQuantize))
+    }

@@ -1,0 +1,119 @@
+"""A plan is a set of steps, each one rule at one place; it is one line of text, and it rewrites a graph."""
+
+from __future__ import annotations
+
+import copy
+import difflib
+from dataclasses import dataclass
+
+from torch import fx
+
+from rewriter.errors import PlanError
+from rewriter.rules import RULES, RewriteRule, Site
+
+
+@dataclass(frozen=True, order=True)
+class Step:
+    """One rule at one anchor; its text is one word, ``merge_separable@blocks_0_dw_0``."""
+
+    rule: str
+    anchor: str
+
+    def __str__(self) -> str:
+        return f"{self.rule}@{self.anchor}"
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A set of steps, sorted and unique; ``str(plan)`` and ``Plan.parse`` are inverse. The empty plan is ``""``."""
+
+    steps: tuple[Step, ...] = ()
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "steps", tuple(sorted(set(self.steps))))
+
+    def __str__(self) -> str:
+        return " ".join(map(str, self.steps))
+
+    @staticmethod
+    def parse(text: str) -> Plan:
+        """The plan that ``text`` spells, words ``rule@anchor`` separated by blanks.
+
+        Raises:
+            PlanError: a word is no step, or its rule is unknown.
+        """
+        steps = []
+        for word in text.split():
+            rule, at, anchor = word.partition("@")
+            if not (rule and at and anchor):
+                raise PlanError(f"plan: {word!r}: expected rule@anchor")
+            rule_named(rule)
+            steps.append(Step(rule, anchor))
+        return Plan(tuple(steps))
+
+
+def rule_named(name: str) -> RewriteRule:
+    """The rule in the catalogue called ``name``."""
+    for rule in RULES:
+        if rule.name == name:
+            return rule
+    near = difflib.get_close_matches(name, [r.name for r in RULES], 1)
+    hint = f"; did you mean {near[0]!r}?" if near else ""
+    raise PlanError(f"plan: rule {name!r}: unknown{hint} (known: {', '.join(r.name for r in RULES)})")
+
+
+def find_sites(gm: fx.GraphModule) -> list[Site]:
+    """Every site of every rule in a graph, blocked ones too, in the order of the catalogue."""
+    return [site for rule in RULES for site in rule.match(gm)]
+
+
+def rewrite(gm: fx.GraphModule, plan: Plan) -> fx.GraphModule:
+    """A copy of the graph with every step of the plan applied, in the order of the catalogue.
+
+    Raises:
+        PlanError: a step has no site, its site is blocked, or two steps exclude each other.
+    """
+    gm = copy_graph(gm)
+    taken: dict[str, Step] = {}
+    for rule in RULES:
+        steps = [s for s in plan.steps if s.rule == rule.name]
+        if not steps:
+            continue
+        sites = {s.anchor: s for s in rule.match(gm)}
+        for step in steps:
+            site = _site(gm, sites, step, taken)
+            for name in site.nodes if rule.exclusive else ():
+                if name in taken:
+                    raise PlanError(f"plan: {taken[name]} and {step}: both change {name}")
+                taken[name] = step
+            rule.apply(gm, site)
+    gm.graph.eliminate_dead_code()
+    gm.delete_all_unused_submodules()
+    gm.graph.lint()
+    gm.recompile()
+    return gm
+
+
+def _site(gm: fx.GraphModule, sites: dict[str, Site], step: Step, taken: dict[str, Step]) -> Site:
+    site = sites.get(step.anchor)
+    if site is not None and not site.blocked:
+        return site
+    if step.anchor in taken:
+        raise PlanError(f"plan: {taken[step.anchor]} and {step}: both change {step.anchor}")
+    if site is not None:
+        raise PlanError(f"{step}: not applicable: {site.blocked}")
+    names = [n.name for n in gm.graph.nodes]
+    if step.anchor not in names:
+        near = difflib.get_close_matches(step.anchor, names, 1)
+        hint = f"; did you mean {near[0]!r}?" if near else ""
+        raise PlanError(f"{step}: no node is called {step.anchor!r}{hint}")
+    raise PlanError(f"{step}: the rule does not match there")
+
+
+def copy_graph(gm: fx.GraphModule) -> fx.GraphModule:
+    """A deep copy with the same node names and meta; tensors are copied, so nothing is shared with gm."""
+    new = copy.deepcopy(gm)
+    for a, b in zip(gm.graph.nodes, new.graph.nodes, strict=True):
+        b.meta = dict(a.meta)
+    new.meta = dict(gm.meta)
+    return new

@@ -1,0 +1,70 @@
+"""What a rule is: it names the sites where it may act, and edits a graph at one of them."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import ClassVar, Literal
+
+from torch import fx
+
+# exact: the float function is kept; approximate: it is kept only after fitting; annotation: only int8 changes.
+Contract = Literal["exact", "approximate", "annotation"]
+
+
+@dataclass(frozen=True)
+class Site:
+    """One place where one rule may act; names, never nodes, so it survives a copy, a file and a new trace.
+
+    Args:
+        rule: the rule's name.
+        nodes: names of the nodes the rule takes; the first is the anchor that a plan names.
+        blocked: why the rule may not act here, "" where it may: a near miss that is shown to the user.
+    """
+
+    rule: str
+    nodes: tuple[str, ...]
+    blocked: str = ""
+
+    @property
+    def anchor(self) -> str:
+        return self.nodes[0]
+
+
+class RewriteRule(ABC):
+    """A rewrite of the architecture, or of what int8 does to it.
+
+    ``match`` only looks. ``apply`` edits the graph in place, only at a site that ``match`` gave for this very graph, and
+    keeps the names of the values that the rest of the graph reads. The caller recompiles.
+
+    Attributes:
+        name: how a plan calls it, verb_object.
+        contract: what ``apply`` promises; the shared tests hold it to that.
+        version: raised when the result of ``apply`` changes, so that stored scores are not reused.
+        exclusive: whether a node can take part in only one step with such a rule.
+        free: whether it adds no MACs.
+    """
+
+    name: ClassVar[str]
+    contract: ClassVar[Contract]
+    version: ClassVar[int] = 1
+    exclusive: ClassVar[bool] = True
+    free: ClassVar[bool] = False
+
+    @abstractmethod
+    def match(self, gm: fx.GraphModule) -> Iterator[Site]:
+        """Every site in the graph, near misses included (with ``blocked``)."""
+
+    @abstractmethod
+    def apply(self, gm: fx.GraphModule, site: Site) -> None:
+        """Edit gm in place at ``site``."""
+
+    def site(self, *nodes: fx.Node, blocked: str = "") -> Site:
+        """A site of this rule at these nodes, the anchor first."""
+        return Site(self.name, tuple(n.name for n in nodes), blocked)
+
+
+def mark(node: fx.Node, site: Site) -> None:
+    """Write into a node's meta which step made or changed it."""
+    node.meta["rewritten_by"] = f"{site.rule}@{site.anchor}"
