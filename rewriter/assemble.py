@@ -44,7 +44,7 @@ def assemble(
         PlanError: the plan does not apply.
         QuantizeError: the calibration inputs are unusable.
     """
-    rewritten = rewrite(gm, plan)
-    fits = fit(rewritten, gm, plan, batches, scheme, store, seed)
+    fits = fit(gm, plan, batches, scheme, store, seed)
+    rewritten = rewrite(gm, plan, fits.weights)
     method = rewritten.meta.get("calibration", "minmax")
-    return Assembled(quantize(rewritten, scheme, batches, method), fits)
+    return Assembled(quantize(rewritten, scheme, batches, method), fits.reports)

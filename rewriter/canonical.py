@@ -4,14 +4,17 @@ After ``canonicalise``:
 
 * the network is in eval mode; there is no Identity, Dropout, assertion or in-place operation;
 * convolutions, linear layers, batch norms, activations, pools, pads and resizing are ``call_module`` nodes of exactly a
-  torch.nn class, whatever the user wrote (functions, methods, subclasses such as timm's Conv2dSame and BatchNormAct2d,
-  which tracing takes apart into a constant pad, a plain convolution, a batch norm and an activation);
-* ``x * sigmoid(x)`` is SiLU and ``x * hardsigmoid(x)`` is Hardswish;
-* a batch norm that follows a convolution or linear layer is folded into it; only lone ones remain;
+  torch.nn class with one argument, whatever the user wrote (functions, methods, keyword arguments, subclasses such as timm's
+  Conv2dSame and BatchNormAct2d, which tracing takes apart into a constant pad, a plain convolution, a batch norm
+  and an activation);
+* activations written by hand are modules too (``rewriter.recognise``): ``x * sigmoid(x)`` is SiLU, ``x * relu6(x + 3) / 6``
+  is Hardswish, a clamp to [0, 6] is ReLU6;
+* a batch norm that follows a convolution or linear layer is folded into it (``rewriter.fold``); only lone ones remain;
 * no module is called twice: each call has a copy (exact in eval mode; modules that change their own buffers stay shared
   and are opaque);
-* ``chunk`` and ``split`` are slices (``operator.getitem``);
-* add, sub, mul, div are ``operator`` functions, cat is ``torch.cat``, view is ``reshape`` with plain sizes and one -1;
+* ``chunk``, ``split`` and ``unbind`` are slices (``operator.getitem``);
+* add, sub, mul, div are ``operator`` functions; cat is ``torch.cat(list, dim)``, flatten is ``torch.flatten(x, start, end)``,
+  mean is ``torch.mean(x, dims, keepdim)``, all positional with dims >= 0; view is ``reshape`` with plain sizes and one -1;
 * ``node.meta`` has ``shape``, ``dtype`` and ``layer`` (the qualified name the user knows).
 """
 
@@ -19,32 +22,26 @@ from __future__ import annotations
 
 import copy
 import operator
-from collections.abc import Callable
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, fx, nn
-from torch.nn.utils.fusion import fuse_conv_bn_eval, fuse_linear_bn_eval
 
-from rewriter.functional import module_for
-from rewriter.graph import LAYER_TYPES, RECURRENT_TYPES, Opaque, is_call, module_of, propagate_shapes
+from rewriter.fold import fold_batch_norms
+from rewriter.functional import IN_PLACE, SAME, first_argument, module_for
+from rewriter.graph import (
+    LAYER_TYPES,
+    RECURRENT_TYPES,
+    Opaque,
+    is_call,
+    module_of,
+    propagate_shapes,
+)
+from rewriter.graph import add_module as add_module
+from rewriter.recognise import recognise_activations
+from rewriter.sizes import fix_sizes, plain_dimensions, slices_for_parts
 
-_SAME: dict[Any, Any] = {
-    **dict.fromkeys(
-        (torch.add, operator.iadd, "add", "add_", "__add__", "__radd__"), operator.add
-    ),
-    **dict.fromkeys((torch.mul, operator.imul, torch.multiply, "mul", "mul_"), operator.mul),
-    **dict.fromkeys((torch.sub, operator.isub, "sub", "sub_"), operator.sub),
-    **dict.fromkeys((torch.div, operator.itruediv, "div", "div_"), operator.truediv),
-    **dict.fromkeys((torch.concat, torch.concatenate), torch.cat),
-    "flatten": torch.flatten,
-    "mean": torch.mean,
-    "matmul": torch.matmul,
-    operator.matmul: torch.matmul,
-}
-_IN_PLACE = (operator.iadd, operator.imul, operator.isub, operator.itruediv)
-_NOTHING_METHODS = ("contiguous", "clone", "detach")
 _BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d)
 _KNOWN = (
     *LAYER_TYPES,
@@ -74,6 +71,20 @@ _KNOWN = (
     nn.PixelShuffle,
     nn.ChannelShuffle,
 )
+_DROPOUTS = (
+    nn.Identity,
+    nn.Dropout,
+    nn.Dropout1d,
+    nn.Dropout2d,
+    nn.Dropout3d,
+    nn.AlphaDropout,
+    nn.FeatureAlphaDropout,
+)
+_DROPOUT_FUNCTIONS = (
+    *(F.dropout, F.dropout1d, F.dropout2d, F.dropout3d),
+    *(F.alpha_dropout, F.feature_alpha_dropout, torch.dropout),
+)
+_CASTS = ("float", "type_as", "type", "to", "cpu", "double")
 
 
 def canonicalise(gm: fx.GraphModule) -> fx.GraphModule:
@@ -81,18 +92,19 @@ def canonicalise(gm: fx.GraphModule) -> fx.GraphModule:
     for node in gm.graph.nodes:
         if node.op == "call_module":
             node.meta["layer"] = str(node.target)
-    _open_in_place(gm)
+    _use_positions(gm)
     _use_plain_functions(gm)
     _use_modules(gm)
     _unshare(gm)
     _plain_classes(gm)
     _remove_nothings(gm)
     _flatten_by_function(gm)
-    _recognise_gated_activations(gm)
-    _fold_batch_norms(gm)
+    recognise_activations(gm)
+    fold_batch_norms(gm)
     gm.graph.eliminate_dead_code()
-    _fix_sizes(gm)
-    _slices_for_parts(gm)
+    fix_sizes(gm)
+    slices_for_parts(gm)
+    plain_dimensions(gm)
     gm.graph.eliminate_dead_code()
     gm.delete_all_unused_submodules()
     gm.recompile()
@@ -101,53 +113,58 @@ def canonicalise(gm: fx.GraphModule) -> fx.GraphModule:
     return gm
 
 
-def _open_in_place(gm: fx.GraphModule) -> None:
-    """Edit gm in place: what an in-place operation overwrote is read from its result afterwards."""
-    for node in list(gm.graph.nodes):
-        changed = node.args[0] if node.args else None
-        if not isinstance(changed, fx.Node):
+def _use_positions(gm: fx.GraphModule) -> None:
+    """Give every node its first argument by position, and open what works in place.
+
+    Whoever read an overwritten value reads the result already (``rewriter.tracer``).
+    """
+    for node in gm.graph.nodes:
+        first_argument(node)
+        if node.op == "call_module" and hasattr(module_of(gm, node), "inplace"):
+            module_of(gm, node).inplace = False
+        if node.op not in ("call_function", "call_method"):
             continue
-        if node.op == "call_module":
-            m = module_of(gm, node)
-            in_place = bool(getattr(m, "inplace", False))
-            if in_place and hasattr(m, "inplace"):
-                m.inplace = False  # type: ignore[assignment]
-        elif node.op == "call_function":
-            in_place = node.target in _IN_PLACE or bool(node.kwargs.get("inplace"))
-            if "inplace" in node.kwargs:
-                node.kwargs = {k: v for k, v in node.kwargs.items() if k != "inplace"}
-        else:
-            name = str(node.target)
-            in_place = node.op == "call_method" and name.endswith("_") and name[-2:] != "__"
-        if in_place:
-            order = {n: i for i, n in enumerate(gm.graph.nodes)}
-            for user in list(changed.users):
-                if order[user] > order[node]:
-                    user.replace_input_with(changed, node)
+        if "inplace" in node.kwargs:
+            node.kwargs = {k: v for k, v in node.kwargs.items() if k != "inplace"}
+        node.target = IN_PLACE.get(node.target, node.target)
+        name = str(node.target)
+        if node.op == "call_method" and name.endswith("_") and not name.endswith("__"):
+            if hasattr(Tensor, name[:-1]):
+                node.target = name[:-1]
+            else:  # fill_, copy_: work on a copy
+                with gm.graph.inserting_before(node):
+                    node.args = (
+                        gm.graph.call_function(torch.clone, (node.args[0],)),
+                        *node.args[1:],
+                    )
 
 
 def _use_plain_functions(gm: fx.GraphModule) -> None:
     for node in gm.graph.nodes:
-        if node.op in ("call_function", "call_method") and node.target in _SAME:
-            if node.kwargs.get("rounding_mode") or node.kwargs.get("alpha", 1) != 1:
+        if node.op not in ("call_function", "call_method"):
+            continue
+        if node.target in SAME and not node.kwargs.get("rounding_mode"):
+            if node.kwargs.get("alpha", 1) != 1:
                 continue
-            node.op, node.target = "call_function", _SAME[node.target]
+            node.op, node.target = "call_function", SAME[node.target]
             node.kwargs = {k: v for k, v in node.kwargs.items() if k != "alpha"}
             if "other" in node.kwargs:
                 node.args, node.kwargs = (*node.args, node.kwargs["other"]), {}
+        elif node.target in ("__rsub__", "rsub", "__rtruediv__", "__rdiv__") or (
+            node.target is torch.rsub and not node.kwargs
+        ):
+            division = "div" in str(node.target)
+            node.op, node.target = "call_function", operator.truediv if division else operator.sub
+            node.args = (node.args[1], node.args[0])
         elif node.op == "call_method" and node.target in ("view", "view_as", "reshape_as"):
-            node.target = {"view": "reshape"}.get(str(node.target), "reshape_as")
-        elif node.op == "call_function" and node.target is torch.reshape:
+            node.target = "reshape" if node.target == "view" else "reshape_as"
+        elif node.target is torch.reshape:
             node.op, node.target = "call_method", "reshape"
-            node.args, node.kwargs = (node.args[0], *_size_arguments(node)), {}
-        elif node.op == "call_function" and node.target in (torch.permute, torch.transpose):
-            method = node.target.__name__
-            node.op, node.target = "call_method", method
-
-
-def _size_arguments(node: fx.Node) -> tuple[Any, ...]:
-    sizes = node.args[1] if len(node.args) > 1 else node.kwargs["shape"]
-    return tuple(sizes) if isinstance(sizes, (tuple, list)) else (sizes,)
+            sizes = node.args[1] if len(node.args) > 1 else node.kwargs["shape"]
+            sizes = tuple(sizes) if isinstance(sizes, (tuple, list)) else (sizes,)
+            node.args, node.kwargs = (node.args[0], *sizes), {}
+        elif node.target in (torch.permute, torch.transpose):
+            node.op, node.target = "call_method", node.target.__name__
 
 
 def _use_modules(gm: fx.GraphModule) -> None:
@@ -161,7 +178,7 @@ def _use_modules(gm: fx.GraphModule) -> None:
         module, word = found
         stack = list((node.meta.get("nn_module_stack") or {}).values())
         owner = str(stack[-1][0]) if stack else ""
-        plain = isinstance(module, (*LAYER_TYPES, *_BATCH_NORMS)) and _free(gm, owner)
+        plain = isinstance(module, (*LAYER_TYPES, *_BATCH_NORMS)) and _free(gm, owner, node)
         target = owner if plain else add_module(gm, f"{owner}.{word}" if owner else word, module)
         if plain:
             gm.set_submodule(owner, module)
@@ -172,12 +189,14 @@ def _use_modules(gm: fx.GraphModule) -> None:
         gm.graph.erase_node(node)
 
 
-def _free(gm: fx.GraphModule, path: str) -> bool:
-    """Whether the module at ``path`` can be replaced: nothing in the graph calls it or a part of it."""
-    return bool(path) and not any(
-        n.op == "call_module" and (str(n.target) + ".").startswith(path + ".")
+def _free(gm: fx.GraphModule, path: str, node: fx.Node) -> bool:
+    """Whether the module at ``path`` can be replaced: nothing but ``node`` uses it or a part of it."""
+    inside = [
+        n
         for n in gm.graph.nodes
-    )
+        if n.op in ("call_module", "get_attr") and f"{n.target}.".startswith(f"{path}.")
+    ]
+    return bool(path) and all(n.op == "get_attr" and not set(n.users) - {node} for n in inside)
 
 
 def _constant(gm: fx.GraphModule, node: Any) -> Tensor | None:
@@ -187,22 +206,6 @@ def _constant(gm: fx.GraphModule, node: Any) -> Tensor | None:
     return None
 
 
-def add_module(gm: fx.GraphModule, path: str, module: nn.Module) -> str:
-    """Add a sub-module at ``path`` (or the next free name like it), in place; return where it is."""
-    taken, target, number = set(dict(gm.named_modules())), path, 0
-    while target in taken or any(t.startswith(target + ".") for t in taken):
-        number += 1
-        target = f"{path}_{number}"
-    parent = ""
-    for part in target.split(".")[:-1]:
-        parent = f"{parent}.{part}" if parent else part
-        if parent not in taken:
-            gm.add_submodule(parent, nn.Module())
-    gm.add_submodule(target, module)
-    module.train(mode=False)
-    return target
-
-
 def _unshare(gm: fx.GraphModule) -> None:
     """A module called more than once gets a copy for each call; one that has state of its own stays shared."""
     seen: set[int] = set()
@@ -210,7 +213,7 @@ def _unshare(gm: fx.GraphModule) -> None:
         if node.op != "call_module":
             continue
         module = module_of(gm, node)
-        if id(module) in seen and isinstance(module, _KNOWN):
+        if id(module) in seen and isinstance(module, (*_KNOWN, *_DROPOUTS, nn.Flatten)):
             node.target = add_module(gm, str(node.target), copy.deepcopy(module))
         seen.add(id(module))
 
@@ -221,31 +224,54 @@ def _plain_classes(gm: fx.GraphModule) -> None:
         if node.op != "call_module":
             continue
         m = module_of(gm, node)
+        if type(m) is nn.Hardtanh and (m.min_val, m.max_val) == (0, 6):
+            gm.set_submodule(str(node.target), nn.ReLU6())
+        if type(m) is nn.ConvTranspose2d and len(node.args) > 1:
+            _fix_output_padding(gm, node)
         if type(m) in _KNOWN:
             continue
-        if type(m) is nn.UpsamplingNearest2d:
-            gm.set_submodule(str(node.target), nn.Upsample(m.size, m.scale_factor, "nearest"))
+        if type(m) in (nn.UpsamplingNearest2d, nn.UpsamplingBilinear2d):
+            plain: Any = nn.Upsample(m.size, m.scale_factor, m.mode, m.align_corners)
+            gm.set_submodule(str(node.target), plain)
             continue
         plain = next((k for k in _KNOWN if type(m).forward is k.forward), None)
-        if plain is not None and isinstance(m, plain) and not hasattr(m, "parametrizations"):
+        if plain is not None and isinstance(m, plain):
             m.__class__ = plain
 
 
+def _fix_output_padding(gm: fx.GraphModule, node: fx.Node) -> None:
+    """``conv(x, output_size=...)`` becomes a fixed output padding."""
+    m, size = module_of(gm, node), node.meta["shape"][2:]
+    steps = zip(node.args[0].meta["shape"][2:], m.stride, m.padding, m.dilation, m.kernel_size)  # type: ignore[union-attr] # noqa: B905
+    least = [(n - 1) * s - 2 * p + d * (k - 1) + 1 for n, s, p, d, k in steps]
+    m.output_padding = tuple(a - b for a, b in zip(size, least, strict=True))
+    node.args = node.args[:1]
+
+
 def _remove_nothings(gm: fx.GraphModule) -> None:
-    dropouts = (nn.Identity, nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.AlphaDropout)
-    functions = (F.dropout, F.dropout2d, F.alpha_dropout)
     for node in list(gm.graph.nodes):
-        assertion = node.op == "call_function" and node.target is torch._assert
-        nothing = (
-            is_call(gm, node, *dropouts)
-            or (node.op == "call_method" and node.target in _NOTHING_METHODS)
-            or (node.op == "call_method" and node.target in ("float", "type_as"))
-            or (node.op == "call_function" and node.target in functions)
-        )
-        if nothing:
-            node.replace_all_uses_with(node.args[0])
-        if nothing or assertion:
+        if node.op == "call_function" and node.target is torch._assert:
             gm.graph.erase_node(node)
+        elif _is_nothing(gm, node):
+            node.replace_all_uses_with(node.args[0])
+            gm.graph.erase_node(node)
+
+
+def _is_nothing(gm: fx.GraphModule, node: fx.Node) -> bool:
+    if is_call(gm, node, *_DROPOUTS):
+        return True
+    if node.op == "call_function" and node.target in _DROPOUT_FUNCTIONS:
+        # training is the third argument and true unless the user said otherwise
+        training = node.args[2] if len(node.args) > 2 else node.kwargs.get("training", True)
+        return training is False
+    if node.op == "call_method" and node.target in _CASTS:
+        before = node.args[0]
+        return isinstance(before, fx.Node) and before.meta.get("dtype") is node.meta.get("dtype")
+    # clones guard against in-place operations, and there are none left
+    clones = ("contiguous", "clone", "detach")
+    return (node.op == "call_method" and node.target in clones) or (
+        node.target is torch.clone and "dtype" in node.meta
+    )
 
 
 def _flatten_by_function(gm: fx.GraphModule) -> None:
@@ -259,117 +285,6 @@ def _flatten_by_function(gm: fx.GraphModule) -> None:
             node.args = (node.args[0], *last)
 
 
-def _recognise_gated_activations(gm: fx.GraphModule) -> None:
-    """``x * sigmoid(x)`` -> SiLU, ``x * hardsigmoid(x)`` -> Hardswish."""
-    for node in list(gm.graph.nodes):
-        if node.op != "call_function" or node.target is not operator.mul or len(node.args) != 2:
-            continue
-        for x, gate in (node.args, node.args[::-1]):
-            if not is_call(gm, gate, nn.Sigmoid, nn.Hardsigmoid) or gate.args[0] is not x:
-                continue
-            kind = nn.SiLU if is_call(gm, gate, nn.Sigmoid) else nn.Hardswish
-            with gm.graph.inserting_before(node):
-                target = add_module(gm, f"{gate.target}_act", kind())
-                new = gm.graph.call_module(target, (x,))
-            new.meta = {**gate.meta, "layer": gate.meta.get("layer", target)}
-            node.replace_all_uses_with(new)
-            gm.graph.erase_node(node)
-            break
-
-
-def _fold_batch_norms(gm: fx.GraphModule) -> None:
-    """Fold pair by pair, and only where the convolution feeds nothing else.
-
-    ``torch.fx.experimental.optimization.fuse`` corrupts a convolution that two batch norms share.
-    """
-    for node in list(gm.graph.nodes):
-        if not is_call(gm, node, *_BATCH_NORMS):
-            continue
-        before, bn = node.args[0], module_of(gm, node)
-        if not is_call(gm, before, *LAYER_TYPES) or len(before.users) != 1:
-            continue
-        layer = module_of(gm, before)
-        if bn.running_var is None or not _same_axis(layer, before, node):
-            continue
-        transposed = isinstance(layer, nn.ConvTranspose2d)
-        if transposed and layer.groups > 1:
-            continue  # torch folds a grouped transposed convolution along the wrong axis
-        fold: Callable[..., nn.Module] = (
-            fuse_linear_bn_eval
-            if isinstance(layer, nn.Linear)
-            else lambda c, b: fuse_conv_bn_eval(c, b, transposed)
-        )
-        gm.set_submodule(str(before.target), fold(_double(layer), _double(bn)).float())
-        node.replace_all_uses_with(before)
-        gm.graph.erase_node(node)
-
-
-def _double(m: nn.Module) -> nn.Module:
-    """A float64 copy: folding in float32 costs a digit for each layer of a deep network."""
-    return copy.deepcopy(m).double()
-
-
-def _same_axis(layer: nn.Module, before: fx.Node, node: fx.Node) -> bool:
-    if not isinstance(layer, nn.Linear):
-        return True
-    bn = node.graph.owning_module.get_submodule(str(node.target))  # type: ignore[union-attr]
-    return isinstance(bn, nn.BatchNorm1d)
-
-
-def _fix_sizes(gm: fx.GraphModule) -> None:
-    """``reshape`` gets plain sizes with one -1 for the batch, so that no size is computed in the graph."""
-    gm.recompile()
-    found: list[dict[str, Any]] = []
-    for batch in (2, 3):
-        shapes: dict[str, Any] = {}
-
-        class Sizes(fx.Interpreter):
-            def run_node(self, n: fx.Node, into: dict[str, Any] = shapes) -> Any:
-                value = super().run_node(n)
-                into[n.name] = tuple(value.shape) if isinstance(value, Tensor) else None
-                return value
-
-        with torch.no_grad():
-            Sizes(gm).run(*[torch.zeros(batch, *s) for s in gm.meta["example"]])
-        found.append(shapes)
-    for node in gm.graph.nodes:
-        reshape = node.op == "call_method" and node.target in ("reshape", "reshape_as", "unflatten")
-        if not reshape:
-            continue
-        two, three = found[0][node.name], found[1][node.name]
-        varies = [i for i, (a, b) in enumerate(zip(two, three, strict=True)) if a != b]
-        if len(varies) <= 1:
-            node.target = "reshape"
-            node.args = (node.args[0], *[-1 if i in varies else s for i, s in enumerate(two)])
-            node.kwargs = {}
-
-
-def _slices_for_parts(gm: fx.GraphModule) -> None:
-    """``chunk`` and ``split`` become one slice for each part, so that every value of the graph is a tensor."""
-    functions = (torch.chunk, torch.split, torch.tensor_split)
-    gm.recompile()
-    propagate_shapes(gm)
-    for node in list(gm.graph.nodes):
-        parts = node.op == "call_method" and node.target in ("chunk", "split", "tensor_split")
-        parts |= node.op == "call_function" and node.target in functions
-        plain = all(u.target is operator.getitem and isinstance(u.args[1], int) for u in node.users)
-        if not parts or not plain:
-            continue
-        dim = node.kwargs.get("dim", node.args[2] if len(node.args) > 2 else 0)
-        shapes, start = node.meta["shape"], 0
-        dim %= len(shapes[0])
-        if dim == 0:
-            continue  # the batch
-        bounds = []
-        for shape in shapes:
-            bounds.append((start, start + shape[dim]))
-            start += shape[dim]
-        for user in list(node.users):
-            part = slice(*bounds[user.args[1]])
-            user.args = (node.args[0], (*[slice(None)] * dim, part))
-        gm.graph.erase_node(node)
-
-
 def _name_opaque(gm: fx.GraphModule) -> None:
     """Every module outside the normal form is listed in ``meta["opaque"]``; those no longer called are not."""
     called = {str(n.target): n for n in gm.graph.nodes if n.op == "call_module"}
@@ -379,6 +294,8 @@ def _name_opaque(gm: fx.GraphModule) -> None:
         m = gm.get_submodule(target)
         if type(m) not in _KNOWN and target not in names:
             recurrent = isinstance(m, RECURRENT_TYPES)
-            reason = "recurrent: kept whole" if recurrent else "no rule or int8 form is known for it"
+            reason = (
+                "recurrent: kept whole" if recurrent else "no rule or int8 form is known for it"
+            )
             opaque.append(Opaque(target, type(m).__name__, reason))
     gm.meta["opaque"] = tuple(opaque)

@@ -34,9 +34,7 @@ def cost(gm: fx.GraphModule) -> Cost:
         gm(*zeros)
     macs = counter.get_total_flops() // 2 + _recurrent_macs(gm)
     params = sum(p.numel() for p in gm.parameters())
-    int8 = sum(
-        module_of(gm, n).weight.numel() for n in layers(gm) if not n.meta.get("keep_float")
-    )
+    int8 = sum(module_of(gm, n).weight.numel() for n in layers(gm) if not n.meta.get("keep_float"))
     return Cost(macs, params, int8 + 4 * (params - int8))
 
 

@@ -13,11 +13,46 @@ from torch import Tensor, fx, nn
 
 Constant = Callable[[Any], Tensor | None]
 
+SAME: dict[Any, Any] = {
+    **dict.fromkeys((torch.add, "add", "__add__", "__radd__"), operator.add),
+    **dict.fromkeys((torch.mul, torch.multiply, "mul", "__mul__", "__rmul__"), operator.mul),
+    **dict.fromkeys((torch.sub, torch.subtract, "sub", "__sub__"), operator.sub),
+    **dict.fromkeys((torch.div, torch.divide, "div", "__truediv__", "__div__"), operator.truediv),
+    **dict.fromkeys((torch.concat, torch.concatenate), torch.cat),
+    "flatten": torch.flatten,
+    "mean": torch.mean,
+    "matmul": torch.matmul,
+    "__matmul__": torch.matmul,
+    operator.matmul: torch.matmul,
+}
+
+
+def _pairs(module: Any) -> dict[Any, Any]:
+    """Functions that work in place, with those that do not: relu_ -> relu."""
+    names = [n for n in dir(module) if n.endswith("_") and not n.startswith("_")]
+    return {getattr(module, n): getattr(module, n[:-1]) for n in names if hasattr(module, n[:-1])}
+
+
+IN_PLACE: dict[Any, Any] = {
+    **_pairs(torch),
+    **_pairs(F),
+    operator.iadd: operator.add,
+    operator.isub: operator.sub,
+    operator.imul: operator.mul,
+    operator.itruediv: operator.truediv,
+    operator.ifloordiv: operator.floordiv,
+    operator.ipow: operator.pow,
+    operator.imod: operator.mod,
+    operator.iand: operator.and_,
+    operator.ior: operator.or_,
+    operator.ixor: operator.xor,
+}
+
 _ACTIVATIONS: dict[Any, type[nn.Module]] = {
-    **dict.fromkeys((F.relu, torch.relu, torch.relu_, F.relu_, "relu", "relu_"), nn.ReLU),
+    **dict.fromkeys((F.relu, torch.relu, "relu"), nn.ReLU),
     F.relu6: nn.ReLU6,
-    **dict.fromkeys((torch.sigmoid, F.sigmoid, "sigmoid", "sigmoid_", torch.special.expit), nn.Sigmoid),
-    **dict.fromkeys((torch.tanh, F.tanh, "tanh", "tanh_"), nn.Tanh),
+    **dict.fromkeys((torch.sigmoid, F.sigmoid, "sigmoid", torch.special.expit), nn.Sigmoid),
+    **dict.fromkeys((torch.tanh, F.tanh, "tanh"), nn.Tanh),
     F.hardswish: nn.Hardswish,
     F.hardsigmoid: nn.Hardsigmoid,
     F.silu: nn.SiLU,
@@ -29,7 +64,8 @@ _ACTIVATIONS: dict[Any, type[nn.Module]] = {
     F.hardtanh: nn.Hardtanh,
     **dict.fromkeys((F.softmax, torch.softmax, "softmax"), nn.Softmax),
 }
-_CLAMPS = (torch.clamp, torch.clip, torch.clamp_, "clamp", "clamp_", "clip", "clip_")
+_CLAMPS = (torch.clamp, torch.clip, "clamp", "clip")
+_AT_LEAST = (torch.clamp_min, "clamp_min")
 _POOLS: dict[Any, type[nn.Module]] = {
     F.max_pool2d: nn.MaxPool2d,
     F.avg_pool2d: nn.AvgPool2d,
@@ -60,7 +96,9 @@ def module_for(node: fx.Node, constant: Constant) -> tuple[nn.Module, str] | Non
     if target in _ACTIVATIONS:
         return _activation(node, _ACTIVATIONS[target])
     if target in _CLAMPS:
-        return _clamp(node)
+        return _clamp(_argument(node, 1, "min"), _argument(node, 2, "max"))
+    if target in _AT_LEAST:
+        return _clamp(_argument(node, 1, "min"), None)
     if target in _POOLS:
         return _pool(node, _POOLS[target])
     if target in _CONVOLUTIONS:
@@ -87,6 +125,18 @@ def module_for(node: fx.Node, constant: Constant) -> tuple[nn.Module, str] | Non
     return None
 
 
+def first_argument(node: fx.Node) -> None:
+    """Move a first argument given by keyword to the front; edits the node."""
+    if node.args or node.op not in ("call_function", "call_method", "call_module"):
+        return
+    for name in ("input", "x", "tensors"):
+        if name in node.kwargs:
+            rest = dict(node.kwargs)
+            node.args = (rest.pop(name),)
+            node.kwargs = rest
+            return
+
+
 def _argument(node: fx.Node, position: int, name: str, default: Any = None) -> Any:
     return node.args[position] if len(node.args) > position else node.kwargs.get(name, default)
 
@@ -110,13 +160,14 @@ def _activation(node: fx.Node, kind: type[nn.Module]) -> tuple[nn.Module, str] |
     names = list(inspect.signature(kind.__init__).parameters)[1:]
     given = dict(zip(names, node.args[1:], strict=False)) | dict(node.kwargs)
     kept = {k: v for k, v in given.items() if k in names and k != "inplace"}
-    if kind is nn.Softmax and given.get("dtype") is not None:
+    if kind is nn.Softmax and (given.get("dtype") is not None or len(node.args) > 2):
         return None
+    if kind is nn.Hardtanh and (kept.get("min_val"), kept.get("max_val")) == (0, 6):
+        return nn.ReLU6(), "act"
     return kind(**kept), "act"
 
 
-def _clamp(node: fx.Node) -> tuple[nn.Module, str] | None:
-    low, high = _argument(node, 1, "min"), _argument(node, 2, "max")
+def _clamp(low: Any, high: Any) -> tuple[nn.Module, str] | None:
     if low == 0 and high == 6:
         return nn.ReLU6(), "act"
     if low == 0 and high is None:
@@ -172,21 +223,21 @@ def _linear(node: fx.Node, constant: Constant) -> tuple[nn.Module, str] | None:
     return layer, "linear"
 
 
-def _set(layer: nn.Module, weight: Tensor, bias: Tensor | None) -> None:
+def _set(layer: Any, weight: Tensor, bias: Tensor | None) -> None:
     layer.weight = nn.Parameter(weight.detach().clone(), requires_grad=False)
-    layer.bias = (
-        None if bias is None else nn.Parameter(bias.detach().clone(), requires_grad=False)
-    )
+    layer.bias = None if bias is None else nn.Parameter(bias.detach().clone(), requires_grad=False)
 
 
 def _batch_norm(node: fx.Node, constant: Constant) -> tuple[nn.Module, str] | None:
     names = ["running_mean", "running_var", "weight", "bias", "training", "momentum", "eps"]
     given = dict(zip(names, node.args[1:], strict=False)) | dict(node.kwargs)
     mean, var = constant(given.get("running_mean")), constant(given.get("running_var"))
-    if mean is None or var is None or given.get("training"):
+    rank = len(node.args[0].meta.get("shape", ()))  # type: ignore[union-attr]
+    if mean is None or var is None or given.get("training") or rank not in (2, 3, 4):
         return None
     size = len(mean)
-    bn = nn.BatchNorm2d(size, eps=float(given.get("eps", 1e-5)))
+    kind = nn.BatchNorm2d if rank == 4 else nn.BatchNorm1d
+    bn: Any = kind(size, eps=float(given.get("eps", 1e-5)))
     scale, shift = constant(given.get("weight")), constant(given.get("bias"))
     bn.running_mean, bn.running_var = mean.clone(), var.clone()
     bn.weight = nn.Parameter(torch.ones(size) if scale is None else scale.clone(), False)

@@ -1,208 +1,36 @@
-"""Trace a trained network to a torch.fx graph, and look things up in it.
+"""Trace a trained network to a torch.fx graph in the normal form, and look things up in it.
 
-Plain symbolic tracing gives up where the user's code asks a tensor for its shape. Here every proxy also carries
-the real value that a small example batch has at that point, so ``x.shape[2]``, ``len(x)``, ``isinstance(x, Tensor)`` and
-loops over a static size work; the batch size alone stays symbolic. A sub-module that still cannot be
-traced becomes one opaque leaf, with the reason and the line; only if the outermost ``forward`` is the one that
-fails is the model refused.
+``rewriter.tracer`` does the tracing and ``rewriter.canonical`` the normal form; what comes out is compared with the model
+before anyone else sees it.
 """
 
 from __future__ import annotations
 
 import copy
-import inspect
 import itertools
 import operator
-import traceback
 from collections.abc import Iterator
-from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
+from torch.nn.utils import parametrize
 from torch.utils import _pytree as pytree
 
 from rewriter.errors import TraceError
+from rewriter.tracer import BATCHES, one_line, trace_graph
+from rewriter.tracer import Opaque as Opaque
 
 LAYER_TYPES = (nn.Conv1d, nn.Conv2d, nn.ConvTranspose2d, nn.Linear)
 RECURRENT_TYPES = (nn.RNN, nn.GRU, nn.LSTM, nn.RNNCell, nn.GRUCell, nn.LSTMCell)
-TORCH_FOLDER = str(Path(torch.__file__).parent)
-
-
-@dataclass(frozen=True)
-class Opaque:
-    """A sub-module that is kept whole: it is run as it is, and nothing inside it is rewritten."""
-
-    name: str
-    kind: str
-    reason: str
-    line: str = ""
-
-
-# ------------------------------------------------------------------------------------ tracing
-
-
-class _Untraceable(Exception):
-    """Carries the path of the innermost module whose forward could not be traced."""
-
-    def __init__(self, path: str, cause: BaseException) -> None:
-        super().__init__(path)
-        self.path, self.cause = path, cause
-
-
-class _Proxy(fx.Proxy):
-    """A proxy that knows the value of the example at its place (``value``)."""
-
-    value: Any
-
-    @property
-    def __class__(self) -> type:  # isinstance(x, Tensor) in user code must answer as for the value
-        return type(self.value) if isinstance(self.__dict__.get("value"), Tensor) else _Proxy
-
-    @property
-    def shape(self) -> Any:
-        if not isinstance(self.value, Tensor):
-            return fx.proxy.Attribute(self, "shape")
-        return self._sizes()
-
-    def size(self, dim: int | None = None) -> Any:
-        return self._sizes() if dim is None else self._sizes()[dim]
-
-    def _sizes(self) -> tuple[Any, ...]:
-        sizes = tuple(self.value.shape)
-        if not sizes or sizes[0] % BATCH:
-            return sizes  # not a batch: sizes are constants of the model
-        node = self.tracer.create_proxy("call_method", "size", (self, 0), {})
-        return (node, *sizes[1:])
-
-    @property
-    def ndim(self) -> int:
-        return self.value.ndim
-
-    def dim(self) -> int:
-        return self.value.dim()
-
-    @property
-    def dtype(self) -> torch.dtype:
-        return self.value.dtype
-
-    @property
-    def device(self) -> torch.device:
-        return self.value.device
-
-    @property
-    def is_cuda(self) -> bool:
-        return False
-
-    @property
-    def requires_grad(self) -> bool:
-        return False
-
-    def numel(self) -> Any:
-        return self.tracer.create_proxy("call_method", "numel", (self,), {})
-
-    def __len__(self) -> int:
-        if isinstance(self.value, Tensor):
-            raise fx.proxy.TraceError(
-                "len() of a tensor is its batch size, which is not a constant"
-            )
-        return len(self.value)
-
-    def __getattr__(self, name: str) -> Any:
-        if name.startswith("_") or name in {"node", "tracer", "value"}:
-            raise AttributeError(name)
-        return fx.proxy.Attribute(self, name)
-
-
-# The example is traced with this batch size: prime and unusual, so that a size that is no multiple of it is surely
-# not the batch, and checked with another one afterwards.
-BATCH = 7
-
-
-class _Tracer(fx.Tracer):
-    def __init__(self, examples: tuple[Tensor, ...], leaves: set[str]) -> None:
-        super().__init__()
-        self.examples = iter(examples)
-        self.leaves = leaves
-        self.path: list[str] = [""]
-        self.evaluating = False  # fx has patched every module call; a leaf that runs on values must run plainly
-
-    def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
-        return module_qualified_name in self.leaves or (
-            type(m).__module__.startswith("torch.nn")
-            and not isinstance(m, (nn.Sequential, nn.ModuleList, nn.ModuleDict))
-        )
-
-    def call_module(self, m: nn.Module, forward: Any, args: Any, kwargs: Any) -> Any:
-        if self.evaluating:
-            return forward(*args, **kwargs)
-        path = self.path_of_module(m)
-        if self.is_leaf_module(m, path):
-            return super().call_module(m, forward, args, kwargs)
-        self.path.append(path)
-        try:
-            return super().call_module(m, forward, args, kwargs)
-        except _Untraceable:
-            raise
-        except Exception as cause:
-            raise _Untraceable(self.path[-1], cause) from cause
-        finally:
-            self.path.pop()
-
-    def proxy(self, node: fx.Node) -> fx.Proxy:
-        return _Proxy(node, self)
-
-    def getattr(self, attr: str, attr_val: Any, parameter_proxy_cache: Any) -> Any:
-        return attr_val  # parameters stay values: what is computed from them alone is a constant
-
-    def create_arg(self, a: Any) -> Any:
-        # a proxy passes for a tensor (see __class__), and so must be asked for first
-        return a.node if type(a) in (_Proxy, fx.proxy.Attribute) else super().create_arg(a)
-
-    def create_proxy(self, kind: str, target: Any, args: Any, kwargs: Any, *rest: Any, **named: Any) -> Any:
-        proxy = super().create_proxy(kind, target, args, kwargs, *rest, **named)
-        proxy.value = None
-        self.evaluating = True
-        try:
-            with torch.no_grad():
-                proxy.value = self._evaluate(kind, target, _values(args), _values(kwargs))
-        finally:
-            self.evaluating = False
-        return proxy
-
-    def _evaluate(self, kind: str, target: Any, args: Any, kwargs: Any) -> Any:
-        if kind == "placeholder":
-            return next(self.examples, args[0] if args else None)
-        if kind == "get_attr":
-            return operator.attrgetter(target)(self.root)
-        if kind == "call_function":
-            return target(*args, **kwargs)
-        if kind == "call_method":
-            return getattr(args[0], target)(*args[1:], **kwargs)
-        return self.root.get_submodule(target)(*args, **kwargs)
-
-    def iter(self, obj: Any) -> Iterator[Any]:
-        if isinstance(obj.value, (tuple, list)):
-            return (obj[i] for i in range(len(obj.value)))
-        return super().iter(obj)
-
-    def to_bool(self, obj: Any) -> bool:
-        if isinstance(obj.value, (bool, int)):
-            return bool(obj.value)  # a condition on sizes; verified with another batch size
-        return super().to_bool(obj)
-
-
-def _values(tree: Any) -> Any:
-    return fx.node.map_aggregate(tree, lambda a: a.value if type(a) is _Proxy else _attribute(a))
-
-
-def _attribute(a: Any) -> Any:
-    return getattr(a.root.value, a.attr) if type(a) is fx.proxy.Attribute else a
+# Largest difference between the graph's output and the model's, relative to the largest output.
+TOLERANCE = 1e-4
 
 
 def trace(model: nn.Module, example: Tensor | tuple[Tensor, ...]) -> fx.GraphModule:
     """Trace a float network to a graph in the normal form of ``rewriter.canonical``.
+
+    A sub-module that cannot be traced becomes one opaque leaf, with the reason and the line.
 
     Args:
         model: the trained network; it is copied and never touched.
@@ -220,35 +48,63 @@ def trace(model: nn.Module, example: Tensor | tuple[Tensor, ...]) -> fx.GraphMod
     examples = example if isinstance(example, tuple) else (example,)
     examples = tuple(e.detach().float().cpu() for e in examples)
     model = _prepared_copy(model)
-    batch = tuple(_batch(e, BATCH) for e in examples)
-    graph, root, opaque = _trace_with_leaves(model, batch)
-    gm = fx.GraphModule(root, graph, class_name=type(model).__name__)
-    with torch.no_grad():
-        expected = model(*batch)
-        flat, structure = pytree.tree_flatten(expected)
-    gm.meta["structure"] = structure
+    few, many = (tuple(_batch(e, size) for e in examples) for size in BATCHES)
+    graph, opaque = trace_graph(model, tuple(zip(few, many, strict=True)))
+    gm = fx.GraphModule(model, graph, class_name=type(model).__name__)
     gm.meta["example"] = tuple(tuple(e.shape[1:]) for e in examples)
-    gm.meta["opaque"] = tuple(opaque.values())
-    gm = canonicalise(gm)
+    gm.meta["opaque"] = opaque
+    _record_structure(gm)
+    try:
+        gm = canonicalise(gm)
+    except TraceError:
+        raise
+    except Exception as cause:
+        raise TraceError(
+            f"{type(model).__name__}: the graph cannot be brought into the normal form: {one_line(cause)}"
+        ) from cause
     _verify(model, gm, examples)
-    del flat
     return gm
 
 
 def _prepared_copy(model: nn.Module) -> nn.Module:
+    """A float copy in eval mode on the CPU, with plain weights."""
+    if isinstance(model, torch.jit.ScriptModule):
+        raise TraceError("model: a TorchScript module cannot be traced: give the nn.Module itself")
     for name, tensor in itertools.chain(model.named_parameters(), model.named_buffers()):
-        if tensor.is_floating_point():
-            if tensor.dtype not in (torch.float32, torch.float64):
-                raise TraceError(
-                    f"model: {name} is {tensor.dtype}, expected torch.float32; call .float()"
-                )
-            if not torch.isfinite(tensor).all():
-                bad = int((~torch.isfinite(tensor)).sum())
-                raise TraceError(f"model: {name} holds {bad} values that are NaN or infinite")
-    model = copy.deepcopy(model).cpu().eval()
-    for p in model.parameters():
+        if not tensor.is_floating_point():
+            continue
+        if tensor.dtype not in (torch.float32, torch.float64):
+            raise TraceError(f"model: {name}: is {tensor.dtype}, expected float32; call .float()")
+        parameter = isinstance(tensor, nn.Parameter)  # a mask in a buffer may well be infinite
+        bad = int((~torch.isfinite(tensor)).sum() if parameter else tensor.isnan().sum())
+        if bad:
+            raise TraceError(f"model: {name}: holds {bad} values that are NaN or infinite")
+    memo: dict[int, Any] = {}
+    for module in model.modules():
+        for value in vars(module).values():
+            if isinstance(value, Tensor) and not value.is_leaf:  # deepcopy refuses these
+                memo[id(value)] = value.detach().clone()
+    copied = copy.deepcopy(model, memo).cpu().eval().float()
+    for p in copied.parameters():
         p.requires_grad_(False)
-    return model.float()
+    for module in copied.modules():
+        _plain_weights(module)
+    return copied
+
+
+def _plain_weights(module: nn.Module) -> None:
+    """Replace weight normalisation and other parametrizations by the weight they give, in place."""
+    if parametrize.is_parametrized(module):
+        for name in list(module.parametrizations):  # type: ignore[arg-type]
+            parametrize.remove_parametrizations(module, name, leave_parametrized=True)
+            getattr(module, name).requires_grad_(False)
+    for key, hook in list(module._forward_pre_hooks.items()):
+        if type(hook).__name__ in ("WeightNorm", "SpectralNorm") and hasattr(hook, "remove"):
+            with torch.no_grad():
+                hook(module, ())
+                hook.remove(module)  # type: ignore[attr-defined]
+            del module._forward_pre_hooks[key]
+            getattr(module, hook.name).requires_grad_(False)  # type: ignore[attr-defined]
 
 
 def _batch(example: Tensor, size: int) -> Tensor:
@@ -258,90 +114,67 @@ def _batch(example: Tensor, size: int) -> Tensor:
     return rows * scale
 
 
-def _trace_with_leaves(
-    model: nn.Module, batch: tuple[Tensor, ...]
-) -> tuple[fx.Graph, nn.Module, dict[str, Opaque]]:
-    opaque: dict[str, Opaque] = {}
-    while True:
-        tracer = _Tracer(batch, set(opaque))
-        try:
-            graph = tracer.trace(model, _unused_arguments(model, len(batch)))
-        except _Untraceable as failure:
-            if failure.path in opaque:
-                raise TraceError(
-                    f"{failure.path}: cannot be run: {failure.cause}"
-                ) from failure.cause
-            kind = type(model.get_submodule(failure.path)).__name__
-            opaque[failure.path] = Opaque(
-                failure.path, kind, _one_line(failure.cause), _line(failure.cause)
-            )
-            continue
-        except Exception as cause:
+def _record_structure(gm: fx.GraphModule) -> None:
+    """How the outputs are nested, and those of them that are no tensors."""
+    (output,) = gm.graph.find_nodes(op="output")
+    leaves, gm.meta["structure"] = pytree.tree_flatten(output.args[0])
+    constants = {i: v for i, v in enumerate(leaves) if not isinstance(v, fx.Node)}
+    gm.meta["constant_outputs"] = constants
+    for node in leaves:
+        if isinstance(node, fx.Node) and node.op != "get_attr" and "dtype" not in node.meta:
             raise TraceError(
-                f"{type(model).__name__}.forward: {_one_line(cause)} at {_line(cause)}; move this part into a "
-                "sub-module of its own (it is then kept as it is) or out of the model"
-            ) from cause
-        for node in reversed(graph.nodes):
-            if node.op == "placeholder" and not node.users and node.args:
-                graph.erase_node(node)  # an argument with a default, which we leave at its default
-        return graph, tracer.root, opaque
-
-
-def _unused_arguments(model: nn.Module, given: int) -> dict[str, Any] | None:
-    parameters = list(inspect.signature(model.forward).parameters.values())[given:]
-    return {
-        p.name: p.default
-        for p in parameters
-        if p.default is not inspect.Parameter.empty
-        and p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)
-    } or None
-
-
-def _one_line(cause: BaseException) -> str:
-    text = " ".join(str(cause).split())
-    return f"{type(cause).__name__}: {text[:200]}" if text else type(cause).__name__
-
-
-def _line(cause: BaseException) -> str:
-    """The innermost line of the user's code in a traceback, as file:line."""
-    here = str(Path(__file__).parent)
-    for frame in reversed(traceback.extract_tb(cause.__traceback__)):
-        if not frame.filename.startswith((TORCH_FOLDER, here, "<")):
-            return f"{frame.filename}:{frame.lineno}"
-    return "unknown line"
+                f"output: {node.name}: is neither a tensor nor a constant; return tensors in a tuple, list or dict"
+            )
 
 
 def _verify(model: nn.Module, gm: fx.GraphModule, examples: tuple[Tensor, ...]) -> None:
     """The graph must compute what the model computes, also with a batch size it was not traced with."""
-    batch = tuple(_batch(e, 3) for e in examples)
-    with torch.no_grad():
-        expected = pytree.tree_leaves(model(*batch))
-        try:
-            found = pytree.tree_leaves(gm(*batch))
-        except Exception as cause:
-            raise TraceError(
-                f"{type(model).__name__}: the traced graph fails for a batch of 3: {_one_line(cause)}; "
-                "the forward depends on the batch size"
-            ) from cause
+    name = type(model).__name__
+    batch = tuple(_batch(e, 5) for e in examples)
+
+    def run(m: nn.Module) -> list[Any]:
+        with torch.no_grad():  # a copy, since a model may overwrite its input
+            return pytree.tree_leaves(m(*[b.clone() for b in batch]))
+
+    expected = run(model)
+    try:
+        found = run(gm)
+    except Exception as cause:
+        raise TraceError(
+            f"{name}: the traced graph fails for a batch of 5: {one_line(cause)}; "
+            "the forward depends on the batch size"
+        ) from cause
     for i, (a, b) in enumerate(zip(expected, found, strict=True)):
         if not isinstance(a, Tensor):
             continue
-        if not torch.isfinite(a).all():
+        if a.is_floating_point() and not torch.isfinite(a).all():
             raise TraceError(f"model: output {i} of the float model holds NaN or infinite values")
-        scale = float(a.abs().max()) or 1.0
-        error = float((a - b).abs().max()) if a.shape == b.shape else float("inf")
-        if error > 1e-4 * scale:
-            raise TraceError(
-                f"{type(model).__name__}: output {i} of the traced graph differs from the model's by "
-                f"{error:.2g} (largest value {scale:.2g}); the forward depends on values or modifies its inputs"
-            )
+        error, scale = _difference(a, b)
+        if error <= TOLERANCE * scale:
+            continue
+        if any(_difference(x, y)[0] > 0 for x, y in zip(expected, run(model), strict=True)):
+            raise TraceError(f"{name}: output {i} is random: the same input gives another output")
+        raise TraceError(
+            f"{name}: output {i} of the traced graph differs from the model's by {error:.2g} (largest value "
+            f"{scale:.2g}); the forward depends on values of its input, or on what it computed before"
+        )
+
+
+def _difference(a: Any, b: Any) -> tuple[float, float]:
+    """Largest difference of two outputs, and the largest value of the first."""
+    if not isinstance(a, Tensor) or not isinstance(b, Tensor):
+        return 0.0, 1.0
+    if a.shape != b.shape:
+        return float("inf"), 1.0
+    a, b = a.double(), b.double()
+    return float((a - b).abs().max()) if a.numel() else 0.0, float(a.abs().max()) or 1.0
 
 
 # ----------------------------------------------------------------------------------- look-ups
 
 
-def module_of(gm: fx.GraphModule, node: fx.Node) -> nn.Module:
-    """The module that a ``call_module`` node calls."""
+def module_of(gm: fx.GraphModule, node: fx.Node) -> Any:
+    """The module that a ``call_module`` node calls (Any: its attributes depend on its class)."""
     return gm.get_submodule(str(node.target))
 
 
@@ -395,8 +228,36 @@ def outputs(gm: fx.GraphModule) -> list[fx.Node]:
 
 
 def unflatten(gm: fx.GraphModule, flat: list[Any]) -> Any:
-    """Nest flat outputs as the user's ``forward`` returned them."""
-    return pytree.tree_unflatten(flat, gm.meta["structure"])
+    """Nest flat outputs (those of ``outputs``) as the user's ``forward`` returned them."""
+    rest, structure = iter(flat), gm.meta["structure"]
+    constants = gm.meta["constant_outputs"]
+    leaves = [constants[i] if i in constants else next(rest) for i in range(structure.num_leaves)]
+    return pytree.tree_unflatten(leaves, structure)
+
+
+def add_module(gm: fx.GraphModule, path: str, module: nn.Module) -> str:
+    """Add a sub-module at ``path`` (or the next free name like it), in place; return where it is."""
+    taken, target, number = set(dict(gm.named_modules())), path, 0
+    while target in taken or _attribute_exists(gm, target):
+        number += 1
+        target = f"{path}_{number}"
+    parent = ""
+    for part in target.split(".")[:-1]:
+        parent = f"{parent}.{part}" if parent else part
+        if parent not in taken:
+            gm.add_submodule(parent, nn.Module())
+    gm.add_submodule(target, module)
+    module.train(mode=False)
+    return target
+
+
+def _attribute_exists(gm: fx.GraphModule, path: str) -> bool:
+    """Whether a parameter, buffer or other attribute of that name is in the way."""
+    try:
+        operator.attrgetter(path)(gm)
+    except AttributeError:
+        return False
+    return True
 
 
 def propagate_shapes(gm: fx.GraphModule) -> None:
@@ -438,7 +299,10 @@ def walk(gm: fx.GraphModule, inputs: tuple[Tensor, ...]) -> Iterator[tuple[fx.No
 
 
 def run_node(
-    gm: fx.GraphModule, node: fx.Node, values: dict[fx.Node, Any], feed: Iterator[Tensor] = iter(())
+    gm: fx.GraphModule,
+    node: fx.Node,
+    values: dict[fx.Node, Any],
+    feed: Iterator[Tensor] = iter(()),
 ) -> Any:
     """The value of one node, from the values of those before it."""
     if node.op == "placeholder":

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import copy
 import difflib
+from collections.abc import Mapping
 from dataclasses import dataclass
 
-from torch import fx
+from torch import Tensor, fx
 
 from rewriter.errors import PlanError
+from rewriter.graph import layers, module_of
 from rewriter.rules import RULES, RewriteRule, Site
 
 
@@ -59,7 +61,9 @@ def rule_named(name: str) -> RewriteRule:
             return rule
     near = difflib.get_close_matches(name, [r.name for r in RULES], 1)
     hint = f"; did you mean {near[0]!r}?" if near else ""
-    raise PlanError(f"plan: rule {name!r}: unknown{hint} (known: {', '.join(r.name for r in RULES)})")
+    raise PlanError(
+        f"plan: rule {name!r}: unknown{hint} (known: {', '.join(r.name for r in RULES)})"
+    )
 
 
 def find_sites(gm: fx.GraphModule) -> list[Site]:
@@ -67,8 +71,16 @@ def find_sites(gm: fx.GraphModule) -> list[Site]:
     return [site for rule in RULES for site in rule.match(gm)]
 
 
-def rewrite(gm: fx.GraphModule, plan: Plan) -> fx.GraphModule:
+def rewrite(
+    gm: fx.GraphModule, plan: Plan, weights: Mapping[str, Mapping[str, Tensor]] | None = None
+) -> fx.GraphModule:
     """A copy of the graph with every step of the plan applied, in the order of the catalogue.
+
+    Args:
+        gm: canonical graph; it is not touched.
+        plan: what to do.
+        weights: fitted tensors of the layer that an approximate step makes, by ``str(step)``. They are put in
+            before the next step is applied, so that an exact rule divides or scales the fitted layer.
 
     Raises:
         PlanError: a step has no site, its site is blocked, or two steps exclude each other.
@@ -87,11 +99,21 @@ def rewrite(gm: fx.GraphModule, plan: Plan) -> fx.GraphModule:
                     raise PlanError(f"plan: {taken[name]} and {step}: both change {name}")
                 taken[name] = step
             rule.apply(gm, site)
+            _load(gm, step, (weights or {}).get(str(step), {}))
     gm.graph.eliminate_dead_code()
     gm.delete_all_unused_submodules()
     gm.graph.lint()
     gm.recompile()
     return gm
+
+
+def _load(gm: fx.GraphModule, step: Step, state: Mapping[str, Tensor]) -> None:
+    """Put fitted tensors into the layer that ``step`` has just made, in place."""
+    if state:
+        made = [n for n in layers(gm) if n.meta.get("rewritten_by") == str(step)]
+        if len(made) != 1:
+            raise PlanError(f"{step}: {len(made)} layers for the fitted weights, expected 1")
+        module_of(gm, made[0]).load_state_dict(dict(state))
 
 
 def _site(gm: fx.GraphModule, sites: dict[str, Site], step: Step, taken: dict[str, Step]) -> Site:

@@ -56,7 +56,9 @@ def group_by_range(low: Tensor, high: Tensor, groups: int) -> list[list[int]]:
     lo, hi = low[order].clamp_max(0).double(), high[order].clamp_min(0).double()
     n = len(order)
     groups = min(groups, n)
-    cost = torch.zeros(n + 1, n + 1, dtype=torch.float64)  # cost[i, j]: channels i..j-1 in one group
+    cost = torch.zeros(
+        n + 1, n + 1, dtype=torch.float64
+    )  # cost[i, j]: channels i..j-1 in one group
     for i in range(n):
         span = hi[i:].cummax(0).values - lo[i:].cummin(0).values
         cost[i, i + 1 :] = torch.arange(1, n - i + 1) * span**2

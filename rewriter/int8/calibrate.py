@@ -122,9 +122,7 @@ def calibrate(
     return Calibration(values, weight_scales(gm, values), stats, samples)
 
 
-def _observe(
-    stats: dict[str, ValueStats], node: fx.Node, value: Tensor, histograms: bool
-) -> None:
+def _observe(stats: dict[str, ValueStats], node: fx.Node, value: Tensor, histograms: bool) -> None:
     rows = value.detach()
     if rows.ndim >= 2:
         axes = [d for d in range(rows.ndim) if d != 1]

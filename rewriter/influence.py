@@ -1,0 +1,209 @@
+"""How much an error in a value or a weight matters to the output: diagonal Fisher information, from a few images.
+
+The float network is the least of the damage, so a small error d at some place costs damage ~ 1/2 E[(g . d)^2] with g the
+gradient of log p(y | x) there and y drawn from the network's own answer; for outputs that are no class scores, g is the gradient
+of a random projection of the outputs, each divided by its root mean square (Hutchinson). Rounding errors are independent from value
+to value, so sums of g^2 are enough, and they carry over to a rescaled channel by a factor.
+Source: Martens, 2014 (arXiv:1412.1193); Hutchinson, 1990 (doi:10.1080/03610919008812866).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, fx, nn
+
+from rewriter.graph import is_call, layers, module_of, outputs, run_node
+
+
+@dataclass
+class Influence:
+    """Sums over calibration inputs, divided by their number; by node name.
+
+    Args:
+        values: (C,) sum of g^2 over the positions of each channel of a value.
+        weights: (C_out, C_in / groups) of a layer: sum over a filter's weights of the squared gradient, when the bias follows
+            (so that the mean of what an error adds is taken out).
+        power: (C,) mean square of each channel of a value.
+        mean: (C,) mean of each channel of a value.
+        samples: number of inputs.
+    """
+
+    values: dict[str, Tensor] = field(default_factory=dict[str, Tensor])
+    weights: dict[str, Tensor] = field(default_factory=dict[str, Tensor])
+    power: dict[str, Tensor] = field(default_factory=dict[str, Tensor])
+    mean: dict[str, Tensor] = field(default_factory=dict[str, Tensor])
+    samples: int = 0
+
+
+def measure_influence(
+    gm: fx.GraphModule,
+    batches: Iterable[Tensor | tuple[Tensor, ...]],
+    draws: int = 1,
+    rows: int = 10,
+    seed: int = 0,
+) -> Influence:
+    """The influence of every channel of every value and of every weight of a float graph.
+
+    Args:
+        gm: canonical graph.
+        batches: inputs (N, ...), or a tuple with one tensor for each input.
+        draws: how many answers are drawn for each input.
+        rows: inputs in one backward pass; bounds the memory.
+        seed: of the draws.
+    """
+    found = Influence()
+    generator = torch.Generator().manual_seed(seed)
+    flags = [(p, p.requires_grad) for p in gm.parameters()]
+    for p, _ in flags:
+        p.requires_grad_(False)
+    try:
+        for batch in batches:
+            inputs = batch if isinstance(batch, tuple) else (batch,)
+            for part in zip(*(x.split(rows) for x in inputs), strict=True):
+                _accumulate(gm, part, found, draws, generator)
+    finally:
+        for p, flag in flags:
+            p.requires_grad_(flag)
+    for table in (found.values, found.weights, found.power, found.mean):
+        for name in table:
+            table[name] /= found.samples
+    return found
+
+
+def _accumulate(
+    gm: fx.GraphModule,
+    inputs: tuple[Tensor, ...],
+    found: Influence,
+    draws: int,
+    generator: torch.Generator,
+) -> None:
+    values: dict[fx.Node, Any] = {}
+    feed = iter(x.detach().requires_grad_(x.is_floating_point()) for x in inputs)
+    with torch.enable_grad():
+        for node in gm.graph.nodes:
+            if node.op != "output":
+                values[node] = run_node(gm, node, values, feed)
+    watched = [n for n, v in values.items() if isinstance(v, Tensor) and v.requires_grad]
+    for node in watched:
+        x = values[node].detach()
+        if x.ndim >= 2:
+            places = x[0, 0].numel()
+            _add(found.power, node.name, _squares(x) / places)
+            _add(found.mean, node.name, x.sum([d for d in range(x.ndim) if d != 1]) / places)
+    answers = [values[n] for n in outputs(gm)]
+    for draw in range(draws):
+        score = _score(answers, generator)
+        gradients = torch.autograd.grad(
+            score,
+            [values[n] for n in watched],
+            retain_graph=draw < draws - 1,
+            allow_unused=True,
+        )
+        of = {n: g for n, g in zip(watched, gradients, strict=True) if g is not None}
+        for node, g in of.items():
+            if g.ndim >= 2:
+                _add(found.values, node.name, _squares(g) / draws)
+        for node in layers(gm):
+            if node in of:
+                x = values[node.args[0]].detach()
+                square = _weight_gradients(module_of(gm, node), x, of[node])
+                _add(found.weights, node.name, square / draws)
+    found.samples += len(inputs[0])
+
+
+def _add(table: dict[str, Tensor], name: str, value: Tensor) -> None:
+    table[name] = table[name] + value if name in table else value
+
+
+def _squares(x: Tensor) -> Tensor:
+    """(N, C, ...) -> (C,) sum of squares, float64."""
+    axes = [d for d in range(x.ndim) if d != 1]
+    return torch.linalg.vector_norm(x, dim=axes).double().square()
+
+
+def _score(answers: list[Tensor], generator: torch.Generator) -> Tensor:
+    """A number whose gradient has the Gauss-Newton matrix of the damage as its second moment."""
+    if is_class_scores(answers):
+        (logits,) = answers
+        log = logits.log_softmax(1)
+        drawn = torch.multinomial(log.detach().exp(), 1, generator=generator)
+        return log.gather(1, drawn).sum()
+    total = answers[0].new_zeros(())
+    for answer in answers:
+        if not answer.is_floating_point():
+            continue
+        rows = answer.flatten(1)
+        size = rows.detach().square().sum(1, keepdim=True).clamp_min(1e-12).sqrt()
+        signs = torch.randint(0, 2, rows.shape, generator=generator).to(rows) * 2 - 1
+        # damage is the squared error relative to the output, averaged over outputs; 2 for the half in 1/2 g^2
+        total = total + (rows * signs / size).sum() * (2 / len(answers)) ** 0.5
+    return total
+
+
+def is_class_scores(answers: list[Tensor]) -> bool:
+    """Whether a network's answer is one row of class scores, (N, K) with K > 1."""
+    return len(answers) == 1 and answers[0].ndim == 2 and answers[0].shape[1] > 1
+
+
+def _weight_gradients(layer: nn.Module, x: Tensor, g: Tensor) -> Tensor:
+    """(C_out, C_in / groups): sum over samples of the squared gradients of a filter's weights, the input's mean taken out.
+
+    Of a k x k filter the middle weight stands for all: neighbouring pixels are alike, and unfolding costs ten times the rest.
+    """
+    if isinstance(layer, nn.Linear):
+        x, g = (v.unsqueeze(1) if v.ndim == 2 else v.flatten(1, -2) for v in (x, g))
+        x, g, groups, taps = x.transpose(1, 2), g.transpose(1, 2), 1, 1
+    elif isinstance(layer, (nn.Conv1d, nn.Conv2d)):
+        groups, taps = layer.groups, math.prod(layer.kernel_size)
+        steps = tuple(slice(s // 2 if k > 1 else 0, None, s) for s, k in zip(layer.stride, layer.kernel_size, strict=True))
+        x = x[(..., *steps)]
+        sizes = [min(a, b) for a, b in zip(x.shape[2:], g.shape[2:], strict=True)]
+        x, g = (v[(..., *[slice(0, n) for n in sizes])] for v in (x, g))
+        x, g = x.flatten(2), g.flatten(2)
+    else:  # transposed: the same for every weight
+        size = layer.weight.shape[:2]
+        each = float(g.square().sum()) * float(x.square().mean()) / math.prod(size)
+        return torch.full(size, each, dtype=torch.float64)
+    mean = x.mean((0, 2))
+    if groups == x.shape[1]:
+        each = torch.linalg.vecdot(x, g) if g.shape[1] == x.shape[1] else _grouped(x, g, groups)[..., 0]
+        each = each - mean.repeat_interleave(g.shape[1] // groups) * g.sum(2)
+        return taps * each.square().sum(0).double().unsqueeze(1)
+    each = _grouped(x, g, groups)
+    inner = mean.view(groups, -1).repeat_interleave(g.shape[1] // groups, 0)  # (C_out, C_in / groups)
+    each = each - inner * g.sum(2).unsqueeze(2)
+    return taps * each.square().sum(0).double()
+
+
+def _grouped(x: Tensor, g: Tensor, groups: int) -> Tensor:
+    """(N, C_out, C_in / groups) sum over positions of each output's gradient times each input it reads."""
+    x, g = x.unflatten(1, (groups, -1)), g.unflatten(1, (groups, -1))
+    return (g @ x.transpose(2, 3)).flatten(1, 2)
+
+
+def unfolded(layer: nn.Conv2d, x: Tensor) -> Tensor:
+    """The patches that a convolution multiplies its weights with: (N, groups, C_in / groups * k * k, positions)."""
+    pads = layer.padding
+    if isinstance(pads, str):
+        sizes = [d * (k - 1) for d, k in zip(layer.dilation, layer.kernel_size, strict=True)]
+        pads = (0, 0) if pads == "valid" else None
+        if pads is None:
+            x = F.pad(x, [sizes[1] // 2, sizes[1] - sizes[1] // 2, sizes[0] // 2, sizes[0] - sizes[0] // 2])
+            pads = (0, 0)
+    elif layer.padding_mode != "zeros":
+        x = F.pad(x, [pads[1], pads[1], pads[0], pads[0]], mode=layer.padding_mode)
+        pads = (0, 0)
+    if layer.kernel_size == (1, 1) and layer.stride == (1, 1) and tuple(pads) == (0, 0):
+        columns = x.flatten(2)
+    else:
+        columns = F.unfold(x, layer.kernel_size, layer.dilation, pads, layer.stride)
+    return columns.unflatten(1, (layer.groups, -1))
+
+
+__all__ = ["Influence", "is_call", "is_class_scores", "measure_influence", "unfolded"]

@@ -1,0 +1,209 @@
+"""An ONNX graph under construction from a canonical graph: tensor names, constants, quantization at the annotated values.
+
+A value that is annotated with int8 goes through QuantizeLinear once; whoever reads it in int8 gets DequantizeLinear of
+that, whoever reads it in float gets the tensor before it. Tensors are called after the graph's nodes: ``stem`` is the float
+value, ``stem.q`` its int8 form, ``stem.dq`` what int8 readers see; constants are ``stem.weight`` and so on.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import onnx
+import torch
+from onnx import helper, numpy_helper
+from torch import Tensor, fx
+
+from rewriter.errors import QuantizeError
+from rewriter.int8.annotate import Annotation, annotation
+from rewriter.int8.scheme import QuantSpec
+from rewriter.int8.simulate import Quantized
+
+# ONNX Runtime's fusions know the operators up to opset 21; torch exports opaque parts up to 20.
+OPSET = 20
+IR_VERSION = 10
+
+# One tensor name, or as many as a node makes tensors, nested as torch nests them.
+Value = str | tuple[Any, ...]
+
+_FLOAT = Annotation()
+_ONNX_TYPES: dict[torch.dtype, int] = {
+    torch.float32: onnx.TensorProto.FLOAT,
+    torch.float64: onnx.TensorProto.DOUBLE,
+    torch.float16: onnx.TensorProto.FLOAT16,
+    torch.int64: onnx.TensorProto.INT64,
+    torch.int32: onnx.TensorProto.INT32,
+    torch.int16: onnx.TensorProto.INT16,
+    torch.int8: onnx.TensorProto.INT8,
+    torch.uint8: onnx.TensorProto.UINT8,
+    torch.bool: onnx.TensorProto.BOOL,
+}
+
+
+class UnsupportedError(Exception):
+    """An emitter does not know this setting; torch's own exporter is asked instead."""
+
+
+def onnx_type(dtype: torch.dtype) -> int:
+    """The ONNX element type of a torch dtype."""
+    return _ONNX_TYPES[dtype]
+
+
+def integer_type(spec: QuantSpec) -> type[np.integer[Any]]:
+    """The numpy type that holds a quantized activation.
+
+    Raises:
+        QuantizeError: it is not 8 bits wide.
+    """
+    if spec.bits != 8:
+        raise QuantizeError(f"onnx: bits of an activation: {spec.bits}, only 8 can be stored")
+    return np.int8 if spec.signed else np.uint8
+
+
+def argument(node: fx.Node, position: int, name: str, default: Any = None) -> Any:
+    """An argument of a function or method call, given by position or by name."""
+    return node.args[position] if len(node.args) > position else node.kwargs.get(name, default)
+
+
+class Emission:
+    """The nodes and constants emitted so far; emitters add to it.
+
+    Args:
+        gm: canonical graph.
+        quantized: its int8 form; None emits float.
+        exposed: nodes whose values the ONNX graph returns besides its outputs.
+    """
+
+    def __init__(
+        self,
+        gm: fx.GraphModule,
+        quantized: Quantized | None = None,
+        exposed: frozenset[fx.Node] = frozenset(),
+    ) -> None:
+        self.gm, self.quantized, self.exposed = gm, quantized, exposed
+        self.nodes: list[onnx.NodeProto] = []
+        self.constants: dict[str, onnx.TensorProto] = {}
+        self.values: dict[fx.Node, Value] = {}
+        self.pads: dict[fx.Node, tuple[int, int, int, int]] = {}  # left, right, top, bottom
+        self.place = ""  # the node that is being emitted
+        self._dequantized: dict[fx.Node, str] = {}
+        self._shared: dict[tuple[bytes, str, tuple[int, ...]], str] = {}
+        self._taken: set[str] = set()
+
+    # ------------------------------------------------------------------------------ building
+
+    def name(self, wanted: str) -> str:
+        """``wanted``, with a number behind it if it is taken."""
+        name, number = wanted, 0
+        while name in self._taken:
+            number += 1
+            name = f"{wanted}.{number}"
+        self._taken.add(name)
+        return name
+
+    def op(self, kind: str, *inputs: str, **attributes: Any) -> str:
+        """Add one ONNX node with one output and return the name of it; "" stands for an absent input."""
+        return self.op_many(kind, inputs, 1, **attributes)[0]
+
+    def op_many(
+        self, kind: str, inputs: Sequence[str], outputs: int, **attributes: Any
+    ) -> tuple[str, ...]:
+        """Add one ONNX node and return the names of its outputs."""
+        label = self.name(f"{self.place}.{kind}")
+        suffixes = [""] if outputs == 1 else [f":{i}" for i in range(outputs)]
+        names = [label + s for s in suffixes]
+        self.nodes.append(helper.make_node(kind, inputs, names, label, **attributes))
+        return tuple(names)
+
+    def constant(self, value: Tensor | np.ndarray[Any, Any], label: str) -> str:
+        """Store a tensor and return its name; small equal ones are stored once."""
+        array = value.detach().cpu().contiguous().numpy() if isinstance(value, Tensor) else value
+        key = (array.tobytes(), array.dtype.str, array.shape) if array.size <= 16 else None
+        if key is not None and key in self._shared:
+            return self._shared[key]
+        name = self.name(f"{self.place}.{label}")
+        self.constants[name] = numpy_helper.from_array(np.asarray(array), name)
+        if key is not None:
+            self._shared[key] = name
+        return name
+
+    def scalar(self, value: float, dtype: torch.dtype = torch.float32) -> str:
+        """A number as a constant without dimensions."""
+        return self.constant(torch.tensor(value, dtype=dtype), "scalar")
+
+    def ints(self, values: Sequence[Any]) -> str:
+        """A vector of int64 from numbers and from nodes that compute a number."""
+        if all(isinstance(v, int) for v in values):
+            return self.constant(np.array(values, dtype=np.int64), "ints")
+        parts = [
+            self.op("Reshape", self.read(v), self.ints([1]))
+            if isinstance(v, fx.Node)
+            else self.ints([v])
+            for v in values
+        ]
+        return self.op("Concat", *parts, axis=0)
+
+    def cast(self, value: str, dtype: torch.dtype) -> str:
+        """``value`` as another element type."""
+        return self.op("Cast", value, to=onnx_type(dtype))
+
+    # ------------------------------------------------------------------------------ reading
+
+    def note(self, node: fx.Node) -> Annotation:
+        """What int8 does at a node; nothing at all while float is emitted."""
+        return _FLOAT if self.quantized is None else annotation(node)
+
+    def read(self, source: fx.Node, reader: fx.Node | None = None) -> str:
+        """The tensor that ``reader`` (else the node that is being emitted) sees of ``source``.
+
+        Raises:
+            UnsupportedError: ``source`` makes several tensors.
+        """
+        if reader is not None and source.name in self.note(reader).reads:
+            return self.dequantized(source)
+        value = self.values[source]
+        if not isinstance(value, str):
+            raise UnsupportedError(f"{source.name} is not one tensor")
+        return value
+
+    def dequantized(self, source: fx.Node) -> str:
+        """The float tensor that int8 readers of ``source`` see."""
+        if source not in self._dequantized:
+            value = self.values[source]
+            assert isinstance(value, str), source.name
+            scale, zero = self.value_constants(source)
+            quantized, read = self.name(f"{source.name}.q"), self.name(f"{source.name}.dq")
+            self.nodes.append(
+                helper.make_node("QuantizeLinear", [value, scale, zero], [quantized], quantized)
+            )
+            self.nodes.append(
+                helper.make_node("DequantizeLinear", [quantized, scale, zero], [read], read)
+            )
+            self._dequantized[source] = read
+        return self._dequantized[source]
+
+    def value_params(self, source: fx.Node) -> tuple[float, int, QuantSpec]:
+        """Scale, zero point and spec of the int8 form of a value.
+
+        Raises:
+            QuantizeError: the value was not calibrated.
+        """
+        assert self.quantized is not None
+        note = annotation(source)
+        if note.output is None or note.range_of not in self.quantized.calibration.values:
+            raise QuantizeError(f"{source.name}: range: not calibrated")
+        return *note.output.params(*self.quantized.calibration.values[note.range_of]), note.output
+
+    def value_constants(self, source: fx.Node) -> tuple[str, str]:
+        """Names of the scale and zero point of a value; all that share a range share them."""
+        owner = annotation(source).range_of
+        names = f"{owner}.scale", f"{owner}.zero_point"
+        if names[0] not in self.constants:
+            scale, zero, spec = self.value_params(source)
+            arrays = np.array(scale, dtype=np.float32), np.array(zero, dtype=integer_type(spec))
+            for name, array in zip(names, arrays, strict=True):
+                self._taken.add(name)
+                self.constants[name] = numpy_helper.from_array(array, name)
+        return names

@@ -1,0 +1,64 @@
+"""Run an ONNX model on ONNX Runtime's CPU kernels."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import onnxruntime as ort
+import torch
+from torch import Tensor
+
+Array = np.ndarray[Any, Any]
+
+
+class Session:
+    """An ONNX Runtime session on the CPU.
+
+    Args:
+        model: the model, its serialized bytes, or a file.
+        threads: threads inside one operator.
+        optimize: True runs the fused int8 kernels that ship; False runs the graph as it is written,
+            which is what the simulation computes.
+        save_optimized: where to write the graph that is really run, for inspection.
+    """
+
+    def __init__(
+        self,
+        model: onnx.ModelProto | bytes | str | Path,
+        threads: int = 2,
+        optimize: bool = True,
+        save_optimized: str | Path | None = None,
+    ) -> None:
+        options = ort.SessionOptions()
+        options.intra_op_num_threads = threads
+        options.inter_op_num_threads = 1
+        options.log_severity_level = 3
+        level = ort.GraphOptimizationLevel
+        options.graph_optimization_level = level.ORT_ENABLE_ALL if optimize else level.ORT_DISABLE_ALL
+        if save_optimized is not None:
+            options.optimized_model_filepath = str(save_optimized)
+        source = model.SerializeToString() if isinstance(model, onnx.ModelProto) else model
+        source = str(source) if isinstance(source, Path) else source
+        self._session = ort.InferenceSession(source, options, providers=["CPUExecutionProvider"])
+        self.inputs = [i.name for i in self._session.get_inputs()]
+        self.outputs = [o.name for o in self._session.get_outputs()]
+
+    def run(self, *batch: Array | Tensor) -> list[Array]:
+        """Flat outputs, each (N, ...), for one batch of each input, (N, ...) float32."""
+        feed = {name: _array(x) for name, x in zip(self.inputs, batch, strict=True)}
+        return self._session.run(None, feed)
+
+    def run_all(self, batches: Iterable[Array | Tensor | tuple[Array | Tensor, ...]]) -> list[Array]:
+        """Flat outputs over all batches, joined along the first dimension."""
+        found: list[list[Array]] = []
+        for batch in batches:
+            found.append(self.run(*batch) if isinstance(batch, tuple) else self.run(batch))
+        return [np.concatenate(parts) for parts in zip(*found, strict=True)]
+
+
+def _array(x: Array | Tensor) -> Array:
+    return np.ascontiguousarray(x.detach().cpu().numpy() if isinstance(x, torch.Tensor) else x)

@@ -1,0 +1,347 @@
+"""Run many quantized variants of one network while the part they have in common is computed once.
+
+A variant says, node by node, what is int8. The graph is walked once in the base configuration; where a variant first
+differs, a fork runs the rest of the graph, and of that only the nodes that depend on the
+difference. Only values that are still to be read are kept.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, fx, nn
+
+from rewriter.graph import is_call, module_of, outputs, run_node
+from rewriter.int8.annotate import annotate, annotation, is_layer, moves_values
+from rewriter.int8.scheme import QuantScheme, QuantSpec, channel_axis, dequantized_weight
+from rewriter.int8.simulate import Quantized
+
+# Rounding passes four times over its data: in pieces of half a megabyte it does so inside the cache.
+PIECE = 1 << 17
+# glibc hands larger blocks back to the kernel at once, and each use then starts with page faults.
+LARGEST_BLOCK = 24 << 20
+
+
+@dataclass(frozen=True)
+class State:
+    """What is int8 at one node: its weight, and which of its arguments (by name) it reads rounded."""
+
+    weight: bool = False
+    reads: frozenset[str] = frozenset()
+
+
+FLOAT = State()
+# What is int8, by node name; a node that is not named is float.
+Variant = Mapping[str, State]
+
+
+def int8_variant(gm: fx.GraphModule) -> dict[str, State]:
+    """The whole network in int8, as it is annotated."""
+    found: dict[str, State] = {}
+    for node in gm.graph.nodes:
+        note = annotation(node)
+        if note.weight is not None or note.reads:
+            found[node.name] = State(note.weight is not None, frozenset(note.reads))
+    return found
+
+
+def only(gm: fx.GraphModule, layer: fx.Node) -> dict[str, State]:
+    """One layer in int8, all else in float.
+
+    Its weight, the values it reads and, where its result is what the graph returns, that result.
+    """
+    note = annotation(layer)
+    variant = {layer.name: State(note.weight is not None, frozenset(note.reads))}
+    (output,) = gm.graph.find_nodes(op="output")
+    returned = {v for v in annotation(output).reads if _maker(gm, v) is layer}
+    if returned:
+        variant[output.name] = State(reads=frozenset(returned))
+    return variant
+
+
+def keeping(
+    gm: fx.GraphModule, scheme: QuantScheme, layers: Sequence[fx.Node]
+) -> dict[str, State]:
+    """The whole network in int8 but for ``layers``, which are kept as the rule keep_float keeps them."""
+    nodes = list(gm.graph.nodes)
+    notes = [n.meta["int8"] for n in nodes]
+    kept = [n for n in layers if not n.meta.get("keep_float")]
+    try:
+        for node in kept:
+            node.meta["keep_float"] = True
+        annotate(gm, scheme)
+        return int8_variant(gm)
+    finally:
+        for node in kept:
+            del node.meta["keep_float"]
+        for node, note in zip(nodes, notes, strict=True):
+            node.meta["int8"] = note
+
+
+def _maker(gm: fx.GraphModule, name: str) -> fx.Node | None:
+    """The layer whose result the value ``name`` is, behind moves and its own activation."""
+    node = next(n for n in gm.graph.nodes if n.name == name)
+    while not is_layer(gm, node):
+        before = node.all_input_nodes
+        fused = node.op == "call_module" and bool(before) and annotation(before[0]).output is None
+        if len(before) != 1 or not (moves_values(gm, node) or fused):
+            return None
+        node = before[0]
+    return node
+
+
+def round_to_int8(x: Tensor, scale: float, zero_point: int, spec: QuantSpec) -> Tensor:
+    """``fake_quantize`` without gradient: the same numbers, a few times as fast on CPU."""
+    inverse = float(torch.tensor(1.0) / torch.tensor(scale))
+    low, high = float(spec.qmin - zero_point), float(spec.qmax - zero_point)
+    if x.device.type != "cpu":
+        return x.mul(inverse).round_().clamp_(low, high).mul_(scale)
+    if not (x.is_contiguous() or x.is_contiguous(memory_format=torch.channels_last)):
+        x = x.contiguous()
+    result = torch.empty_like(x)
+    size = (x.numel(),)
+    pieces = zip(
+        x.as_strided(size, (1,)).split(PIECE),
+        result.as_strided(size, (1,)).split(PIECE),
+        strict=True,
+    )
+    for source, piece in pieces:
+        torch.mul(source, inverse, out=piece).round_().clamp_(low, high).mul_(scale)
+    return result
+
+
+def value_params(quantized: Quantized, value: fx.Node) -> tuple[float, int, QuantSpec]:
+    """Scale, zero point and form of the int8 value that ``value`` makes."""
+    spec = annotation(value).output
+    assert spec is not None, value.name
+    return (*quantized.value_params(value), spec)
+
+
+def rounded_weight(quantized: Quantized, node: fx.Node) -> Tensor:
+    """The weight of a layer as its int8 kernel sees it."""
+    layer, spec = module_of(quantized.gm, node), annotation(node).weight
+    assert spec is not None, node.name
+    weight: Any = layer.weight
+    scale = quantized.calibration.weights[node.name].to(weight.device)
+    return dequantized_weight(weight.detach(), scale, spec, channel_axis(layer, spec))
+
+
+def with_weight(layer: nn.Module, weight: Tensor, bias: Tensor | None) -> nn.Module:
+    """A view of ``layer`` with another weight and bias; shares everything else."""
+    twin = copy.copy(layer)
+    twin._parameters = dict(layer._parameters)
+    twin._parameters["weight"] = nn.Parameter(weight, requires_grad=False)
+    twin._parameters["bias"] = bias  # type: ignore[assignment]
+    return twin
+
+
+class Forks:
+    """Evaluates variants of one quantized graph.
+
+    Args:
+        quantized: annotated and calibrated graph; it is not changed.
+    """
+
+    def __init__(self, quantized: Quantized) -> None:
+        self.quantized, self.gm = quantized, quantized.gm
+        (self.output,) = self.gm.graph.find_nodes(op="output")
+        self.nodes = [n for n in self.gm.graph.nodes if n.op != "output"]
+        self.index = {n: i for i, n in enumerate(self.nodes)}
+        self.returned = outputs(self.gm)
+        end = len(self.nodes)
+        self.last = {
+            n: max((self.index.get(u, end) for u in n.users), default=-1) for n in self.nodes
+        }
+        self.dying: list[list[fx.Node]] = [[] for _ in range(end + 1)]
+        for node, last in self.last.items():
+            self.dying[last if last >= 0 else self.index[node]].append(node)
+        self.in_place = {n for n in self.nodes if _may_overwrite(self.gm, n)}
+        self.device = next((p.device for p in self.gm.parameters()), torch.device("cpu"))
+
+    def share(self, base: Variant, variant: Variant) -> float:
+        """Share of the network's multiply-accumulates that a fork to ``variant`` runs."""
+        from rewriter.cost import layer_macs
+
+        macs = layer_macs(self.gm)
+        dirty = self._dependent(base, variant)
+        return sum(macs.get(n.name, 0) for n in dirty) / max(sum(macs.values()), 1)
+
+    def run(self, inputs: tuple[Tensor, ...], variant: Variant) -> list[Tensor]:
+        """Flat outputs of one variant."""
+        for _, found in self.walk(inputs, variant, ()):
+            return found
+        raise AssertionError
+
+    @torch.no_grad()
+    def walk(
+        self, inputs: tuple[Tensor, ...], base: Variant, variants: Sequence[Variant]
+    ) -> Iterator[tuple[int, list[Tensor]]]:
+        """Run the base once and every variant from where it differs.
+
+        Args:
+            inputs: one batch, (N, ...) each.
+            base: configuration of the shared part.
+            variants: what to run.
+
+        Yields:
+            The index of a variant and its flat outputs, in the order in which they differ; at the end -1 and the base's outputs.
+        """
+        starts: dict[int, list[int]] = {}
+        for i, variant in enumerate(variants):
+            starts.setdefault(self._start(base, variant), []).append(i)
+        values: dict[fx.Node, Any] = {}
+        memo: dict[fx.Node, Tensor] = {}
+        feed = iter([v.to(self.device) for v in inputs])
+        for node in self.nodes:
+            if node.op == "placeholder":
+                values[node] = run_node(self.gm, node, values, feed)
+        for i, node in enumerate(self.nodes):
+            for v in starts.get(i, ()):
+                yield v, self._suffix(i, values, memo, base, variants[v])
+            self._pull(node, values, memo, base, overwrite=True)
+            for done in self.dying[i]:
+                values.pop(done, None)
+                memo.pop(done, None)
+        for v in starts.get(len(self.nodes), ()):
+            yield v, self._suffix(len(self.nodes), values, memo, base, variants[v])
+        yield -1, self._outputs(values, {}, {}, base)
+
+    def _start(self, base: Variant, variant: Variant) -> int:
+        for i, node in enumerate(self.nodes):
+            if base.get(node.name, FLOAT) != variant.get(node.name, FLOAT):
+                return i
+        return len(self.nodes)
+
+    def _dependent(self, base: Variant, variant: Variant) -> list[fx.Node]:
+        """The nodes whose value differs between two variants, in order."""
+        dirty: dict[fx.Node, None] = {}
+        for node in self.nodes:
+            changed = base.get(node.name, FLOAT) != variant.get(node.name, FLOAT)
+            if changed or any(n in dirty for n in node.all_input_nodes):
+                dirty[node] = None
+        return list(dirty)
+
+    def _pull(
+        self,
+        node: fx.Node,
+        values: dict[fx.Node, Any],
+        memo: dict[fx.Node, Tensor],
+        base: Variant,
+        overwrite: bool = False,
+    ) -> None:
+        """Compute a value of the base, and those it needs, if it is not there yet.
+
+        Only the walk itself may overwrite: ahead of it, a later fork may still have to read the value.
+        """
+        stack = [node]
+        while stack:
+            top = stack[-1]
+            missing = [] if top in values else [n for n in top.all_input_nodes if n not in values]
+            if missing:
+                stack += missing
+                continue
+            stack.pop()
+            if top not in values:
+                mine = overwrite and top is node and top in self.in_place
+                values[top] = self._evaluate(top, values, memo, base, mine)
+
+    def _suffix(
+        self,
+        start: int,
+        values: dict[fx.Node, Any],
+        memo: dict[fx.Node, Tensor],
+        base: Variant,
+        variant: Variant,
+    ) -> list[Tensor]:
+        own: dict[fx.Node, Any] = {}
+        rounded: dict[fx.Node, Tensor] = {}
+        for i in range(start, len(self.nodes)):
+            node = self.nodes[i]
+            changed = base.get(node.name, FLOAT) != variant.get(node.name, FLOAT)
+            inputs = node.all_input_nodes
+            if changed or any(n in own for n in inputs):
+                for n in inputs:
+                    if n not in own and n not in values:
+                        self._pull(n, values, memo, base)
+                seen = {n: own[n] if n in own else values[n] for n in inputs}
+                mine = node in self.in_place and inputs[0] in own
+                own[node] = self._evaluate(node, seen, rounded, variant, mine)
+            for done in self.dying[i]:
+                own.pop(done, None)
+                rounded.pop(done, None)
+        for n in self.returned:
+            if n not in own and n not in values:
+                self._pull(n, values, memo, base)
+        return self._outputs(values, own, rounded, variant)
+
+    def _outputs(
+        self,
+        values: Mapping[fx.Node, Any],
+        own: Mapping[fx.Node, Any],
+        rounded: dict[fx.Node, Tensor],
+        variant: Variant,
+    ) -> list[Tensor]:
+        reads = variant.get(self.output.name, FLOAT).reads
+        found: list[Tensor] = []
+        for node in self.returned:
+            value = own[node] if node in own else values[node]
+            if node.name in reads and not self._on_grid(node, variant):
+                value = self._rounded(node, value, rounded)
+            found.append(value)
+        return found
+
+    def _evaluate(
+        self,
+        node: fx.Node,
+        values: Mapping[fx.Node, Any],
+        rounded: dict[fx.Node, Tensor],
+        variant: Variant,
+        overwrite: bool,
+    ) -> Any:
+        state = variant.get(node.name, FLOAT)
+        if overwrite and not state.reads:
+            return _overwrite(module_of(self.gm, node), values[node.all_input_nodes[0]])
+        seen: dict[fx.Node, Any] = {n: values[n] for n in node.all_input_nodes}
+        for n in node.all_input_nodes:
+            if n.name in state.reads and not self._on_grid(n, variant):
+                seen[n] = self._rounded(n, seen[n], rounded)
+        if state.weight:
+            layer: Any = module_of(self.gm, node)
+            weight = rounded_weight(self.quantized, node)
+            return with_weight(layer, weight, layer.bias)(seen[node.all_input_nodes[0]])
+        return run_node(self.gm, node, seen)
+
+    def _on_grid(self, node: fx.Node, variant: Variant) -> bool:
+        """What was moved in int8 needs no second rounding."""
+        return moves_values(self.gm, node) and bool(variant.get(node.name, FLOAT).reads)
+
+    def _rounded(self, node: fx.Node, value: Tensor, rounded: dict[fx.Node, Tensor]) -> Tensor:
+        if node not in rounded:
+            rounded[node] = round_to_int8(value, *value_params(self.quantized, node))
+        return rounded[node]
+
+
+def _may_overwrite(gm: fx.GraphModule, node: fx.Node) -> bool:
+    """An activation that alone reads the fresh result of a layer: it may write in place."""
+    if not is_call(gm, node, nn.ReLU, nn.ReLU6, nn.Hardtanh, nn.LeakyReLU, nn.SiLU, nn.Hardswish):
+        return False
+    (before,) = node.all_input_nodes
+    return is_layer(gm, before) and len(before.users) == 1
+
+
+def _overwrite(m: Any, x: Tensor) -> Tensor:
+    if type(m) is nn.LeakyReLU:
+        return F.leaky_relu_(x, m.negative_slope)
+    if type(m) is nn.ReLU:
+        return F.relu_(x)
+    if type(m) is nn.SiLU:
+        return F.silu(x, inplace=True)
+    if type(m) is nn.Hardswish:
+        return F.hardswish(x, inplace=True)
+    low, high = (0.0, 6.0) if type(m) is nn.ReLU6 else (m.min_val, m.max_val)
+    return F.hardtanh_(x, low, high)

@@ -1,0 +1,399 @@
+"""Symbolic tracing with real values beside the symbols.
+
+Plain torch.fx gives up where the user's code asks a tensor for its shape. Here every proxy also carries the values that two
+small batches of different size have at its place: what is equal in both is a constant of the model (``x.shape[2]``,
+``x.ndim``, a loop over a static size, a condition on them), what differs is the batch size and stays symbolic, and a
+condition on the values themselves is refused. In-place operations are seen by the tensors' version counters.
+"""
+
+from __future__ import annotations
+
+import inspect
+import operator
+import os
+import traceback
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+
+from rewriter.errors import TraceError
+
+BATCHES = (2, 3)  # 1 would be ambiguous: squeeze() and broadcasting treat it apart
+_FOLDERS = (f"{Path(torch.__file__).parent}{os.sep}", f"{Path(__file__).parent}{os.sep}", "<")
+# What these say of a tensor depends on its shape and type alone.
+_ABOUT_SHAPE = {
+    *("size", "dim", "ndimension", "numel", "nelement", "stride", "element_size", "get_device"),
+    *("is_floating_point", "is_complex", "is_contiguous", "__len__"),
+    *(torch.is_floating_point, torch.is_complex, torch.numel),
+}
+# Functions that take sizes but no tensor: torch does not offer them to a proxy by itself.
+_MAKERS = ("zeros", "ones", "full", "empty", "arange", "eye", "linspace")
+
+
+@dataclass(frozen=True)
+class Opaque:
+    """A sub-module that is kept whole: it is run as it is, and nothing inside it is rewritten."""
+
+    name: str
+    kind: str
+    reason: str
+    line: str = ""
+
+
+class Untraceable(Exception):
+    """Carries the path of the innermost module whose forward could not be traced."""
+
+    def __init__(self, path: str, cause: BaseException, line: str = "") -> None:
+        super().__init__(path)
+        self.path, self.cause, self.line = path, cause, line or line_of(cause)
+
+
+class Proxy(fx.Proxy):
+    """A symbol with the values that both batches have at its place.
+
+    Attributes:
+        values: one for each of ``BATCHES``.
+        static: it follows from shapes alone.
+    """
+
+    values: tuple[Any, Any]
+    static: bool
+
+    @property
+    def __class__(self) -> type:  # isinstance(x, Tensor) in user code must answer as for the value
+        values = self.__dict__.get("values")
+        return Tensor if values is not None and isinstance(values[0], Tensor) else Proxy
+
+    @property
+    def shape(self) -> Any:
+        return self.size()
+
+    def size(self, dim: int | None = None) -> Any:
+        if not isinstance(self.values[0], Tensor):
+            raise AttributeError("size")
+        a, b = (v.shape for v in self.values)
+        if len(a) != len(b):
+            raise fx.proxy.TraceError("the number of dimensions depends on the batch size")
+        if dim is not None:
+            return self._size(dim % len(a))
+        return torch.Size(a) if a == b else tuple(self._size(i) for i in range(len(a)))
+
+    def _size(self, dim: int) -> Any:
+        return self.tracer.create_proxy("call_method", "size", (self, dim), {})
+
+    def __len__(self) -> int:
+        a, b = (len(v) for v in self.values)
+        if a != b:
+            raise fx.proxy.TraceError("len() is the batch size, which is no constant")
+        return a
+
+    def __index__(self) -> int:
+        raise fx.proxy.TraceError("the batch size, or a value, is used as a plain number")
+
+    __int__ = __float__ = __index__
+
+    def __contains__(self, item: Any) -> bool:
+        if isinstance(self.values[0], dict):
+            return item in self.values[0]
+        raise fx.proxy.TraceError("a condition on values of the input")
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("_") or name in {"node", "tracer", "values", "static"}:
+            raise AttributeError(name)
+        first, second = (getattr(v, name) for v in self.values)
+        if isinstance(self.values[0], dict) and name in ("keys", "items", "values"):
+            return lambda: [
+                {"keys": k, "items": (k, self[k]), "values": self[k]}[name] for k in self.values[0]
+            ]
+        if callable(first):
+            return fx.proxy.Attribute(self, name)
+        if isinstance(first, Tensor) or not _equal(first, second):
+            return self.tracer.create_proxy("call_function", getattr, (self, name), {})
+        return first  # dtype, device, ndim, ...
+
+
+class Tracer(fx.Tracer):
+    """Traces a network on its examples; modules in ``leaves`` and those of torch.nn are called, not entered."""
+
+    def __init__(self, examples: tuple[tuple[Tensor, Tensor], ...], leaves: set[str]) -> None:
+        super().__init__()
+        self.examples = examples
+        self.leaves = leaves
+        self.path: list[str] = [""]
+        # fx has patched every module call; a leaf that runs on values must run plainly
+        self.evaluating = False
+
+    def trace(self, root: Any, concrete_args: dict[str, Any] | None = None) -> fx.Graph:
+        with _offered(_MAKERS, self):
+            return super().trace(root, concrete_args)
+
+    def create_args_for_root(
+        self, root_fn: Any, is_module: bool, concrete_args: Any = None
+    ) -> tuple[Any, list[Any]]:
+        """One placeholder for each example; Python itself fills in the defaults of the rest."""
+        names: list[str] = []
+        for p in inspect.signature(self.root.forward).parameters.values():
+            if p.kind is p.VAR_POSITIONAL:
+                names += [f"{p.name}_{i}" for i in range(len(self.examples) - len(names))]
+            elif p.kind is not p.VAR_KEYWORD and p.kind is not p.KEYWORD_ONLY:
+                names.append(p.name)
+        args: list[Any] = [self.root]
+        for name, values in zip(names, self.examples, strict=False):
+            proxy = super().create_proxy("placeholder", name, (), {})
+            args.append(self._with_values(proxy, values, static=False))
+        if len(args) <= len(self.examples):
+            raise TypeError(f"takes {len(names)} inputs but {len(self.examples)} were given")
+        return root_fn, args
+
+    def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
+        return module_qualified_name in self.leaves or (
+            type(m).__module__.startswith("torch.nn")
+            and not isinstance(m, (nn.Sequential, nn.ModuleList, nn.ModuleDict))
+        )
+
+    def call_module(
+        self, m: nn.Module, forward: Callable[..., Any], args: Any, kwargs: Any
+    ) -> Any:
+        if self.evaluating:
+            return forward(*args, **kwargs)
+        path = self.path_of_module(m)
+        if self.is_leaf_module(m, path):
+            return super().call_module(m, forward, args, kwargs)
+        self.path.append(path)
+        try:
+            return super().call_module(m, forward, args, kwargs)
+        except Untraceable:
+            raise
+        except Exception as cause:
+            raise Untraceable(path, cause) from cause
+        finally:
+            self.path.pop()
+
+    def proxy(self, node: fx.Node) -> fx.Proxy:
+        return Proxy(node, self)
+
+    def getattr(self, attr: str, attr_val: Any, parameter_proxy_cache: Any) -> Any:
+        return attr_val  # parameters stay values: what is computed from them alone is a constant
+
+    def create_arg(self, a: Any) -> Any:
+        # a proxy passes for a tensor (see __class__), and so must be asked for first
+        return a.node if type(a) in (Proxy, fx.proxy.Attribute) else super().create_arg(a)
+
+    def create_proxy(
+        self, kind: str, target: Any, args: Any, kwargs: Any, *rest: Any, **named: Any
+    ) -> Any:
+        proxy = super().create_proxy(kind, target, args, kwargs, *rest, **named)
+        used = _proxies((args, kwargs))
+        constants = [(t, t._version) for t in _tensors((args, kwargs))]
+        before = [_version(p) for p in used]
+        self.evaluating = True
+        try:
+            with torch.no_grad():
+                values = tuple(
+                    self._evaluate(kind, target, _values(args, i), _values(kwargs, i))
+                    for i in (0, 1)
+                )
+        finally:
+            self.evaluating = False
+        if any(t._version != version for t, version in constants):
+            raise fx.proxy.TraceError("the forward changes a parameter or buffer of the model")
+        overwritten = [p.node for p, v in zip(used, before, strict=True) if _version(p) != v]
+        if overwritten:
+            proxy.node.meta["overwrites"] = overwritten
+            proxy.node.meta["path"], proxy.node.meta["line"] = self.path[-1], _line_now()
+        static = target in _ABOUT_SHAPE or (bool(used) and all(p.static for p in used))
+        result = self._with_values(proxy, values, static)
+        if static and not _holds_tensor(values[0]) and _equal(*values):
+            self.graph.erase_node(proxy.node)
+            return values[0]
+        for p in used:
+            if _storage(values[0]) is not None and _storage(values[0]) == _storage(p.values[0]):
+                proxy.node.meta["group"] = p.node.meta["group"]
+        return result
+
+    def _with_values(self, proxy: Any, values: Any, static: bool) -> Any:
+        proxy.values, proxy.static = values, static
+        meta = proxy.node.meta
+        meta["group"], meta["place"] = proxy.node, _place(values[0])
+        if isinstance(values[0], Tensor):
+            meta["shape"], meta["dtype"] = tuple(values[0].shape), values[0].dtype
+        return proxy
+
+    def _evaluate(self, kind: str, target: Any, args: Any, kwargs: Any) -> Any:
+        if kind == "call_function":
+            return target(*args, **kwargs)
+        if kind == "call_method":
+            return getattr(args[0], target)(*args[1:], **kwargs)
+        if kind == "call_module":
+            return self.root.get_submodule(target)(*args, **kwargs)
+        return operator.attrgetter(target)(self.root)
+
+    def iter(self, obj: Any) -> Iterator[Any]:
+        if isinstance(obj.values[0], dict):
+            return iter(list(obj.values[0]))
+        return (obj[i] for i in range(len(obj)))
+
+    def to_bool(self, obj: Any) -> bool:
+        if type(obj) is Proxy and obj.static:
+            raise fx.proxy.TraceError("a condition depends on the batch size")
+        raise fx.proxy.TraceError("a condition depends on values of the input")
+
+
+def trace_graph(
+    model: nn.Module, examples: tuple[tuple[Tensor, Tensor], ...]
+) -> tuple[fx.Graph, tuple[Opaque, ...]]:
+    """The graph of ``model``, with the sub-modules that had to be kept whole.
+
+    Args:
+        model: in eval mode on the CPU; new constants become attributes of it.
+        examples: for each input, one batch of each size of ``BATCHES``.
+
+    Raises:
+        TraceError: the outermost forward cannot be traced.
+    """
+    opaque: dict[str, Opaque] = {}
+    while True:
+        tracer = Tracer(tuple((a.clone(), b.clone()) for a, b in examples), set(opaque))
+        try:
+            graph = tracer.trace(model)
+            _read_what_was_overwritten(graph)
+        except Untraceable as failure:
+            if failure.path and failure.path not in opaque:
+                kind = type(model.get_submodule(failure.path)).__name__
+                reason = one_line(failure.cause)
+                opaque[failure.path] = Opaque(failure.path, kind, reason, failure.line)
+                continue
+            raise TraceError(_refusal(model, failure.cause, failure.line)) from failure.cause
+        except Exception as cause:
+            raise TraceError(_refusal(model, cause, line_of(cause))) from cause
+        return graph, tuple(opaque.values())
+
+
+def _refusal(model: nn.Module, cause: BaseException, line: str) -> str:
+    return (
+        f"{type(model).__name__}.forward: {one_line(cause)} at {line}; move this part into a "
+        "sub-module of its own (it is then kept as it is) or out of the model"
+    )
+
+
+def _read_what_was_overwritten(graph: fx.Graph) -> None:
+    """Whoever reads a value after an in-place operation reads that operation's result; edits the graph."""
+    order = {n: i for i, n in enumerate(graph.nodes)}
+    for node in graph.nodes:
+        for changed in node.meta.get("overwrites", ()):
+            for other in list(graph.nodes):
+                if other.meta.get("group") is not changed.meta.get("group"):
+                    continue
+                later = [u for u in other.users if order[u] > order[node]]
+                if order[other] >= order[node] or not later:
+                    continue
+                if other.meta["place"] != node.meta["place"]:
+                    cause = fx.proxy.TraceError(
+                        f"in-place {node.target} changes {other.name}, of which it sees only a part or a view"
+                    )
+                    raise Untraceable(node.meta["path"], cause, node.meta["line"])
+                for user in later:
+                    user.replace_input_with(other, node)
+
+
+@contextmanager
+def _offered(names: tuple[str, ...], tracer: Tracer) -> Iterator[None]:
+    """While tracing, ``torch.zeros(x.shape[0], 8)`` and the like become nodes if a size is symbolic."""
+    plain = {name: getattr(torch, name) for name in names}
+
+    def wrapped(function: Callable[..., Any]) -> Callable[..., Any]:
+        def call(*args: Any, **kwargs: Any) -> Any:
+            if _proxies((args, kwargs)):
+                return tracer.create_proxy("call_function", function, args, kwargs)
+            return function(*args, **kwargs)
+
+        return call
+
+    try:
+        for name, function in plain.items():
+            setattr(torch, name, wrapped(function))
+        yield
+    finally:
+        for name, function in plain.items():
+            setattr(torch, name, function)
+
+
+def _leaves(tree: Any) -> list[Any]:
+    found: list[Any] = []
+
+    def keep(a: Any) -> Any:
+        found.append(a)
+        return a
+
+    fx.node.map_aggregate(tree, keep)
+    return found
+
+
+def _proxies(tree: Any) -> list[Proxy]:
+    roots = (a.root if type(a) is fx.proxy.Attribute else a for a in _leaves(tree))
+    return [a for a in roots if type(a) is Proxy]
+
+
+def _tensors(tree: Any) -> list[Tensor]:
+    """The tensors among the arguments that are no proxies: parameters, buffers and constants."""
+    return [a for a in _leaves(tree) if type(a) is not Proxy and isinstance(a, Tensor)]
+
+
+def _values(tree: Any, i: int) -> Any:
+    def value(a: Any) -> Any:
+        if type(a) is fx.proxy.Attribute:
+            return getattr(a.root.values[i], a.attr)  # type: ignore[attr-defined]
+        return a.values[i] if type(a) is Proxy else a
+
+    return fx.node.map_aggregate(tree, value)
+
+
+def _holds_tensor(value: Any) -> bool:
+    return any(isinstance(v, Tensor) for v in _leaves(value))
+
+
+def _equal(a: Any, b: Any) -> bool:
+    return type(a) is type(b) and bool(a == b)
+
+
+def _version(proxy: Proxy) -> int:
+    value = proxy.values[0]
+    return value._version if isinstance(value, Tensor) else 0
+
+
+def _storage(value: Any) -> int | None:
+    return (value.untyped_storage().data_ptr() or None) if isinstance(value, Tensor) else None
+
+
+def _place(value: Any) -> Any:
+    """What tells two views of one storage apart."""
+    if not isinstance(value, Tensor):
+        return None
+    return (value.data_ptr(), tuple(value.shape), value.stride())
+
+
+def one_line(cause: BaseException) -> str:
+    """An exception as one short line."""
+    text = " ".join(str(cause).split())
+    return f"{type(cause).__name__}: {text[:200]}" if text else type(cause).__name__
+
+
+def line_of(cause: BaseException) -> str:
+    """The innermost line of the user's code in a traceback, as file:line."""
+    return _innermost(traceback.extract_tb(cause.__traceback__))
+
+
+def _line_now() -> str:
+    return _innermost(traceback.extract_stack())
+
+
+def _innermost(frames: traceback.StackSummary) -> str:
+    for frame in reversed(frames):
+        if not frame.filename.startswith(_FOLDERS):
+            return f"{frame.filename}:{frame.lineno}"
+    return "unknown line"

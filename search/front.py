@@ -1,0 +1,257 @@
+"""The Pareto front of compute against int8 quality, with the noise of a finite set of samples taken seriously.
+
+On a few hundred images a metric moves by one or two points for nothing. Two plans are therefore compared on the same
+samples: one is better in the metric only where the paired 95 % interval of the difference excludes zero; otherwise the
+damage, which varies far less, decides.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+
+import numpy as np
+from numpy.typing import NDArray
+
+from search.records import Array, Samples, Score
+
+RESAMPLES = 2000
+Z95 = 1.959964
+
+
+@dataclass(frozen=True)
+class Front:
+    """The best plans.
+
+    Attributes:
+        points: Mutually non-dominated in (MACs, value), cheapest first, no two of them equal in both.
+        ties: Plans that cost more than a point and measured no better, by less than the noise, but do less damage:
+            the samples are too few to say that they are worse. Cheapest first.
+    """
+
+    points: tuple[Score, ...]
+    ties: tuple[Score, ...] = ()
+
+    def all(self) -> list[Score]:
+        return sorted((*self.points, *self.ties), key=lambda s: (s.macs, _or_inf(s.damage)))
+
+
+def pareto(macs: Array, value: Array) -> NDArray[np.intp]:
+    """Indices of the points that no other beats in (macs down, value up), cheapest first.
+
+    Of points equal in both the first given is kept.
+
+    Args:
+        macs: (k,) cost.
+        value: (k,) quality, higher is better.
+    """
+    if len(macs) == 0:
+        return np.empty(0, dtype=np.intp)
+    order = np.lexsort((np.arange(len(macs)), -value, macs))
+    best = np.maximum.accumulate(value[order])
+    keep = np.concatenate(([True], value[order][1:] > best[:-1]))
+    return order[keep]
+
+
+def select_front(
+    scores: Sequence[Score],
+    samples: Callable[[str], Samples | None],
+    *,
+    objective: str = "metric",
+    higher_is_better: bool = True,
+) -> Front:
+    """The front of scored plans.
+
+    Args:
+        scores: Any plans; failed ones are left out, repeated ones counted once.
+        samples: Per-sample values by plan text; where they are missing the numbers are taken as exact.
+        objective: ``metric``, or ``damage`` where there are no labels.
+        higher_is_better: Direction of the metric.
+    """
+    unique = {
+        score.plan: score for score in scores if score.error is None and score.damage is not None
+    }
+    usable = [s for s in unique.values() if objective == "damage" or s.metric is not None]
+    # Among equals the plan with the fewest float layers and steps comes first, and is the one kept.
+    usable.sort(key=lambda s: (s.float_layers, len(s.plan.split()), s.plan))
+    if not usable:
+        return Front(())
+    macs = np.array([s.macs for s in usable], dtype=np.float64)
+    damage = np.array([_or_inf(s.damage) for s in usable])
+    if objective == "damage":
+        return Front(tuple(usable[i] for i in pareto(macs, -damage)))
+
+    sign = 1.0 if higher_is_better else -1.0
+    metric = sign * np.array([_or_inf(s.metric) for s in usable])
+    better = compare(metric, damage, metric_error([samples(s.plan) for s in usable]))
+    kept = undominated(macs, better, np.lexsort((damage, -metric, macs)))
+    points = {kept[i] for i in pareto(macs[kept], metric[kept])}
+    by_cost = sorted(kept, key=lambda i: (macs[i], metric[i]))
+    return Front(
+        points=tuple(usable[i] for i in by_cost if i in points),
+        ties=tuple(usable[i] for i in by_cost if i not in points),
+    )
+
+
+def compare(metric: Array, damage: Array, error: Array) -> NDArray[np.int8]:
+    """Which of two plans is better, for all pairs.
+
+    Args:
+        metric: (k,) higher is better.
+        damage: (k,) lower is better.
+        error: (k, k) standard error of ``metric[i] - metric[j]``.
+
+    Returns:
+        (k, k): 1 where i is better than j, -1 where it is worse, 0 where they are equal.
+    """
+    gain = metric[:, None] - metric[None, :]
+    certain = np.abs(gain) > Z95 * error
+    saved = damage[None, :] - damage[:, None]
+    return np.where(certain, np.sign(gain), np.sign(saved)).astype(np.int8)
+
+
+def undominated(macs: Array, better: NDArray[np.int8], order: NDArray[np.intp]) -> list[int]:
+    """Indices that none of the others kept beats: cheaper or equal in cost, and better or equal in quality.
+
+    "Better" by paired tests is not transitive (a beats b beats c beats a can happen at equal cost); each point is
+    therefore judged against those already kept, so that something is always left.
+
+    Args:
+        macs: (k,) cost.
+        better: (k, k) from `compare`.
+        order: (k,) the order in which points are judged, cheapest first.
+    """
+    kept: list[int] = []
+    for i in order.tolist():
+        if any(macs[k] <= macs[i] and better[k, i] >= 0 for k in kept):
+            continue
+        kept = [k for k in kept if not (macs[i] <= macs[k] and better[i, k] > 0)]
+        kept.append(i)
+    return kept
+
+
+def metric_error(samples: Sequence[Samples | None]) -> Array:
+    """(k, k) standard errors of the paired metric differences; 0 where a plan has no per-sample values.
+
+    Where few samples differ, the plain variance is too small: four images more and none less would count as proof. One
+    more image of disagreement is added, as for matched proportions.
+
+    Source: Agresti and Min 2005, doi:10.1002/sim.1781.
+    """
+    k = len(samples)
+    error = np.zeros((k, k))
+    for kind in ("metric", "replicates"):
+        have = [i for i, s in enumerate(samples) if s is not None and getattr(s, kind) is not None]
+        if len(have) < 2:
+            continue
+        values = np.stack([getattr(samples[i], kind) for i in have]).astype(np.float64)
+        covariance = np.atleast_2d(np.cov(values))
+        spread = np.diag(covariance)
+        variance = spread[:, None] + spread[None, :] - 2 * covariance
+        if kind == "metric":  # replicates already vary as the metric does
+            n = values.shape[1]
+            variance = variance / n + (np.ptp(values) / n) ** 2
+        error[np.ix_(have, have)] = np.sqrt(np.maximum(variance, 0.0))
+    return error
+
+
+@lru_cache(maxsize=4)
+def resampled_indices(n: int, resamples: int = RESAMPLES, seed: int = 0) -> NDArray[np.intp]:
+    """(resamples, n) bootstrap samples of n samples; the same for every plan, which is what pairs them."""
+    return np.random.default_rng(seed).integers(0, n, (resamples, n))
+
+
+def resampled_means(values: Array, resamples: int = RESAMPLES, seed: int = 0) -> Array:
+    """(resamples,) means of the (n,) values over bootstrap samples."""
+    n = len(values)
+    if n * resamples <= 8_000_000:
+        return values[resampled_indices(n, resamples, seed)].mean(1)
+    random = np.random.default_rng(seed)
+    return np.array([values[random.integers(0, n, n)].mean() for _ in range(resamples)])
+
+
+def paired_interval(
+    int8: Array, reference: Array, baseline: float, resamples: int = RESAMPLES, seed: int = 0
+) -> tuple[float, float]:
+    """95 % interval of the int8 metric, paired with float: the interval of (int8 - float) added to the float metric.
+
+    Args:
+        int8: (n,) contribution of each sample to the int8 metric.
+        reference: (n,) the same for the float network.
+        baseline: The float metric.
+
+    Source: Efron and Tibshirani 1993, An Introduction to the Bootstrap, percentile interval.
+    """
+    low, high = np.quantile(resampled_means(int8 - reference, resamples, seed), (0.025, 0.975))
+    return float(baseline + low), float(baseline + high)
+
+
+def replicate_interval(int8: Array, reference: Array, baseline: float) -> tuple[float, float]:
+    """The interval of `paired_interval` where the metric is no mean: both are (r,) metrics on shared resamples."""
+    low, high = np.quantile(int8 - reference, (0.025, 0.975))
+    return float(baseline + low), float(baseline + high)
+
+
+def hypervolume(macs: Array, value: Array, reference: tuple[float, float]) -> float:
+    """Area that the points dominate, up to the reference point.
+
+    Args:
+        macs: (k,) cost, lower is better.
+        value: (k,) quality, higher is better.
+        reference: (macs, value) of a point worse than all that count; what lies beyond it adds nothing.
+
+    Source: Zitzler and Thiele 1998, doi:10.1007/BFb0056872.
+    """
+    inside = (macs < reference[0]) & (value > reference[1])
+    macs, value = macs[inside], value[inside]
+    front = pareto(macs, value)
+    widths = np.append(macs[front][1:], reference[0]) - macs[front]
+    return float((widths * (value[front] - reference[1])).sum())
+
+
+def knee(macs: Array, value: Array) -> int:
+    """Index of the point after which more compute buys little: farthest above the line between the extremes.
+
+    Both axes are scaled to the extent of the front. Of one or two points it is the cheaper one.
+
+    Source: Das 1999, On characterizing the knee of the Pareto curve, doi:10.1007/BF01195985.
+    """
+    order = np.argsort(macs, kind="stable")
+    span = float(macs.max() - macs.min()), float(value.max() - value.min())
+    if len(macs) < 3 or not all(span):
+        return int(order[0])
+    height = (value - value[order[0]]) / span[1] - (macs - macs[order[0]]) / span[0]
+    return int(order[np.argmax(height[order])])
+
+
+def pick(
+    front: Front, which: str, *, objective: str = "metric", higher_is_better: bool = True
+) -> Score:
+    """The point called ``best`` or ``knee``.
+
+    ``best`` has the least damage among the points that no one can tell from the one with the highest metric: those
+    whose interval reaches it. Without labels it has the least damage of all.
+    """
+    everything = front.all()
+    if which == "knee":
+        points = front.points
+        sign = -1.0 if objective == "damage" or not higher_is_better else 1.0
+        value = [sign * _or_inf(s.damage if objective == "damage" else s.metric) for s in points]
+        return points[knee(np.array([float(s.macs) for s in points]), np.array(value))]
+    if objective == "damage":
+        return min(everything, key=lambda s: (_or_inf(s.damage), s.macs))
+    sign = 1.0 if higher_is_better else -1.0
+    top = max(sign * _or_inf(s.metric) for s in everything)
+    reach = [s for s in everything if _reaches(s, top, sign)]
+    return min(reach, key=lambda s: (_or_inf(s.damage), s.macs))
+
+
+def _reaches(score: Score, top: float, sign: float) -> bool:
+    if score.interval is None:
+        return sign * _or_inf(score.metric) >= top
+    return max(sign * bound for bound in (*score.interval, _or_inf(score.metric))) >= top
+
+
+def _or_inf(value: float | None) -> float:
+    return float("inf") if value is None else float(value)

@@ -1,0 +1,330 @@
+"""The run directory: what is known about each plan, on disk, in a form that a killed run cannot break.
+
+``run.json`` says of which model, data and target the directory speaks; ``scores.jsonl`` holds one line per scored plan
+and is only ever appended to; ``samples/KEY.npz`` holds the per-sample values behind a line, so that two plans can be
+compared sample by sample without scoring either of them again.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import hashlib
+import json
+import math
+import os
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path
+from typing import IO, Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+Array = NDArray[np.float64]
+
+
+class RunError(Exception):
+    """A run directory cannot be used; the message says why and what to do."""
+
+
+@dataclass(frozen=True)
+class Score:
+    """What one plan costs and keeps.
+
+    Attributes:
+        plan: Text of the plan; empty for the network as it is.
+        macs: Multiply-accumulates per input; ``macs_ratio`` is relative to the network as it is.
+        weight_bytes: Bytes of the stored weights under the target.
+        float_layers: Weighted layers left in float.
+        metric: The task's metric of the int8 network, None without labels or where the plan failed.
+        interval: 95 % interval of ``metric``, paired with the float network on the same samples.
+        metric_float: The metric of the rewritten network in float.
+        damage: Fidelity damage to the float network, lower is better; see the task.
+        engine: What computed the int8 outputs: ``onnxruntime`` or ``simulate``.
+        error: Why the plan could not be scored; all measured fields are then None.
+    """
+
+    plan: str
+    macs: int
+    params: int = 0
+    weight_bytes: int = 0
+    macs_ratio: float = 1.0
+    float_layers: int = 0
+    metric: float | None = None
+    interval: tuple[float, float] | None = None
+    metric_float: float | None = None
+    damage: float | None = None
+    engine: str = ""
+    samples: int = 0
+    seconds: float = 0.0
+    error: str | None = None
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain JSON values; a value that is not finite becomes None."""
+        return {key: _finite(value) for key, value in asdict(self).items()}
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> Score:
+        """The score that `to_dict` gave; keys of a later version are ignored."""
+        known = {f.name for f in fields(cls)}
+        kept = {key: value for key, value in values.items() if key in known}
+        if kept.get("interval") is not None:
+            low, high = kept["interval"]
+            kept["interval"] = (low, high)
+        return cls(**kept)
+
+
+@dataclass(frozen=True)
+class Samples:
+    """Per-sample values of one scored plan.
+
+    Attributes:
+        damage: (n,) damage of each sample.
+        metric: (n,) contribution of each sample; its mean is the metric. None where the metric is not a mean.
+        replicates: (r,) metric on r shared bootstrap samples, where ``metric`` is None and there are labels.
+    """
+
+    damage: Array
+    metric: Array | None = None
+    replicates: Array | None = None
+
+    def arrays(self) -> dict[str, Array]:
+        named = {"damage": self.damage, "metric": self.metric, "replicates": self.replicates}
+        return {name: value for name, value in named.items() if value is not None}
+
+
+@dataclass(frozen=True)
+class Baseline:
+    """The network as it is: metric in float and in int8, cost, and the damage that int8 does."""
+
+    float: float | None
+    int8: float | None
+    macs: int
+    damage: float | None
+    interval: tuple[float, float] | None = None
+
+
+@dataclass
+class Records:
+    """Scores by plan, kept in memory and in a run directory.
+
+    Attributes:
+        folder: The run directory; created when missing.
+        fingerprint: Identity of everything that a score depends on except the plan; a line written under another
+            fingerprint is left in the file and ignored.
+    """
+
+    folder: Path
+    fingerprint: str
+    _scores: dict[str, Score] = field(default_factory=dict[str, Score], init=False)
+    _offset: int = field(default=0, init=False)
+
+    def __post_init__(self) -> None:
+        self.folder.mkdir(parents=True, exist_ok=True)
+        (self.folder / "samples").mkdir(exist_ok=True)
+        mend(self.path)
+        self.refresh()
+
+    @property
+    def path(self) -> Path:
+        return self.folder / "scores.jsonl"
+
+    def refresh(self) -> None:
+        """Read what other processes have appended since the last look."""
+        if not self.path.exists():
+            return
+        with self.path.open("rb") as file:
+            file.seek(self._offset)
+            for line in file:
+                if not line.endswith(b"\n"):  # still being written by another process
+                    break
+                self._offset += len(line)
+                record = _record(line)
+                if record is not None and record["fingerprint"] == self.fingerprint:
+                    score = Score.from_dict(record["score"])
+                    self._scores.setdefault(score.plan, score)
+
+    def get(self, plan: str) -> Score | None:
+        return self._scores.get(plan)
+
+    def samples(self, plan: str) -> Samples | None:
+        """Per-sample values of a plan, None where it has none or its file is lost."""
+        path = self._samples_path(plan)
+        if not path.exists():
+            return None
+        with np.load(path, allow_pickle=False) as stored:
+            return Samples(**{name: stored[name] for name in stored.files})
+
+    def add(self, score: Score, samples: Samples | None = None) -> None:
+        """Store a score for good: its samples first, then its line, both on disk before this returns."""
+        if samples is not None:
+            with replacing(self._samples_path(score.plan), "wb") as file:
+                np.savez_compressed(file, allow_pickle=False, **samples.arrays())
+        line = json.dumps({"fingerprint": self.fingerprint, "score": score.to_dict()})
+        with self.path.open("ab") as file, locked(file):
+            file.write(line.encode() + b"\n")
+            file.flush()
+            os.fsync(file.fileno())
+        self._scores.setdefault(score.plan, score)
+
+    def scores(self) -> list[Score]:
+        """All scores in the order in which they were stored."""
+        return list(self._scores.values())
+
+    def __contains__(self, plan: str) -> bool:
+        return plan in self._scores
+
+    def __len__(self) -> int:
+        return len(self._scores)
+
+    def _samples_path(self, plan: str) -> Path:
+        key = hashlib.sha256(f"{self.fingerprint}\n{plan}".encode()).hexdigest()[:32]
+        return self.folder / "samples" / f"{key}.npz"
+
+
+@contextmanager
+def replacing(path: Path, mode: str = "w") -> Iterator[IO[Any]]:
+    """Write a file beside `path` and put it there only when complete: readers see the old file or the new one."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(f".{path.name}.{os.getpid()}.part")
+    try:
+        with partial.open(mode, encoding=None if "b" in mode else "utf-8") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        partial.replace(path)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def write_json(path: Path, value: Mapping[str, Any]) -> None:
+    """Write JSON in one piece; a number that is not finite is written as null."""
+    with replacing(path) as file:
+        json.dump(_finite(value), file, indent=1, allow_nan=False)
+        file.write("\n")
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """The JSON object in a file of the run directory.
+
+    Raises:
+        RunError: The file is missing or is not a JSON object.
+    """
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise RunError(f"{path}: no such file: is {path.parent} a run directory?") from None
+    except (json.JSONDecodeError, UnicodeDecodeError) as cause:
+        raise RunError(f"{path}: not JSON: {cause}; remove the file and run again") from cause
+    if not isinstance(value, dict):
+        raise RunError(f"{path}: not a JSON object: {type(value).__name__}")
+    return value
+
+
+def mend(path: Path) -> None:
+    """Cut off a last line that a killed process left half written.
+
+    The next appended line would otherwise be glued to it and both would be lost.
+    """
+    if not path.exists():
+        return
+    with path.open("r+b") as file, locked(file):
+        size = file.seek(0, os.SEEK_END)
+        end = size
+        while end > 0:
+            start = max(0, end - 65536)
+            file.seek(start)
+            block = file.read(end - start)
+            newline = block.rfind(b"\n")
+            if newline >= 0:
+                end = start + newline + 1
+                break
+            end = start
+        if end < size:
+            file.truncate(end)
+
+
+@contextmanager
+def locked(file: IO[Any]) -> Iterator[None]:
+    """Hold the lock of an open file; the kernel releases it when the process dies."""
+    fcntl.flock(file.fileno(), fcntl.LOCK_EX)
+    try:
+        yield
+    finally:
+        fcntl.flock(file.fileno(), fcntl.LOCK_UN)
+
+
+def open_run(folder: Path, parts: Mapping[str, str], about: Mapping[str, Any]) -> tuple[str, ...]:
+    """Claim a run directory for a model, data and target, or continue the one that is there.
+
+    Args:
+        folder: The run directory.
+        parts: Hash of every ingredient of a score by name; those named ``model``, ``calibration``, ``evaluation`` and
+            ``target`` say which run this is, the others (metric and rule code) may change between two runs.
+        about: Facts to keep beside them, for people.
+
+    Returns:
+        The names of the ingredients that have changed since the last run, whose old scores do not count any more.
+
+    Raises:
+        RunError: The directory belongs to another model, data or target.
+    """
+    path = folder / "run.json"
+    changed: tuple[str, ...] = ()
+    if path.exists():
+        before: dict[str, str] = read_json(path).get("parts", {})
+        changed = tuple(name for name in parts if before.get(name, parts[name]) != parts[name])
+        other = [
+            name for name in changed if name in ("model", "calibration", "evaluation", "target")
+        ]
+        if other:
+            raise RunError(
+                f"{folder}: holds a run of another {' and '.join(other)}: choose another directory with --out,"
+                f" or remove this one"
+            )
+    elif folder.exists() and any(folder.iterdir()) and not (folder / "scores.jsonl").exists():
+        known = {"sensitivity.json", "fits"}
+        strange = sorted(
+            p.name for p in folder.iterdir() if p.name not in known and not p.name.startswith(".")
+        )
+        if strange:
+            raise RunError(
+                f"{folder}: not empty and not a run directory: {strange[0]}: choose another with --out"
+            )
+    known = read_json(path) if path.exists() else {}
+    write_json(path, {**known, "format": 1, **about, "parts": dict(parts)})
+    return changed
+
+
+def note(folder: Path, **facts: Any) -> None:
+    """Add facts about a run to its ``run.json``."""
+    path = folder / "run.json"
+    write_json(path, {**read_json(path), **facts})
+
+
+def fingerprint(parts: Mapping[str, str]) -> str:
+    """One hash of all ingredients."""
+    return hashlib.sha256(json.dumps(dict(sorted(parts.items()))).encode()).hexdigest()[:32]
+
+
+def _record(line: bytes) -> dict[str, Any] | None:
+    """One line of ``scores.jsonl``; None where it is damaged (it is then scored again)."""
+    try:
+        record = json.loads(line)
+        Score.from_dict(record["score"])
+    except (ValueError, KeyError, TypeError):
+        return None
+    return record if "fingerprint" in record else None
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if isinstance(value, Mapping):
+        return {str(key): _finite(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(item) for item in value]
+    if isinstance(value, np.generic):
+        return _finite(value.item())
+    return value

@@ -1,0 +1,377 @@
+"""The search: an Optuna study over the space, in which no plan is scored twice and no kill loses anything.
+
+One loop, the same for one worker or many: take the first plan that is worth trying and not yet known, else let TPE
+propose one; claim it as a running trial; score it; tell. The next proposal depends only on the seed and on what has
+been scored, so a run that was interrupted and resumed goes the way of one that was not.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import logging
+import os
+import socket
+import time
+import uuid
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO, Any, Literal
+
+import numpy as np
+import optuna
+from optuna.distributions import BaseDistribution, CategoricalDistribution
+from optuna.samplers import TPESampler
+from optuna.storages import BaseStorage, JournalStorage, get_storage
+from optuna.storages.journal import JournalFileBackend, JournalFileOpenLock
+from optuna.trial import FrozenTrial, TrialState
+
+from rewriter.plan import Plan
+from search.records import Records, Score, mend
+from search.space import Space
+
+log = logging.getLogger(__name__)
+
+Evaluator = Callable[[Plan], Score]
+Worth = Callable[[Mapping[str, Score]], Sequence[Plan]]
+"""Plans worth trying before any search, best first, given the scores by plan text so far."""
+
+ATTEMPTS = 24
+ENUMERABLE = 20_000
+FAILED, DONE, CLAIMED = TrialState.FAIL, TrialState.COMPLETE, TrialState.RUNNING
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How long and for what to search.
+
+    Attributes:
+        name: Name of the study in its storage; one per model, data, target and space.
+        trials: Plans to score in all, counting those of earlier runs of the same study.
+        timeout_s: Seconds after which no new plan is begun.
+        objective: ``metric``, or ``damage`` where there are no labels.
+    """
+
+    name: str
+    trials: int = 100
+    timeout_s: float | None = None
+    seed: int = 0
+    objective: Literal["metric", "damage"] = "metric"
+    higher_is_better: bool = True
+
+    def directions(self) -> tuple[str, str]:
+        up = self.objective == "metric" and self.higher_is_better
+        return "minimize", "maximize" if up else "minimize"
+
+    def values(self, score: Score) -> tuple[float, float] | None:
+        value = score.metric if self.objective == "metric" else score.damage
+        return None if score.error is not None or value is None else (float(score.macs), value)
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """Why a search ended: ``trials``, ``timeout`` or ``exhausted`` (every plan of the space is scored)."""
+
+    reason: Literal["trials", "timeout", "exhausted"]
+    plans: int
+
+
+def journal(path: Path) -> JournalStorage:
+    """Optuna storage in one file, locked so that a killed process leaves no lock behind."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    mend(path)
+    return JournalStorage(_Journal(path))
+
+
+def storage_at(place: str) -> BaseStorage:
+    """Optuna storage of a database URL, or of a journal file."""
+    return get_storage(place) if "://" in place else journal(Path(place))
+
+
+def search(
+    evaluate: Evaluator,
+    records: Records,
+    space: Space,
+    worth: Worth,
+    settings: Settings,
+    storage: BaseStorage,
+    told: Callable[[Score, int], None] = lambda score, count: None,
+) -> Outcome:
+    """Score plans until the budget, the time or the space is used up; the same call again goes on from there.
+
+    Args:
+        evaluate: Gives the score of a plan and stores it in `records`; a plan that cannot be scored is a score with an
+            error. What it raises ends the search, with nothing lost.
+        records: Scores known already; a plan found there is not scored again.
+        space: What may be proposed.
+        worth: What to try first.
+        settings: Budget, seed and objective.
+        storage: Where the study is; workers that share it share the search.
+        told: Called after each plan with its score and the number of plans scored in all.
+    """
+    began = time.monotonic()
+    with _quiet_optuna(), _worker(records.folder / "workers") as worker:
+        study = optuna.create_study(
+            study_name=settings.name,
+            storage=storage,
+            directions=settings.directions(),
+            load_if_exists=True,
+        )
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
+            study.set_metric_names(
+                ["macs", settings.objective]
+            )  # what optuna-dashboard writes on the axes
+        _recover(study, records.folder / "workers", worker)
+        while True:
+            records.refresh()
+            trials = study.get_trials(deepcopy=False)
+            ended = {t.user_attrs["plan"]: t.user_attrs["counts"] for t in trials if _has_score(t)}
+            claimed = {t.user_attrs.get("plan", "?") for t in trials if t.state == CLAIMED}
+            count = sum(ended.values())
+            if count + len(claimed) >= settings.trials:
+                return Outcome("trials", count)
+            if settings.timeout_s is not None and time.monotonic() - began >= settings.timeout_s:
+                return Outcome("timeout", count)
+            seed = _seed(settings.seed, len(ended), len(claimed))
+            plan = _next(space, worth, records, trials, claimed | set(ended), settings, seed)
+            if plan is None:
+                return Outcome("exhausted", count)
+            tried = _try(study, plan, evaluate, records, space, settings, worker)
+            if tried is not None:
+                score, counts = tried
+                told(score, count + counts)
+
+
+def _next(
+    space: Space, worth: Worth, records: Records, trials: Sequence[FrozenTrial], seen: set[str],
+    settings: Settings, seed: int,
+) -> Plan | None:  # fmt: skip
+    """The plan to try next, None where all are known."""
+    for plan in worth({s.plan: s for s in records.scores()}):
+        if str(plan) not in seen and space.choice(plan) is not None:
+            return plan
+    return _propose(space, trials, seen, settings.directions(), seed)
+
+
+def _propose(
+    space: Space,
+    trials: Sequence[FrozenTrial],
+    seen: set[str],
+    directions: Sequence[str],
+    seed: int,
+) -> Plan | None:
+    """A plan that nobody has tried: from TPE, else a random one, else None.
+
+    TPE works on a copy of the study in memory, in which proposals that are known already leave no trace. Trials that
+    other workers have claimed are in the copy as running, and so repel it (constant liar).
+
+    Source: Watanabe 2023, Tree-structured Parzen estimator, arXiv:2304.11127.
+    """
+    distributions = _distributions(space)
+    if not distributions:
+        return None if "" in seen else Plan(())
+    running = [t for t in trials if t.state == CLAIMED and t.params]
+    sampler = TPESampler(
+        multivariate=True, seed=seed, n_startup_trials=5, constant_liar=bool(running)
+    )
+    copy = optuna.create_study(directions=list(directions), sampler=sampler)
+    copy.add_trials([t for t in trials if t.state == DONE and t.params] + running)
+    for _ in range(ATTEMPTS):
+        trial = copy.ask(distributions)
+        plan = space.plan(trial.params)
+        if str(plan) not in seen:
+            return plan
+        copy.tell(trial, state=FAILED)
+
+    random = np.random.default_rng(seed)
+    everything = space.all_plans(ENUMERABLE)
+    if everything is not None:
+        unseen = [p for p in everything if str(p) not in seen]
+        return unseen[random.integers(len(unseen))] if unseen else None
+    for _ in range(1000):
+        share = random.uniform(0.5, 1.0)
+        choice = {
+            a: rules[0] if random.random() < share else str(random.choice(rules))
+            for a, rules in space.choices.items()
+        }
+        plan = space.plan(choice)
+        if str(plan) not in seen:
+            return plan
+    return None
+
+
+def _try(
+    study: optuna.Study, plan: Plan, evaluate: Evaluator, records: Records, space: Space, settings: Settings,
+    worker: str,
+) -> tuple[Score, bool] | None:  # fmt: skip
+    """Claim a plan, score it and tell; the score and whether it counts, None where another worker was faster."""
+    choice = space.choice(plan)
+    study.enqueue_trial(choice or {}, user_attrs={"plan": str(plan), "worker": worker})
+    trial = study.ask(_distributions(space))
+    # Another worker may have popped our entry of the queue and left us its own: the trial says what to score.
+    if trial.user_attrs["worker"] != worker:
+        trial.set_user_attr("worker", worker)
+    plan = Plan.parse(trial.user_attrs["plan"])
+    text = str(plan)
+    others = [t for t in study.get_trials(deepcopy=False) if t.user_attrs.get("plan") == text]
+    if any(
+        t.number < trial.number and (t.state in (CLAIMED, DONE) or _has_score(t)) for t in others
+    ):
+        study.tell(trial, state=FAILED)
+        return None
+    # First of all: a trial without a constraint counts as feasible, whatever becomes of it.
+    if space.budget.macs is not None:
+        trial.set_constraint("max_macs", space.predicted_macs(plan) - space.budget.macs)
+    if space.budget.float_layers is not None:
+        floats = sum(step.rule == "keep_float" for step in plan.steps)
+        trial.set_constraint("max_float_layers", floats - space.budget.float_layers)
+    # A plan that a killed run of this study scored and could not tell any more counts; one from elsewhere is free.
+    ours = any(t.number != trial.number for t in others)
+    free = text in records and not ours
+    try:
+        score = evaluate(plan)
+    except BaseException:
+        study.tell(trial, state=FAILED)
+        raise
+    for name in (
+        "macs",
+        "metric",
+        "damage",
+        "engine",
+        "interval",
+        "metric_float",
+        "float_layers",
+        "error",
+    ):
+        trial.set_user_attr(name, getattr(score, name))
+    trial.set_user_attr("counts", not free)
+    values = settings.values(score)
+    if values is None:
+        study.tell(trial, state=FAILED)
+    else:
+        study.tell(trial, values)
+    log.info(
+        "plan %r: macs %d, metric %s, damage %s, %s",
+        text,
+        score.macs,
+        score.metric,
+        score.damage,
+        score.engine,
+    )
+    return score, not free
+
+
+def _has_score(trial: FrozenTrial) -> bool:
+    """Whether the trial ended with a score, good or failed."""
+    return (
+        trial.state.is_finished() and "counts" in trial.user_attrs and "plan" in trial.user_attrs
+    )
+
+
+def _recover(study: optuna.Study, workers: Path, me: str) -> None:
+    """End the trials of dead workers, and, where nobody else is at work, the queue they left.
+
+    Their plans are proposed again, in the order of an undisturbed run.
+    """
+    living = {name for name in _names(workers) if name == me or _is_held(workers / name)}
+    for trial in study.get_trials(deepcopy=False, states=(CLAIMED,)):
+        owner = trial.user_attrs.get("worker")
+        if owner is None or owner not in living:
+            log.info("trial %d of a worker that is gone: to be tried again", trial.number)
+            study.tell(trial.number, state=FAILED)
+    for name in _names(workers) - living:
+        (workers / name).unlink(missing_ok=True)
+    if living <= {me}:
+        while study.get_trials(deepcopy=False, states=(TrialState.WAITING,)):
+            study.tell(study.ask(), state=FAILED)
+
+
+@contextmanager
+def _worker(folder: Path) -> Iterator[str]:
+    """Name of this worker; a lock on a file of that name is held while it lives and falls when it dies."""
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / f"{socket.gethostname()}-{os.getpid()}-{uuid.uuid4().hex[:8]}"
+    with path.open("w") as file:
+        fcntl.flock(file.fileno(), fcntl.LOCK_EX)
+        try:
+            yield path.name
+        finally:
+            path.unlink(missing_ok=True)
+
+
+def _names(folder: Path) -> set[str]:
+    return {p.name for p in folder.iterdir()}
+
+
+def _is_held(path: Path) -> bool:
+    try:
+        with path.open("r") as file:
+            fcntl.flock(file.fileno(), fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except FileNotFoundError:
+        return False
+    except BlockingIOError:
+        return True
+    return False
+
+
+@contextmanager
+def _quiet_optuna() -> Iterator[None]:
+    """Optuna announces every study, and each proposal makes one in memory."""
+    level = optuna.logging.get_verbosity()
+    optuna.logging.set_verbosity(optuna.logging.WARNING)
+    try:
+        yield
+    finally:
+        optuna.logging.set_verbosity(level)
+
+
+def _distributions(space: Space) -> dict[str, BaseDistribution]:
+    return {a: CategoricalDistribution(rules) for a, rules in space.choices.items()}
+
+
+def _seed(*parts: int) -> int:
+    return int(np.random.SeedSequence([p & 0xFFFFFFFF for p in parts]).generate_state(1)[0])
+
+
+class _FileLock(JournalFileOpenLock):
+    """A lock of the kernel on a file beside the journal: it cannot outlive its process, as a lock file can."""
+
+    def __init__(self, path: Path) -> None:
+        super().__init__(str(path))
+        self._path = path.with_name(path.name + ".lock")
+        self._file: IO[str] | None = None
+
+    def acquire(self) -> bool:
+        self._file = self._path.open("w")
+        fcntl.flock(self._file.fileno(), fcntl.LOCK_EX)
+        return True
+
+    def release(self) -> None:
+        if self._file is not None:
+            self._file.close()
+            self._file = None
+
+
+class _Journal(JournalFileBackend):
+    """Optuna's journal without a wait for the disk after each of some forty lines per trial.
+
+    A killed process loses nothing by that. A power cut may lose the last lines; their scores are on disk all the same
+    (`Records` does wait), and the search finds them there.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self._lines, self._guard = path, _FileLock(path)
+        super().__init__(str(path), lock_obj=self._guard)
+
+    def append_logs(self, logs: list[dict[str, Any]]) -> None:
+        text = "".join(json.dumps(entry, separators=(",", ":")) + "\n" for entry in logs)
+        self._guard.acquire()
+        try:
+            with self._lines.open("ab") as file:
+                file.write(text.encode())
+        finally:
+            self._guard.release()

@@ -1,0 +1,75 @@
+"""What a network is for: how good its outputs are, and how far they are from the float model's."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any, Protocol
+
+from search.config import ConfigError
+from search.data import call_factory
+from search.tasks.classification import Classification
+from search.tasks.detection import Detection
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from search.config import Config
+
+
+class Task(Protocol):
+    """Metric and damage of one kind of network.
+
+    `outputs` is the list of flat output tensors over the whole set, each (n, ...); `targets` holds
+    n targets in the form that the data yields them.
+    """
+
+    @property
+    def name(self) -> str:
+        """What `task:` in a config says."""
+        ...
+
+    @property
+    def metric(self) -> str:
+        """Short name of the metric, a fraction in [0, 1]."""
+        ...
+
+    @property
+    def higher_is_better(self) -> bool:
+        """Direction of the metric."""
+        ...
+
+    def per_sample(self, outputs: Sequence[Tensor], targets: Any) -> Tensor | None:
+        """(n,) contribution of each sample, whose mean is the metric; None where it is no mean."""
+        ...
+
+    def score(
+        self,
+        outputs: Sequence[Tensor],
+        targets: Any,
+        index: Any = None,
+    ) -> float:
+        """The metric on all samples, or on those (repeats allowed) that `index` lists."""
+        ...
+
+    def damage(self, reference: Sequence[Tensor], outputs: Sequence[Tensor]) -> Tensor:
+        """(n,) distance of each sample's outputs from the float model's, 0 where equal."""
+        ...
+
+
+def task(cfg: Config) -> Task:
+    """The task that a config names.
+
+    Raises:
+        ConfigError: this version has no such task, or detection has no usable postprocess.
+    """
+    if cfg.task == "classification":
+        return Classification()
+    if cfg.task == "detection":
+        if cfg.postprocess is None:
+            raise ConfigError(f"{cfg.path.name}: task detection: missing postprocess: factory")
+        made = call_factory(cfg, "postprocess", cfg.postprocess.factory, cfg.postprocess.args)
+        if not hasattr(made, "__call__"):  # noqa: B004 - callable() would lose the type Any
+            kind = type(made).__name__
+            raise ConfigError(f"postprocess: factory returned nothing that can be called: {kind}")
+        return Detection(made)
+    raise ConfigError(f"{cfg.path.name}: task: not available yet: {cfg.task}")

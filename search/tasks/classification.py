@@ -1,0 +1,71 @@
+"""Image classification: top-1 accuracy, and KL divergence to the float model."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from search.config import ConfigError
+
+
+class Classification:
+    """One class for each input; the network's first output is the logits, (n, classes)."""
+
+    name: str = "classification"
+    metric: str = "top1"
+    higher_is_better: bool = True
+
+    def per_sample(self, outputs: Sequence[Tensor], targets: Any) -> Tensor:
+        """(n,) float64: 1 where the largest logit is the target's, else 0.
+
+        Args:
+            outputs: [(n, classes)].
+            targets: n class indices.
+
+        Raises:
+            ConfigError: the outputs are no logits, or a target is no class of them.
+        """
+        logits = _logits(outputs)
+        labels = torch.as_tensor(targets, device=logits.device).reshape(-1)
+        if len(labels) != len(logits):
+            raise ConfigError(f"data: {len(logits)} outputs for {len(labels)} targets")
+        if labels.is_floating_point() or labels.is_complex() or labels.dtype == torch.bool:
+            raise ConfigError(f"data: targets must be class indices: {labels.dtype}")
+        classes = logits.shape[1]
+        low, high = (int(labels.min()), int(labels.max())) if len(labels) else (0, 0)
+        if low < 0 or high >= classes:
+            wrong = low if low < 0 else high
+            known = f"the network's {classes} classes, 0 to {classes - 1}"
+            raise ConfigError(f"data: target outside {known}: {wrong}")
+        return (logits.argmax(1) == labels).double()
+
+    def score(
+        self,
+        outputs: Sequence[Tensor],
+        targets: Any,
+        index: Any = None,
+    ) -> float:
+        """Top-1 accuracy as a fraction, of all samples or of those that `index` lists."""
+        hits = self.per_sample(outputs, targets)
+        return float((hits if index is None else hits[torch.as_tensor(index)]).mean())
+
+    def damage(self, reference: Sequence[Tensor], outputs: Sequence[Tensor]) -> Tensor:
+        """(n,) float64: KL(reference || outputs) of the class distributions, in nats.
+
+        An output that is not finite does infinite damage, so that no ranking lets it pass.
+        """
+        p, q = (_logits(x).double().log_softmax(1) for x in (reference, outputs))
+        # a class that the reference rules out (log p = -inf) adds nothing
+        terms = torch.where(p.isneginf(), 0.0, p.exp() * (p - q))
+        divergence = terms.sum(1).clamp_min(0.0)  # rounding can leave -1e-17
+        return torch.where(divergence.isnan(), torch.inf, divergence)
+
+
+def _logits(outputs: Sequence[Tensor]) -> Tensor:
+    if not outputs or outputs[0].dim() != 2:
+        shapes = [tuple(x.shape) for x in outputs]
+        raise ConfigError(f"model: classification needs logits (n, classes); outputs: {shapes}")
+    return outputs[0]
