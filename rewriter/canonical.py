@@ -108,6 +108,7 @@ def canonicalise(gm: fx.GraphModule) -> fx.GraphModule:
     gm.graph.eliminate_dead_code()
     gm.delete_all_unused_submodules()
     gm.recompile()
+    gm.eval()
     propagate_shapes(gm)
     _name_opaque(gm)
     return gm
@@ -128,15 +129,17 @@ def _use_positions(gm: fx.GraphModule) -> None:
             node.kwargs = {k: v for k, v in node.kwargs.items() if k != "inplace"}
         node.target = IN_PLACE.get(node.target, node.target)
         name = str(node.target)
-        if node.op == "call_method" and name.endswith("_") and not name.endswith("__"):
-            if hasattr(Tensor, name[:-1]):
-                node.target = name[:-1]
-            else:  # fill_, copy_: work on a copy
-                with gm.graph.inserting_before(node):
-                    node.args = (
-                        gm.graph.call_function(torch.clone, (node.args[0],)),
-                        *node.args[1:],
-                    )
+        if node.op != "call_method" or not name.endswith("_") or name.endswith("__"):
+            continue
+        if hasattr(Tensor, name[:-1]):
+            node.target = name[:-1]
+        elif name in ("fill_", "zero_"):
+            node.op, node.target = "call_function", torch.full_like
+            node.args = (*node.args, 0.0)[:2]
+        else:  # copy_ and the like work on a copy
+            with gm.graph.inserting_before(node):
+                copied = gm.graph.call_function(torch.clone, (node.args[0],))
+            node.args = (copied, *node.args[1:])
 
 
 def _use_plain_functions(gm: fx.GraphModule) -> None:
@@ -186,7 +189,11 @@ def _use_modules(gm: fx.GraphModule) -> None:
             new = gm.graph.call_module(target, (node.args[0],))
         new.meta = {**node.meta, "layer": owner if plain or owner else target}
         node.replace_all_uses_with(new)
+        parameters = [n for n in node.all_input_nodes if n.op == "get_attr"]
         gm.graph.erase_node(node)
+        for parameter in parameters:
+            if not parameter.users:
+                gm.graph.erase_node(parameter)
 
 
 def _free(gm: fx.GraphModule, path: str, node: fx.Node) -> bool:
@@ -226,7 +233,7 @@ def _plain_classes(gm: fx.GraphModule) -> None:
         m = module_of(gm, node)
         if type(m) is nn.Hardtanh and (m.min_val, m.max_val) == (0, 6):
             gm.set_submodule(str(node.target), nn.ReLU6())
-        if type(m) is nn.ConvTranspose2d and len(node.args) > 1:
+        if type(m) is nn.ConvTranspose2d and (len(node.args) > 1 or node.kwargs):
             _fix_output_padding(gm, node)
         if type(m) in _KNOWN:
             continue
@@ -245,7 +252,7 @@ def _fix_output_padding(gm: fx.GraphModule, node: fx.Node) -> None:
     steps = zip(node.args[0].meta["shape"][2:], m.stride, m.padding, m.dilation, m.kernel_size)  # type: ignore[union-attr] # noqa: B905
     least = [(n - 1) * s - 2 * p + d * (k - 1) + 1 for n, s, p, d, k in steps]
     m.output_padding = tuple(a - b for a, b in zip(size, least, strict=True))
-    node.args = node.args[:1]
+    node.args, node.kwargs = node.args[:1], {}
 
 
 def _remove_nothings(gm: fx.GraphModule) -> None:
@@ -264,6 +271,8 @@ def _is_nothing(gm: fx.GraphModule, node: fx.Node) -> bool:
         # training is the third argument and true unless the user said otherwise
         training = node.args[2] if len(node.args) > 2 else node.kwargs.get("training", True)
         return training is False
+    if getattr(node.target, "__name__", "") == "stochastic_depth":  # torchvision keeps it a leaf
+        return node.args[3] is False if len(node.args) > 3 else not node.kwargs.get("training", True)
     if node.op == "call_method" and node.target in _CASTS:
         before = node.args[0]
         return isinstance(before, fx.Node) and before.meta.get("dtype") is node.meta.get("dtype")

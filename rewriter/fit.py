@@ -1,4 +1,7 @@
-"""Weights for approximate rewrites, without labels: closed form on a few hundred unlabelled inputs.
+"""Weights for approximate rewrites, without labels, from a few hundred unlabelled inputs.
+
+First in closed form, to give the values that the replaced layers gave (``rewriter.least_squares``); then by a few steps of
+Gauss-Newton so that the *network* gives what it gave (``rewriter.distil``).
 
 Each approximate step is fitted alone, against the original network, so that a fit belongs to a (site, rule) and
 not to a plan: a plan with ten such steps is assembled from ten fits, in whatever combination.
@@ -9,21 +12,31 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 import torch
 from torch import Tensor, fx, nn
 
-from rewriter.errors import PlanError
+from rewriter.distil import distil
+from rewriter.errors import PlanError, QuantizeError
 from rewriter.graph import layers, module_of, walk
-from rewriter.int8.scheme import QuantScheme
-from rewriter.int8.simulate import quantize, simulate
+from rewriter.int8.scheme import (
+    QuantScheme,
+    channel_axis,
+    dequantized_weight,
+    fake_quantize,
+    weight_scale,
+)
 from rewriter.least_squares import NormalEquations
-from rewriter.plan import Plan, Step, copy_graph, rewrite, rule_named
+from rewriter.plan import Plan, Step, rewrite, rule_named
+from rewriter.store import data_digest, graph_digest, key, load, save_to
 
 log = logging.getLogger(__name__)
 Batches = Sequence[Tensor | tuple[Tensor, ...]]
+
+# Raised whenever a fit comes out differently, so that stored ones are not taken for it.
+VERSION = 2
 
 
 @dataclass(frozen=True)
@@ -33,10 +46,10 @@ class FitReport:
     Args:
         step: ``rule@anchor``.
         error_float: squared error of the new layer relative to the variance of the values it replaces.
-        error_int8: the same with weights and input in int8.
+        error_int8: the same with its weights and its input in int8.
         images: number of inputs it was fitted on.
-        steps: optimiser steps, 0 for the closed form alone.
-        seconds: what the fit took when it was made (0 where it was read from the store).
+        steps: steps of Gauss-Newton that were kept, 0 for the closed form alone.
+        seconds: what the fit took when it was made.
     """
 
     step: str
@@ -51,7 +64,9 @@ class FitReport:
 class Fits:
     """Fitted weights by step (``rule@anchor``), and how each came out."""
 
-    weights: Mapping[str, Mapping[str, Tensor]] = field(default_factory=dict)
+    weights: Mapping[str, Mapping[str, Tensor]] = field(
+        default_factory=dict[str, Mapping[str, Tensor]]
+    )
     reports: tuple[FitReport, ...] = ()
 
 
@@ -62,6 +77,7 @@ def fit(
     scheme: QuantScheme,
     store: Path | None = None,
     seed: int = 0,
+    distilled: bool = True,
 ) -> Fits:
     """Weights for every approximate step of a plan; ``rewrite(gm, plan, fits.weights)`` then uses them.
 
@@ -69,70 +85,126 @@ def fit(
         gm: canonical graph of the original network, the teacher; it is not touched.
         plan: its steps with an approximate rule are fitted.
         batches: unlabelled calibration inputs, each (N, C, H, W).
-        scheme: the target: the new layer is fitted on inputs as they are there.
+        scheme: the target: the new layer is fitted on its input as it is there.
         store: folder with fitted weights; what is found there is not fitted again.
         seed: of whatever is random.
+        distilled: go on after the closed form.
+
+    Raises:
+        QuantizeError: there is no input.
+        PlanError: a step does not apply.
     """
     weights: dict[str, Mapping[str, Tensor]] = {}
     reports: list[FitReport] = []
     for step in plan.steps:
-        if rule_named(step.rule).contract == "approximate":
-            found, report = _fit_step(gm, step, batches, scheme, seed)
-            weights[str(step)] = found
-            reports.append(report)
+        rule = rule_named(step.rule)
+        if rule.contract != "approximate":
+            continue
+        if not batches:
+            raise QuantizeError(f"{step}: fitting: no input was given")
+        name, found = "", None
+        if store is not None:
+            what = (str(step), str(rule.version), str(VERSION), str(distilled), str(seed))
+            name = key([graph_digest(gm), data_digest(batches), repr(scheme), *what])
+            found = load(store, name)
+        if found is None:
+            state, report = _fit_step(gm, step, batches, scheme, seed, distilled)
+            if store is not None:
+                save_to(store, name, state, asdict(report))
+        else:
+            state, report = found[0], FitReport(**found[1])
+        weights[str(step)] = state
+        reports.append(report)
     return Fits(weights, tuple(reports))
 
 
 def _fit_step(
-    gm: fx.GraphModule, step: Step, batches: Batches, scheme: QuantScheme, seed: int
+    gm: fx.GraphModule,
+    step: Step,
+    batches: Batches,
+    scheme: QuantScheme,
+    seed: int,
+    distilled: bool,
 ) -> tuple[dict[str, Tensor], FitReport]:
     start = time.perf_counter()
     alone = rewrite(gm, Plan((step,)))
     node = fitted_layer(alone, step)
     layer = module_of(alone, node)
-    assert isinstance(layer, nn.Conv2d)
+    if not isinstance(layer, nn.Conv2d):
+        raise PlanError(f"{step}: fitting: {type(layer).__name__} is no Conv2d")
     if layer.bias is None:
         layer.bias = nn.Parameter(torch.zeros(layer.out_channels), requires_grad=False)
     source = node.args[0]
     assert isinstance(source, fx.Node)
-    quantized = quantize(copy_graph(gm), scheme, batches)
-    student = simulate(quantize(alone, scheme, batches))
-    images = sum(len(b[0] if isinstance(b, tuple) else b) for b in batches)
+    scale = _input_scale(gm, source.name, batches, scheme)
+    images = sum(len(_tuple(b)[0]) for b in batches)
     places = torch.Size(node.meta["shape"][2:]).numel()
     equations = NormalEquations(layer, images * places, seed)
     with torch.no_grad():
         for batch in batches:
-            inputs = batch if isinstance(batch, tuple) else (batch,)
-            x = _value(student, source.name, inputs)
-            y = _value(gm, node.name, inputs)
-            equations.add(_as_read(student, node.name, x), y)
+            x, y = values(gm, (source.name, node.name), _tuple(batch))
+            equations.add(fake_quantize(x, *scale, scheme.activations), y)
     equations.solve()
-    del quantized
+    steps = 0
+    if distilled:
+        steps = distil(gm, alone, node, equations, batches, scheme, scale, seed)
     error = equations.error()
     seconds = time.perf_counter() - start
-    log.info("%s: relative error %.4f, %d images, %.1f s", step, error, images, seconds)
+    report = FitReport(
+        str(step), error, _int8_error(layer, equations, scheme), images, steps, seconds
+    )
+    log.info("%s: relative error %.4f, %d steps, %.1f s", step, error, steps, seconds)
     state = {"weight": layer.weight.detach().clone(), "bias": layer.bias.detach().clone()}
-    return state, FitReport(str(step), error, error, images, 0, seconds)
+    return state, report
 
 
 def fitted_layer(gm: fx.GraphModule, step: Step) -> fx.Node:
-    """The layer of a rewritten graph that an approximate step made."""
+    """The layer of a rewritten graph that an approximate step made; it is called as in the original graph.
+
+    Raises:
+        PlanError: there is none.
+    """
     for node in layers(gm):
         if node.meta.get("rewritten_by") == str(step):
             return node
     raise PlanError(f"{step}: the rewritten graph has no layer of this step")
 
 
-def _value(gm: fx.GraphModule, name: str, inputs: tuple[Tensor, ...]) -> Tensor:
-    """The value of one node; nothing after it is run."""
+def values(
+    gm: fx.GraphModule, names: Sequence[str], inputs: tuple[Tensor, ...]
+) -> tuple[Tensor, ...]:
+    """The values of nodes by name; nothing after the last of them is run."""
+    found: dict[str, Tensor] = {}
     for node, value in walk(gm, inputs):
-        if node.name == name:
-            return value
-    raise KeyError(name)
+        if node.name in names:
+            found[node.name] = value
+            if len(found) == len(set(names)):
+                break
+    return tuple(found[name] for name in names)
 
 
-def _as_read(simulated: fx.GraphModule, name: str, x: Tensor) -> Tensor:
-    """A value as the layer ``name`` of a simulation reads it."""
-    node = next(n for n in simulated.graph.nodes if n.name == name)
-    read = getattr(module_of(simulated, node), "read", None)
-    return x if read is None else read(x)
+def _tuple(batch: Tensor | tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    return batch if isinstance(batch, tuple) else (batch,)
+
+
+def _input_scale(
+    gm: fx.GraphModule, name: str, batches: Batches, scheme: QuantScheme
+) -> tuple[float, int]:
+    """Scale and zero point of a value from its smallest and largest on the calibration inputs."""
+    low, high = 0.0, 0.0
+    with torch.no_grad():
+        for batch in batches:
+            (x,) = values(gm, (name,), _tuple(batch))
+            low, high = min(low, float(x.min())), max(high, float(x.max()))
+    return scheme.activations.params(low, high)
+
+
+def _int8_error(layer: nn.Conv2d, equations: NormalEquations, scheme: QuantScheme) -> float:
+    """The relative error with the weights as int8 holds them."""
+    kept = layer.weight.detach().clone()
+    axis = channel_axis(layer, scheme.weights)
+    scale = weight_scale(kept, scheme.weights, axis)
+    layer.weight.data.copy_(dequantized_weight(kept, scale, scheme.weights, axis))
+    error = equations.error()
+    layer.weight.data.copy_(kept)
+    return error

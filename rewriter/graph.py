@@ -18,7 +18,7 @@ from torch.nn.utils import parametrize
 from torch.utils import _pytree as pytree
 
 from rewriter.errors import TraceError
-from rewriter.tracer import BATCHES, one_line, trace_graph
+from rewriter.tracer import BATCHES, line_of, one_line, trace_graph
 from rewriter.tracer import Opaque as Opaque
 
 LAYER_TYPES = (nn.Conv1d, nn.Conv2d, nn.ConvTranspose2d, nn.Linear)
@@ -48,8 +48,13 @@ def trace(model: nn.Module, example: Tensor | tuple[Tensor, ...]) -> fx.GraphMod
     examples = example if isinstance(example, tuple) else (example,)
     examples = tuple(e.detach().float().cpu() for e in examples)
     model = _prepared_copy(model)
+    reference = copy.deepcopy(model)  # the graph shares its modules with the model
     few, many = (tuple(_batch(e, size) for e in examples) for size in BATCHES)
-    graph, opaque = trace_graph(model, tuple(zip(few, many, strict=True)))
+    try:
+        graph, opaque = trace_graph(model, tuple(zip(few, many, strict=True)))
+    except TraceError:
+        _must_run(reference, few)
+        raise
     gm = fx.GraphModule(model, graph, class_name=type(model).__name__)
     gm.meta["example"] = tuple(tuple(e.shape[1:]) for e in examples)
     gm.meta["opaque"] = opaque
@@ -62,8 +67,19 @@ def trace(model: nn.Module, example: Tensor | tuple[Tensor, ...]) -> fx.GraphMod
         raise TraceError(
             f"{type(model).__name__}: the graph cannot be brought into the normal form: {one_line(cause)}"
         ) from cause
-    _verify(model, gm, examples)
+    _verify(reference, gm, examples)
     return gm
+
+
+def _must_run(model: nn.Module, batch: tuple[Tensor, ...]) -> None:
+    try:
+        with torch.no_grad():
+            model(*[b.clone() for b in batch])
+    except Exception as cause:
+        shapes = ", ".join(str(tuple(b.shape)) for b in batch)
+        raise TraceError(
+            f"model: fails by itself on an input of shape {shapes}: {one_line(cause)} at {line_of(cause)}"
+        ) from cause
 
 
 def _prepared_copy(model: nn.Module) -> nn.Module:
@@ -95,9 +111,13 @@ def _prepared_copy(model: nn.Module) -> nn.Module:
 def _plain_weights(module: nn.Module) -> None:
     """Replace weight normalisation and other parametrizations by the weight they give, in place."""
     if parametrize.is_parametrized(module):
-        for name in list(module.parametrizations):  # type: ignore[arg-type]
-            parametrize.remove_parametrizations(module, name, leave_parametrized=True)
-            getattr(module, name).requires_grad_(False)
+        # torch's own removal would change the class, which the copy shares with the user's module
+        names = list(module.parametrizations)  # type: ignore[arg-type]
+        weights = {name: getattr(module, name).detach().clone() for name in names}
+        del module.parametrizations
+        module.__class__ = type(module).__bases__[0]
+        for name, weight in weights.items():
+            module.register_parameter(name, nn.Parameter(weight, requires_grad=False))
     for key, hook in list(module._forward_pre_hooks.items()):
         if type(hook).__name__ in ("WeightNorm", "SpectralNorm") and hasattr(hook, "remove"):
             with torch.no_grad():
@@ -117,7 +137,7 @@ def _batch(example: Tensor, size: int) -> Tensor:
 def _record_structure(gm: fx.GraphModule) -> None:
     """How the outputs are nested, and those of them that are no tensors."""
     (output,) = gm.graph.find_nodes(op="output")
-    leaves, gm.meta["structure"] = pytree.tree_flatten(output.args[0])
+    leaves, gm.meta["structure"] = pytree.tree_leaves(output.args[0]), output.meta["structure"]
     constants = {i: v for i, v in enumerate(leaves) if not isinstance(v, fx.Node)}
     gm.meta["constant_outputs"] = constants
     for node in leaves:

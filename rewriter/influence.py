@@ -15,7 +15,6 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
 from rewriter.graph import is_call, layers, module_of, outputs, run_node
@@ -185,25 +184,3 @@ def _grouped(x: Tensor, g: Tensor, groups: int) -> Tensor:
     """(N, C_out, C_in / groups) sum over positions of each output's gradient times each input it reads."""
     x, g = x.unflatten(1, (groups, -1)), g.unflatten(1, (groups, -1))
     return (g @ x.transpose(2, 3)).flatten(1, 2)
-
-
-def unfolded(layer: nn.Conv2d, x: Tensor) -> Tensor:
-    """The patches that a convolution multiplies its weights with: (N, groups, C_in / groups * k * k, positions)."""
-    pads = layer.padding
-    if isinstance(pads, str):
-        sizes = [d * (k - 1) for d, k in zip(layer.dilation, layer.kernel_size, strict=True)]
-        pads = (0, 0) if pads == "valid" else None
-        if pads is None:
-            x = F.pad(x, [sizes[1] // 2, sizes[1] - sizes[1] // 2, sizes[0] // 2, sizes[0] - sizes[0] // 2])
-            pads = (0, 0)
-    elif layer.padding_mode != "zeros":
-        x = F.pad(x, [pads[1], pads[1], pads[0], pads[0]], mode=layer.padding_mode)
-        pads = (0, 0)
-    if layer.kernel_size == (1, 1) and layer.stride == (1, 1) and tuple(pads) == (0, 0):
-        columns = x.flatten(2)
-    else:
-        columns = F.unfold(x, layer.kernel_size, layer.dilation, pads, layer.stride)
-    return columns.unflatten(1, (layer.groups, -1))
-
-
-__all__ = ["Influence", "is_call", "is_class_scores", "measure_influence", "unfolded"]

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 # Multiply-adds that accumulating x'x may cost; beyond it rows are left out at random (seconds on two cores).
-BUDGET = 4e10
+BUDGET = 4e9
 # Patches are unfolded for as many values at a time as stay in this many float64 numbers.
 CHUNK = 2**22
 RIDGE = 1e-7
@@ -70,32 +70,35 @@ class NormalEquations:
 
     def solve(self, ridge: float = RIDGE) -> None:
         """Put the best weights and bias into the layer, in place (it must have a bias)."""
-        w0 = self._weights()
+        w0 = self.weights()
         scale = self.xx.diagonal(dim1=1, dim2=2).mean(1) * ridge  # (groups,)
         left = self.xx + scale[:, None, None] * torch.eye(self.xx.shape[1], dtype=torch.float64)
         factor = torch.linalg.cholesky(left)
         w = w0 + torch.cholesky_solve(self.xy - self.xx @ w0, factor)
-        dtype = self.layer.weight.dtype
-        weight = w[:, :-1].mT.reshape(self.layer.weight.shape).to(dtype)
-        assert self.layer.bias is not None
-        self.layer.weight.data.copy_(weight)
-        self.layer.bias.data.copy_(w[:, -1].reshape(-1).to(dtype))
+        self.set_weights(w)
 
     def error(self) -> float:
         """Squared error of the layer's present weights relative to the variance of the wanted values."""
-        w = self._weights()
+        w = self.weights()
         squared = self.yy - 2 * (w * self.xy).sum(1) + (w * (self.xx @ w)).sum(1)
         total = self.xx[:, -1, -1, None].clamp_min(1e-300)
         variance = self.yy - self.y.square() / total
         return float(squared.sum().clamp_min(0) / variance.sum().clamp_min(1e-300))
 
-    def _weights(self) -> Tensor:
-        """(groups, K, O / groups) of the layer's present weights, the bias last."""
+    def weights(self) -> Tensor:
+        """(groups, K, O / groups) of the layer's present weights, the bias last in K, float64."""
         layer, groups = self.layer, self.layer.groups
         w = layer.weight.detach().double().flatten(1).unflatten(0, (groups, -1)).mT
         assert layer.bias is not None
         b = layer.bias.detach().double().view(groups, 1, -1)
         return torch.cat([w, b], 1)
+
+    def set_weights(self, w: Tensor) -> None:
+        """Put weights of this form into the layer, in place."""
+        layer = self.layer
+        assert layer.bias is not None
+        layer.weight.data.copy_(w[:, :-1].mT.reshape(layer.weight.shape))
+        layer.bias.data.copy_(w[:, -1].reshape(-1))
 
 
 def unfold(layer: nn.Conv2d, x: Tensor) -> Tensor:

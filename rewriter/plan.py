@@ -86,7 +86,7 @@ def rewrite(
         PlanError: a step has no site, its site is blocked, or two steps exclude each other.
     """
     gm = copy_graph(gm)
-    taken: dict[str, Step] = {}
+    taken: dict[tuple[str, str], Step] = {}
     for rule in RULES:
         steps = [s for s in plan.steps if s.rule == rule.name]
         if not steps:
@@ -95,9 +95,10 @@ def rewrite(
         for step in steps:
             site = _site(gm, sites, step, taken)
             for name in site.nodes if rule.exclusive else ():
-                if name in taken:
-                    raise PlanError(f"plan: {taken[name]} and {step}: both change {name}")
-                taken[name] = step
+                if (rule.stage, name) in taken:
+                    other = taken[rule.stage, name]
+                    raise PlanError(f"plan: {other} and {step}: both change {name}")
+                taken[rule.stage, name] = step
             rule.apply(gm, site)
             _load(gm, step, (weights or {}).get(str(step), {}))
     gm.graph.eliminate_dead_code()
@@ -116,12 +117,18 @@ def _load(gm: fx.GraphModule, step: Step, state: Mapping[str, Tensor]) -> None:
         module_of(gm, made[0]).load_state_dict(dict(state))
 
 
-def _site(gm: fx.GraphModule, sites: dict[str, Site], step: Step, taken: dict[str, Step]) -> Site:
+def _site(
+    gm: fx.GraphModule,
+    sites: dict[str, Site],
+    step: Step,
+    taken: dict[tuple[str, str], Step],
+) -> Site:
     site = sites.get(step.anchor)
     if site is not None and not site.blocked:
         return site
-    if step.anchor in taken:
-        raise PlanError(f"plan: {taken[step.anchor]} and {step}: both change {step.anchor}")
+    for (_, name), other in taken.items():
+        if name == step.anchor:
+            raise PlanError(f"plan: {other} and {step}: both change {step.anchor}")
     if site is not None:
         raise PlanError(f"{step}: not applicable: {site.blocked}")
     names = [n.name for n in gm.graph.nodes]

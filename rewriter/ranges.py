@@ -42,26 +42,27 @@ def group_by_range(low: Tensor, high: Tensor, groups: int) -> list[list[int]]:
     """Put channels into groups that each share one range, with the least total rounding error.
 
     A value rounded in a range of width w has squared error proportional to w^2, so the cost of a group is its
-    size times its width squared. Channels are sorted by the larger end of their range, and the best
-    cut of that order into contiguous groups is found by dynamic programming.
+    size times its width squared. Channels are sorted by the width of their range, and the best
+    cut of that order into contiguous groups is found by dynamic programming. Several values that must be
+    grouped alike are weighed by the mean square width of their channels, so that each counts by how uneven it is.
 
     Args:
-        low, high: (C,) range of each channel.
+        low, high: (C,) range of each channel, or (V, C) of each channel of V values.
         groups: number of groups, at most C.
 
     Returns:
         Channel indices of each group, each in ascending order, the group of the widest range last.
     """
-    order = torch.argsort(width(low, high), stable=True)
-    lo, hi = low[order].clamp_max(0).double(), high[order].clamp_min(0).double()
+    low, high = _level(low, high)
+    order = torch.argsort(width(low, high).amax(0), stable=True)
+    lo, hi = low[:, order].clamp_max(0), high[:, order].clamp_min(0)
     n = len(order)
     groups = min(groups, n)
-    cost = torch.zeros(
-        n + 1, n + 1, dtype=torch.float64
-    )  # cost[i, j]: channels i..j-1 in one group
+    # cost[i, j]: channels i..j-1 in one group
+    cost = torch.zeros(n + 1, n + 1, dtype=torch.float64)
     for i in range(n):
-        span = hi[i:].cummax(0).values - lo[i:].cummin(0).values
-        cost[i, i + 1 :] = torch.arange(1, n - i + 1) * span**2
+        span = hi[:, i:].cummax(1).values - lo[:, i:].cummin(1).values
+        cost[i, i + 1 :] = torch.arange(1, n - i + 1) * span.square().sum(0)
     best = cost[0].clone()  # best[j]: least cost of the first j channels in the groups so far
     best[0] = 0.0
     cuts: list[Tensor] = []
@@ -79,9 +80,20 @@ def group_by_range(low: Tensor, high: Tensor, groups: int) -> list[list[int]]:
 
 
 def rounding_error(low: Tensor, high: Tensor, groups: list[list[int]]) -> float:
-    """Total expected squared rounding error of channels in ``groups``, in units of step^2 / 12 at 1 level."""
+    """Total expected squared rounding error of channels in ``groups``, relative to a range for each channel.
+
+    1 means that no channel loses by sharing. ``low`` and ``high`` are (C,), or (V, C) for several values.
+    """
+    low, high = _level(low, high)
     total = 0.0
     for group in groups:
-        span = high[group].clamp_min(0).max() - low[group].clamp_max(0).min()
-        total += len(group) * float(span) ** 2
-    return total
+        span = high[:, group].clamp_min(0).amax(1) - low[:, group].clamp_max(0).amin(1)
+        total += len(group) * float(span.square().sum())
+    return total / low.numel()
+
+
+def _level(low: Tensor, high: Tensor) -> tuple[Tensor, Tensor]:
+    """(V, C) ranges, each value's divided by the root mean square of its channels' widths."""
+    low, high = (r.double().view(-1, r.shape[-1]) for r in (low, high))
+    size = width(low, high).square().mean(1, keepdim=True).sqrt().clamp_min(1e-30)
+    return low / size, high / size

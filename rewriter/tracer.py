@@ -13,15 +13,27 @@ import operator
 import os
 import traceback
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
+from torch.utils import _pytree as pytree
 
 from rewriter.errors import TraceError
+from rewriter.proxy import (
+    Proxy,
+    equal,
+    holds_tensor,
+    known_values,
+    offered,
+    place,
+    proxies,
+    storage,
+    tensors,
+    version,
+)
 
 BATCHES = (2, 3)  # 1 would be ambiguous: squeeze() and broadcasting treat it apart
 _FOLDERS = (f"{Path(torch.__file__).parent}{os.sep}", f"{Path(__file__).parent}{os.sep}", "<")
@@ -31,8 +43,9 @@ _ABOUT_SHAPE = {
     *("is_floating_point", "is_complex", "is_contiguous", "__len__"),
     *(torch.is_floating_point, torch.is_complex, torch.numel),
 }
-# Functions that take sizes but no tensor: torch does not offer them to a proxy by itself.
+# Functions that take sizes, but no tensor that could be a proxy: torch does not offer them to a proxy by itself.
 _MAKERS = ("zeros", "ones", "full", "empty", "arange", "eye", "linspace")
+_METHODS = ("expand", "repeat", "view", "reshape", "new_zeros", "new_ones", "new_full", "tile")
 
 
 @dataclass(frozen=True)
@@ -53,70 +66,6 @@ class Untraceable(Exception):
         self.path, self.cause, self.line = path, cause, line or line_of(cause)
 
 
-class Proxy(fx.Proxy):
-    """A symbol with the values that both batches have at its place.
-
-    Attributes:
-        values: one for each of ``BATCHES``.
-        static: it follows from shapes alone.
-    """
-
-    values: tuple[Any, Any]
-    static: bool
-
-    @property
-    def __class__(self) -> type:  # isinstance(x, Tensor) in user code must answer as for the value
-        values = self.__dict__.get("values")
-        return Tensor if values is not None and isinstance(values[0], Tensor) else Proxy
-
-    @property
-    def shape(self) -> Any:
-        return self.size()
-
-    def size(self, dim: int | None = None) -> Any:
-        if not isinstance(self.values[0], Tensor):
-            raise AttributeError("size")
-        a, b = (v.shape for v in self.values)
-        if len(a) != len(b):
-            raise fx.proxy.TraceError("the number of dimensions depends on the batch size")
-        if dim is not None:
-            return self._size(dim % len(a))
-        return torch.Size(a) if a == b else tuple(self._size(i) for i in range(len(a)))
-
-    def _size(self, dim: int) -> Any:
-        return self.tracer.create_proxy("call_method", "size", (self, dim), {})
-
-    def __len__(self) -> int:
-        a, b = (len(v) for v in self.values)
-        if a != b:
-            raise fx.proxy.TraceError("len() is the batch size, which is no constant")
-        return a
-
-    def __index__(self) -> int:
-        raise fx.proxy.TraceError("the batch size, or a value, is used as a plain number")
-
-    __int__ = __float__ = __index__
-
-    def __contains__(self, item: Any) -> bool:
-        if isinstance(self.values[0], dict):
-            return item in self.values[0]
-        raise fx.proxy.TraceError("a condition on values of the input")
-
-    def __getattr__(self, name: str) -> Any:
-        if name.startswith("_") or name in {"node", "tracer", "values", "static"}:
-            raise AttributeError(name)
-        first, second = (getattr(v, name) for v in self.values)
-        if isinstance(self.values[0], dict) and name in ("keys", "items", "values"):
-            return lambda: [
-                {"keys": k, "items": (k, self[k]), "values": self[k]}[name] for k in self.values[0]
-            ]
-        if callable(first):
-            return fx.proxy.Attribute(self, name)
-        if isinstance(first, Tensor) or not _equal(first, second):
-            return self.tracer.create_proxy("call_function", getattr, (self, name), {})
-        return first  # dtype, device, ndim, ...
-
-
 class Tracer(fx.Tracer):
     """Traces a network on its examples; modules in ``leaves`` and those of torch.nn are called, not entered."""
 
@@ -129,7 +78,7 @@ class Tracer(fx.Tracer):
         self.evaluating = False
 
     def trace(self, root: Any, concrete_args: dict[str, Any] | None = None) -> fx.Graph:
-        with _offered(_MAKERS, self):
+        with offered(torch, _MAKERS, self), offered(Tensor, _METHODS, self):
             return super().trace(root, concrete_args)
 
     def create_args_for_root(
@@ -148,7 +97,13 @@ class Tracer(fx.Tracer):
             args.append(self._with_values(proxy, values, static=False))
         if len(args) <= len(self.examples):
             raise TypeError(f"takes {len(names)} inputs but {len(self.examples)} were given")
-        return root_fn, args
+        return lambda *inputs: self._open(root_fn(*inputs)), args
+
+    def _open(self, output: Any) -> Any:
+        """The output as tuples, lists and dicts of tensors; remembers how the user nested them."""
+        output = pytree.tree_map(_opened, output, is_leaf=_is_proxy)
+        self.structure = pytree.tree_flatten(output, is_leaf=_is_proxy)[1]
+        return _without_names(output)
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
         return module_qualified_name in self.leaves or (
@@ -161,7 +116,12 @@ class Tracer(fx.Tracer):
     ) -> Any:
         if self.evaluating:
             return forward(*args, **kwargs)
-        path = self.path_of_module(m)
+        try:
+            path = self.path_of_module(m)
+        except NameError:
+            if next(m.parameters(), None) is not None:
+                raise
+            return forward(*args, **kwargs)  # nn.ReLU()(x), made on the spot
         if self.is_leaf_module(m, path):
             return super().call_module(m, forward, args, kwargs)
         self.path.append(path)
@@ -182,44 +142,46 @@ class Tracer(fx.Tracer):
 
     def create_arg(self, a: Any) -> Any:
         # a proxy passes for a tensor (see __class__), and so must be asked for first
-        return a.node if type(a) in (Proxy, fx.proxy.Attribute) else super().create_arg(a)
+        if type(a) in (Proxy, fx.proxy.Attribute):
+            return a.node
+        return super().create_arg(a)
 
     def create_proxy(
         self, kind: str, target: Any, args: Any, kwargs: Any, *rest: Any, **named: Any
     ) -> Any:
         proxy = super().create_proxy(kind, target, args, kwargs, *rest, **named)
-        used = _proxies((args, kwargs))
-        constants = [(t, t._version) for t in _tensors((args, kwargs))]
-        before = [_version(p) for p in used]
+        used = proxies((args, kwargs))
+        constants = [(t, t._version) for t in tensors((args, kwargs))]
+        before = [version(p) for p in used]
         self.evaluating = True
         try:
             with torch.no_grad():
                 values = tuple(
-                    self._evaluate(kind, target, _values(args, i), _values(kwargs, i))
+                    self._evaluate(kind, target, known_values(args, i), known_values(kwargs, i))
                     for i in (0, 1)
                 )
         finally:
             self.evaluating = False
         if any(t._version != version for t, version in constants):
             raise fx.proxy.TraceError("the forward changes a parameter or buffer of the model")
-        overwritten = [p.node for p, v in zip(used, before, strict=True) if _version(p) != v]
+        overwritten = [p.node for p, v in zip(used, before, strict=True) if version(p) != v]
         if overwritten:
             proxy.node.meta["overwrites"] = overwritten
             proxy.node.meta["path"], proxy.node.meta["line"] = self.path[-1], _line_now()
-        static = target in _ABOUT_SHAPE or (bool(used) and all(p.static for p in used))
+        static = target in _ABOUT_SHAPE or (bool(used) and all(p.of_shapes for p in used))
         result = self._with_values(proxy, values, static)
-        if static and not _holds_tensor(values[0]) and _equal(*values):
+        if static and not holds_tensor(values[0]) and equal(*values):
             self.graph.erase_node(proxy.node)
             return values[0]
         for p in used:
-            if _storage(values[0]) is not None and _storage(values[0]) == _storage(p.values[0]):
+            if storage(values[0]) is not None and storage(values[0]) == storage(p.known[0]):
                 proxy.node.meta["group"] = p.node.meta["group"]
         return result
 
     def _with_values(self, proxy: Any, values: Any, static: bool) -> Any:
-        proxy.values, proxy.static = values, static
+        proxy.known, proxy.of_shapes = values, static
         meta = proxy.node.meta
-        meta["group"], meta["place"] = proxy.node, _place(values[0])
+        meta["group"], meta["place"] = proxy.node, place(values[0])
         if isinstance(values[0], Tensor):
             meta["shape"], meta["dtype"] = tuple(values[0].shape), values[0].dtype
         return proxy
@@ -234,12 +196,12 @@ class Tracer(fx.Tracer):
         return operator.attrgetter(target)(self.root)
 
     def iter(self, obj: Any) -> Iterator[Any]:
-        if isinstance(obj.values[0], dict):
-            return iter(list(obj.values[0]))
+        if isinstance(obj.known[0], dict):
+            return iter(list(obj.known[0]))
         return (obj[i] for i in range(len(obj)))
 
     def to_bool(self, obj: Any) -> bool:
-        if type(obj) is Proxy and obj.static:
+        if type(obj) is Proxy and obj.of_shapes:
             raise fx.proxy.TraceError("a condition depends on the batch size")
         raise fx.proxy.TraceError("a condition depends on values of the input")
 
@@ -271,6 +233,7 @@ def trace_graph(
             raise TraceError(_refusal(model, failure.cause, failure.line)) from failure.cause
         except Exception as cause:
             raise TraceError(_refusal(model, cause, line_of(cause))) from cause
+        graph.output_node().meta["structure"] = tracer.structure
         return graph, tuple(opaque.values())
 
 
@@ -301,80 +264,33 @@ def _read_what_was_overwritten(graph: fx.Graph) -> None:
                     user.replace_input_with(other, node)
 
 
-@contextmanager
-def _offered(names: tuple[str, ...], tracer: Tracer) -> Iterator[None]:
-    """While tracing, ``torch.zeros(x.shape[0], 8)`` and the like become nodes if a size is symbolic."""
-    plain = {name: getattr(torch, name) for name in names}
-
-    def wrapped(function: Callable[..., Any]) -> Callable[..., Any]:
-        def call(*args: Any, **kwargs: Any) -> Any:
-            if _proxies((args, kwargs)):
-                return tracer.create_proxy("call_function", function, args, kwargs)
-            return function(*args, **kwargs)
-
-        return call
-
-    try:
-        for name, function in plain.items():
-            setattr(torch, name, wrapped(function))
-        yield
-    finally:
-        for name, function in plain.items():
-            setattr(torch, name, function)
+def _is_proxy(a: Any) -> bool:
+    return type(a) is Proxy
 
 
-def _leaves(tree: Any) -> list[Any]:
-    found: list[Any] = []
-
-    def keep(a: Any) -> Any:
-        found.append(a)
+def _opened(a: Any) -> Any:
+    if type(a) is not Proxy or isinstance(a.known[0], Tensor):
         return a
-
-    fx.node.map_aggregate(tree, keep)
-    return found
-
-
-def _proxies(tree: Any) -> list[Proxy]:
-    roots = (a.root if type(a) is fx.proxy.Attribute else a for a in _leaves(tree))
-    return [a for a in roots if type(a) is Proxy]
+    if isinstance(a.known[0], dict):
+        return {k: _opened(a[k]) for k in a.known[0]}
+    if isinstance(a.known[0], (tuple, list)):
+        return tuple(_opened(a[i]) for i in range(len(a)))
+    return a
 
 
-def _tensors(tree: Any) -> list[Tensor]:
-    """The tensors among the arguments that are no proxies: parameters, buffers and constants."""
-    return [a for a in _leaves(tree) if type(a) is not Proxy and isinstance(a, Tensor)]
-
-
-def _values(tree: Any, i: int) -> Any:
-    def value(a: Any) -> Any:
-        if type(a) is fx.proxy.Attribute:
-            return getattr(a.root.values[i], a.attr)  # type: ignore[attr-defined]
-        return a.values[i] if type(a) is Proxy else a
-
-    return fx.node.map_aggregate(tree, value)
-
-
-def _holds_tensor(value: Any) -> bool:
-    return any(isinstance(v, Tensor) for v in _leaves(value))
-
-
-def _equal(a: Any, b: Any) -> bool:
-    return type(a) is type(b) and bool(a == b)
-
-
-def _version(proxy: Proxy) -> int:
-    value = proxy.values[0]
-    return value._version if isinstance(value, Tensor) else 0
-
-
-def _storage(value: Any) -> int | None:
-    return (value.untyped_storage().data_ptr() or None) if isinstance(value, Tensor) else None
-
-
-def _place(value: Any) -> Any:
-    """What tells two views of one storage apart."""
-    if not isinstance(value, Tensor):
-        return None
-    return (value.data_ptr(), tuple(value.shape), value.stride())
+def _without_names(tree: Any) -> Any:
+    """Named tuples as plain ones: generated code does not know their class."""
+    if _is_proxy(tree):
+        return tree
+    if isinstance(tree, dict):
+        return {k: _without_names(v) for k, v in tree.items()}
+    if isinstance(tree, (tuple, list)):
+        return (
+            [_without_names(v) for v in tree]
+            if isinstance(tree, list)
+            else tuple(map(_without_names, tree))
+        )
+    return tree
 
 
 def one_line(cause: BaseException) -> str:

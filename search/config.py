@@ -7,6 +7,7 @@ the line number, the key and, for a misspelt key, the right one.
 from __future__ import annotations
 
 import difflib
+import os
 import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -244,7 +245,7 @@ class Config(_Section):
 
     def resolve(self, name: str) -> Path:
         """A path of the file, relative to the file's folder; ``~`` is the home folder."""
-        return self._path.parent / Path(name).expanduser()
+        return Path(os.path.normpath(self._path.parent / Path(name).expanduser()))
 
 
 def load_config(path: str | Path) -> Config:

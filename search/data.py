@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 import importlib
 import inspect
+import logging
 import pickle
 import sys
 import traceback
@@ -200,6 +201,9 @@ def _timm_model(cfg: Config) -> nn.Module:
 
 
 def _create(cfg: Config, name: str, *, pretrained: bool) -> nn.Module:
+    hub = logging.getLogger("huggingface_hub")
+    level = hub.level
+    hub.setLevel(logging.ERROR)  # its warning for each retry would bury the one message below
     try:
         return timm.create_model(name, pretrained=pretrained, **cfg.model.args)
     except TypeError as error:
@@ -215,6 +219,8 @@ def _create(cfg: Config, name: str, *, pretrained: bool) -> nn.Module:
             f"model: {name}: the pretrained weights could not be fetched ({reason}); "
             "give a file instead: weights: FILE.safetensors"
         ) from error
+    finally:
+        hub.setLevel(level)
 
 
 def _load_weights(model: nn.Module, file: Path) -> None:

@@ -1,7 +1,8 @@
-"""From a plan to its score: rewrite, fit, quantize, run on the target's kernels, compare with float.
+"""From a plan to its score: rewrite, fit, quantize, run on the target's kernels, compare with
+float.
 
-The images are decoded once, the float outputs are computed once, and a plan is scored once: scores live in the run
-directory under a fingerprint of all that they depend on.
+The images are decoded once, the float outputs are computed once, and a plan is scored once:
+scores live in the run directory under a fingerprint of all that they depend on.
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ import logging
 import math
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
@@ -18,6 +19,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor, fx
+from torch.utils import _pytree as pytree
 
 from rewriter import Plan, Quantized, cost, simulate
 from rewriter.assemble import assemble
@@ -81,7 +83,9 @@ class SampleSet:
             yield batch[0] if isinstance(batch, tuple) else batch
 
 
-def load_samples(dataset: Dataset, tick: Tick = lambda done, total: None, limit: int = IN_MEMORY) -> SampleSet:
+def load_samples(
+    dataset: Dataset, tick: Tick = lambda done, total: None, limit: int = IN_MEMORY
+) -> SampleSet:
     """Read a data set once: inputs, or (input, target) pairs."""
     total = len(dataset)
     digest = Digest()
@@ -139,7 +143,8 @@ class RewriteEvaluator:
     def __call__(self, plan: Plan) -> Score:
         """The score of a plan, from the records where it is known.
 
-        A plan that cannot be carried out or run is a score with an error, so that a search goes on without it.
+        A plan that cannot be carried out or run is a score with an error, so that a search goes
+        on without it.
 
         Raises:
             ConfigError: the user's data set or metric fails.
@@ -170,31 +175,38 @@ class RewriteEvaluator:
         try:
             outputs = self._run(runner)
             metric_float = self._metric_in_float(plan, quantized.gm)
-        except _Candidate as failure:
+        except _CandidateError as failure:
             return self._failed(plan, spent.macs, failure.cause, start), None
         if not all(bool(torch.isfinite(o).all()) for o in outputs if o.is_floating_point()):
             fact = RewriteError("the int8 network's outputs are NaN or infinite")
             return self._failed(plan, spent.macs, fact, start), None
-
-        damage = self.task.damage(self.reference(), outputs).double().cpu().numpy()
-        metric, interval, samples = self._compare(outputs, damage)
+        measured, samples = self._compare(outputs)
         floats = sum(bool(n.meta.get("keep_float")) for n in layers(quantized.gm))
-        score = Score(
+        score = replace(
+            measured,
             plan=str(plan),
             macs=spent.macs,
             params=spent.params,
             weight_bytes=spent.weight_bytes,
             macs_ratio=spent.macs / macs,
             float_layers=floats,
-            metric=metric,
-            interval=interval,
             metric_float=metric_float,
-            damage=float(damage.mean()),
             engine=self.engine,
-            samples=self.samples.count,
             seconds=round(time.perf_counter() - start, 3),
         )
         return score, samples
+
+    def score_outputs(self, plan: Plan, outputs: list[Tensor], engine: str) -> Score:
+        """Score outputs that another program computed for a plan, such as a file that is about to ship."""
+        known = self(plan)
+        measured, _ = self._compare(outputs)
+        return replace(
+            known,
+            metric=measured.metric,
+            interval=measured.interval,
+            damage=measured.damage,
+            engine=engine,
+        )
 
     def baseline(self) -> Baseline:
         """The network as it is; the empty plan is scored where it is not yet.
@@ -205,7 +217,9 @@ class RewriteEvaluator:
         score = self(Plan(()))
         if score.error is not None:
             raise RewriteError(f"the network as it is cannot be scored: {score.error}")
-        return Baseline(self.float_metric()[0], score.metric, score.macs, score.damage, score.interval)
+        return Baseline(
+            self.float_metric()[0], score.metric, score.macs, score.damage, score.interval
+        )
 
     def reference(self) -> list[Tensor]:
         """Flat float outputs over all samples, each (n, ...); computed once."""
@@ -240,7 +254,7 @@ class RewriteEvaluator:
                 try:
                     found.append([o.cpu() for o in runner(x)])
                 except Exception as cause:
-                    raise _Candidate(cause) from cause
+                    raise _CandidateError(cause) from cause
                 done += len(x)
                 self.tick(done, self.samples.count)
         return [torch.cat(parts) for parts in zip(*found, strict=True)]
@@ -268,22 +282,23 @@ class RewriteEvaluator:
         try:
             session = Session(float_onnx(gm), threads=self.threads)
         except Exception as cause:
-            raise _Candidate(cause) from cause
+            raise _CandidateError(cause) from cause
         return self._metric(self._run(_session_runner(session)))
 
-    def _compare(
-        self, outputs: list[Tensor], damage: Array
-    ) -> tuple[float | None, tuple[float, float] | None, Samples]:
+    def _compare(self, outputs: list[Tensor]) -> tuple[Score, Samples]:
+        """Metric, interval and damage of int8 outputs; what is the plan's own is filled in by the caller."""
+        damage = self.task.damage(self.reference(), outputs).double().cpu().numpy()
+        score = Score(plan="", macs=0, damage=float(damage.mean()), samples=self.samples.count)
         baseline, reference = self.float_metric()
         if baseline is None or reference is None:
-            return None, None, Samples(damage)
-        metric, own = self._metric(outputs), self._per_sample(outputs, damage)
+            return score, Samples(damage)
+        own = self._per_sample(outputs, damage)
         interval = None
         if own.metric is not None and reference.metric is not None:
             interval = paired_interval(own.metric, reference.metric, baseline)
         elif own.replicates is not None and reference.replicates is not None:
             interval = replicate_interval(own.replicates, reference.replicates, baseline)
-        return metric, interval, own
+        return replace(score, metric=self._metric(outputs), interval=interval), own
 
     def _metric(self, outputs: list[Tensor]) -> float | None:
         value = self.task.score(outputs, self.samples.targets)
@@ -296,7 +311,9 @@ class RewriteEvaluator:
         if not isinstance(self.task, Resampled):
             return Samples(damage)
         matches = self.task.matches(outputs, self.samples.targets)
-        return Samples(damage, replicates=self.task.resampled(matches, _weights(self.samples.count)))
+        return Samples(
+            damage, replicates=self.task.resampled(matches, _weights(self.samples.count))
+        )
 
     def _failed(self, plan: Plan, macs: int, cause: BaseException, start: float) -> Score:
         text = " ".join(str(cause).split())[:500]
@@ -327,7 +344,7 @@ def extra_macs(gm: fx.GraphModule, plans: Sequence[Plan]) -> dict[str, int]:
     return found
 
 
-class _Candidate(Exception):
+class _CandidateError(Exception):
     """Marks an exception that a candidate raised, and not the user's data."""
 
     def __init__(self, cause: Exception) -> None:
@@ -340,7 +357,7 @@ def _session_runner(session: Session) -> Callable[[Tensor], list[Tensor]]:
 
 
 def _flat(outputs: Any) -> list[Tensor]:
-    return [o for o in torch.utils._pytree.tree_leaves(outputs) if isinstance(o, Tensor)]
+    return [o for o in pytree.tree_leaves(outputs) if isinstance(o, Tensor)]
 
 
 def _weights(count: int) -> NDArray[np.float64]:

@@ -25,7 +25,9 @@ class Digest:
         """Take in a tensor, a number, a text, or a sequence or mapping of those."""
         if isinstance(value, Tensor):
             self._hash.update(f"{value.dtype}{tuple(value.shape)}".encode())
-            self._hash.update(memoryview(value.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy()))
+            self._hash.update(
+                value.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().tobytes()
+            )
         elif isinstance(value, Mapping):
             for key in sorted(value, key=str):
                 self.add(str(key))
@@ -45,7 +47,9 @@ def model_digest(gm: fx.GraphModule) -> str:
     """Hash of a canonical graph: its structure, its modules' settings and its weights."""
     digest = Digest()
     digest.add(gm.code)
-    digest.add([f"{name}={type(m).__name__}({m.extra_repr()})" for name, m in gm.named_modules() if name])
+    digest.add(
+        [f"{name}={type(m).__name__}({m.extra_repr()})" for name, m in gm.named_modules() if name]
+    )
     digest.add(gm.state_dict())
     digest.add(gm.meta["example"])
     return digest.hex()
@@ -72,7 +76,9 @@ def rules_digest() -> str:
     folder = Path(rewriter.__file__).parent
     digest = Digest()
     digest.add(sorted(f"{rule.name}:{rule.version}" for rule in RULES))
-    digest.add([_text(path) for path in sorted(folder.rglob("*.py")) if "sensitivity" not in path.parts])
+    digest.add(
+        [_text(path) for path in sorted(folder.rglob("*.py")) if "sensitivity" not in path.parts]
+    )
     digest.add([source_digest(rule) for rule in RULES])
     return digest.hex()
 

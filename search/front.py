@@ -1,8 +1,9 @@
-"""The Pareto front of compute against int8 quality, with the noise of a finite set of samples taken seriously.
+"""The Pareto front of compute against int8 quality, with the noise of a finite set of samples
+taken seriously.
 
-On a few hundred images a metric moves by one or two points for nothing. Two plans are therefore compared on the same
-samples: one is better in the metric only where the paired 95 % interval of the difference excludes zero; otherwise the
-damage, which varies far less, decides.
+On a few hundred images a metric moves by one or two points for nothing. Two plans are therefore
+compared on the same samples: one is better in the metric only where the paired 95 % interval of
+the difference excludes zero; otherwise the damage, which varies far less, decides.
 """
 
 from __future__ import annotations
@@ -25,9 +26,11 @@ class Front:
     """The best plans.
 
     Attributes:
-        points: Mutually non-dominated in (MACs, value), cheapest first, no two of them equal in both.
-        ties: Plans that cost more than a point and measured no better, by less than the noise, but do less damage:
-            the samples are too few to say that they are worse. Cheapest first.
+        points: Mutually non-dominated in (MACs, value), cheapest first, no two of them equal in
+            both.
+        ties: Plans that cost more than a point and measured no better, by less than the noise,
+            but do less damage: the samples are too few to say that they are worse. Cheapest
+            first.
     """
 
     points: tuple[Score, ...]
@@ -65,7 +68,8 @@ def select_front(
 
     Args:
         scores: Any plans; failed ones are left out, repeated ones counted once.
-        samples: Per-sample values by plan text; where they are missing the numbers are taken as exact.
+        samples: Per-sample values by plan text; where they are missing the numbers are taken as
+            exact.
         objective: ``metric``, or ``damage`` where there are no labels.
         higher_is_better: Direction of the metric.
     """
@@ -73,7 +77,8 @@ def select_front(
         score.plan: score for score in scores if score.error is None and score.damage is not None
     }
     usable = [s for s in unique.values() if objective == "damage" or s.metric is not None]
-    # Among equals the plan with the fewest float layers and steps comes first, and is the one kept.
+    # Among equals the plan with the fewest float layers and steps comes first, and is the one
+    # kept.
     usable.sort(key=lambda s: (s.float_layers, len(s.plan.split()), s.plan))
     if not usable:
         return Front(())
@@ -112,10 +117,12 @@ def compare(metric: Array, damage: Array, error: Array) -> NDArray[np.int8]:
 
 
 def undominated(macs: Array, better: NDArray[np.int8], order: NDArray[np.intp]) -> list[int]:
-    """Indices that none of the others kept beats: cheaper or equal in cost, and better or equal in quality.
+    """Indices that none of the others kept beats: cheaper or equal in cost, and better or equal
+    in quality.
 
-    "Better" by paired tests is not transitive (a beats b beats c beats a can happen at equal cost); each point is
-    therefore judged against those already kept, so that something is always left.
+    "Better" by paired tests is not transitive (a beats b beats c beats a can happen at equal
+    cost); each point is therefore judged against those already kept, so that something is always
+    left.
 
     Args:
         macs: (k,) cost.
@@ -132,10 +139,11 @@ def undominated(macs: Array, better: NDArray[np.int8], order: NDArray[np.intp]) 
 
 
 def metric_error(samples: Sequence[Samples | None]) -> Array:
-    """(k, k) standard errors of the paired metric differences; 0 where a plan has no per-sample values.
+    """(k, k) standard errors of the paired metric differences; 0 where a plan has no per-sample
+    values.
 
-    Where few samples differ, the plain variance is too small: four images more and none less would count as proof. One
-    more image of disagreement is added, as for matched proportions.
+    Where few samples differ, the plain variance is too small: four images more and none less
+    would count as proof. One more image of disagreement is added, as for matched proportions.
 
     Source: Agresti and Min 2005, doi:10.1002/sim.1781.
     """
@@ -174,7 +182,8 @@ def resampled_means(values: Array, resamples: int = RESAMPLES, seed: int = 0) ->
 def paired_interval(
     int8: Array, reference: Array, baseline: float, resamples: int = RESAMPLES, seed: int = 0
 ) -> tuple[float, float]:
-    """95 % interval of the int8 metric, paired with float: the interval of (int8 - float) added to the float metric.
+    """95 % interval of the int8 metric, paired with float: the interval of (int8 - float) added
+    to the float metric.
 
     Args:
         int8: (n,) contribution of each sample to the int8 metric.
@@ -199,7 +208,8 @@ def hypervolume(macs: Array, value: Array, reference: tuple[float, float]) -> fl
     Args:
         macs: (k,) cost, lower is better.
         value: (k,) quality, higher is better.
-        reference: (macs, value) of a point worse than all that count; what lies beyond it adds nothing.
+        reference: (macs, value) of a point worse than all that count; what lies beyond it adds
+            nothing.
 
     Source: Zitzler and Thiele 1998, doi:10.1007/BFb0056872.
     """
@@ -211,7 +221,8 @@ def hypervolume(macs: Array, value: Array, reference: tuple[float, float]) -> fl
 
 
 def knee(macs: Array, value: Array) -> int:
-    """Index of the point after which more compute buys little: farthest above the line between the extremes.
+    """Index of the point after which more compute buys little: farthest above the line between
+    the extremes.
 
     Both axes are scaled to the extent of the front. Of one or two points it is the cheaper one.
 
@@ -230,8 +241,9 @@ def pick(
 ) -> Score:
     """The point called ``best`` or ``knee``.
 
-    ``best`` has the least damage among the points that no one can tell from the one with the highest metric: those
-    whose interval reaches it. Without labels it has the least damage of all.
+    ``best`` has the least damage among the points that no one can tell from the one with the
+    highest metric: those whose interval reaches it. Without labels it has the least damage of
+    all.
     """
     everything = front.all()
     if which == "knee":

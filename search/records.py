@@ -1,8 +1,10 @@
-"""The run directory: what is known about each plan, on disk, in a form that a killed run cannot break.
+"""The run directory: what is known about each plan, on disk, in a form that a killed run cannot
+break.
 
-``run.json`` says of which model, data and target the directory speaks; ``scores.jsonl`` holds one line per scored plan
-and is only ever appended to; ``samples/KEY.npz`` holds the per-sample values behind a line, so that two plans can be
-compared sample by sample without scoring either of them again.
+``run.json`` says of which model, data and target the directory speaks; ``scores.jsonl`` holds one
+line per scored plan and is only ever appended to; ``samples/KEY.npz`` holds the per-sample values
+behind a line, so that two plans can be compared sample by sample without scoring either of them
+again.
 """
 
 from __future__ import annotations
@@ -12,7 +14,7 @@ import hashlib
 import json
 import math
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Generator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
@@ -37,7 +39,8 @@ class Score:
         macs: Multiply-accumulates per input; ``macs_ratio`` is relative to the network as it is.
         weight_bytes: Bytes of the stored weights under the target.
         float_layers: Weighted layers left in float.
-        metric: The task's metric of the int8 network, None without labels or where the plan failed.
+        metric: The task's metric of the int8 network, None without labels or where the plan
+            failed.
         interval: 95 % interval of ``metric``, paired with the float network on the same samples.
         metric_float: The metric of the rewritten network in float.
         damage: Fidelity damage to the float network, lower is better; see the task.
@@ -81,8 +84,10 @@ class Samples:
 
     Attributes:
         damage: (n,) damage of each sample.
-        metric: (n,) contribution of each sample; its mean is the metric. None where the metric is not a mean.
-        replicates: (r,) metric on r shared bootstrap samples, where ``metric`` is None and there are labels.
+        metric: (n,) contribution of each sample; its mean is the metric. None where the metric is
+            not a mean.
+        replicates: (r,) metric on r shared bootstrap samples, where ``metric`` is None and there
+            are labels.
     """
 
     damage: Array
@@ -111,8 +116,8 @@ class Records:
 
     Attributes:
         folder: The run directory; created when missing.
-        fingerprint: Identity of everything that a score depends on except the plan; a line written under another
-            fingerprint is left in the file and ignored.
+        fingerprint: Identity of everything that a score depends on except the plan; a line
+            written under another fingerprint is left in the file and ignored.
     """
 
     folder: Path
@@ -184,7 +189,7 @@ class Records:
 
 
 @contextmanager
-def replacing(path: Path, mode: str = "w") -> Iterator[IO[Any]]:
+def replacing(path: Path, mode: str = "w") -> Generator[IO[Any]]:
     """Write a file beside `path` and put it there only when complete: readers see the old file or the new one."""
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(f".{path.name}.{os.getpid()}.part")
@@ -246,7 +251,7 @@ def mend(path: Path) -> None:
 
 
 @contextmanager
-def locked(file: IO[Any]) -> Iterator[None]:
+def locked(file: IO[Any]) -> Generator[None]:
     """Hold the lock of an open file; the kernel releases it when the process dies."""
     fcntl.flock(file.fileno(), fcntl.LOCK_EX)
     try:
@@ -260,12 +265,14 @@ def open_run(folder: Path, parts: Mapping[str, str], about: Mapping[str, Any]) -
 
     Args:
         folder: The run directory.
-        parts: Hash of every ingredient of a score by name; those named ``model``, ``calibration``, ``evaluation`` and
-            ``target`` say which run this is, the others (metric and rule code) may change between two runs.
+        parts: Hash of every ingredient of a score by name; those named ``model``,
+            ``calibration``, ``evaluation`` and ``target`` say which run this is, the others
+            (metric and rule code) may change between two runs.
         about: Facts to keep beside them, for people.
 
     Returns:
-        The names of the ingredients that have changed since the last run, whose old scores do not count any more.
+        The names of the ingredients that have changed since the last run, whose old scores do not
+        count any more.
 
     Raises:
         RunError: The directory belongs to another model, data or target.

@@ -1,7 +1,9 @@
-"""The search space: one categorical choice per anchor, "keep" or one of the answers that a rule has for it.
+"""The search space: one categorical choice per anchor, "keep" or one of the answers that a rule
+has for it.
 
-Also what is worth trying before any search: the network as it is, the most harmful layers left in float, every single
-answer for them, and the plans that an additive model of the damage predicts to be best.
+Also what is worth trying before any search: the network as it is, the most harmful layers left in
+float, every single answer for them, and the plans that an additive model of the damage predicts
+to be best.
 """
 
 from __future__ import annotations
@@ -45,8 +47,10 @@ class Space:
     """Every plan that the search may propose.
 
     Attributes:
-        choices: Per anchor, most harmful first: ``keep`` and the names of the rules that may act there.
-        nodes: Per step, the names of all nodes that it needs for itself; none where its rule shares them.
+        choices: Per anchor, most harmful first: ``keep`` and the names of the rules that may act
+            there.
+        nodes: Per step, the names of all nodes that it needs for itself; none where its rule
+            shares them.
         extra_macs: Per step, the multiply-accumulates that it adds to the network as it is.
         macs: Multiply-accumulates of the network as it is.
         budget: What each proposed plan must meet.
@@ -78,8 +82,9 @@ class Space:
     def plan(self, choice: Mapping[str, str]) -> Plan:
         """The valid plan for a choice per anchor.
 
-        Steps are taken in the order of the harm that their layers do; a step that needs a node of one taken before, or
-        that goes over the budget, is left out. So each choice has one plan, whatever order it is written in.
+        Steps are taken in the order of the harm that their layers do; a step that needs a node of
+        one taken before, or that goes over the budget, is left out. So each choice has one plan,
+        whatever order it is written in.
         """
         wanted = [Step(choice[a], a) for a in self.choices if choice.get(a, KEEP) != KEEP]
         return self.repair(wanted)
@@ -137,8 +142,9 @@ def make_space(
 
     Args:
         sites: Places where a rule may act; blocked ones are left out.
-        damage: Damage of quantizing each weighted layer alone, by node name. A site counts with the sum over its
-            nodes; a site of which no node is known (a rule on the whole network) is always kept.
+        damage: Damage of quantizing each weighted layer alone, by node name. A site counts with
+            the sum over its nodes; a site of which no node is known (a rule on the whole network)
+            is always kept.
         extra_macs: What each step adds.
         macs: Cost of the network as it is.
         budget: Steps that alone exceed it are left out.
@@ -211,9 +217,9 @@ def predicted_front(
 ) -> list[tuple[Plan, float]]:
     """The exact Pareto front in (MACs, damage) under the additive model, by dynamic programming.
 
-    The damage of a plan is predicted as ``total`` minus the sum of the gains of its steps. Anchors whose steps exclude
-    each other are decided together; after each such group only the partial plans that no other beats in (MACs, float
-    layers, damage) go on.
+    The damage of a plan is predicted as ``total`` minus the sum of the gains of its steps.
+    Anchors whose steps exclude each other are decided together; after each such group only the
+    partial plans that no other beats in (MACs, float layers, damage) go on.
 
     Args:
         space: Choices, costs and budget.
@@ -224,7 +230,8 @@ def predicted_front(
     Returns:
         Plans, cheapest first, with their predicted damage.
 
-    Source: Kellerer, Pferschy and Pisinger 2004, Knapsack Problems, chapter 11 (multiple choice, dominance).
+    Source: Kellerer, Pferschy and Pisinger 2004, Knapsack Problems, chapter 11 (multiple choice,
+        dominance).
     """
     columns = np.array([[space.macs, 0.0, total]])
     taken: list[tuple[Step, ...]] = [()]
@@ -267,7 +274,8 @@ def _groups(space: Space, steps: set[Step]) -> Iterator[list[tuple[Step, ...]]]:
             seen.update(near)
             frontier.extend(near)
         group.sort(key=anchors.index)
-        # A group too large to enumerate keeps its most harmful anchors; the search itself covers the rest.
+        # A group too large to enumerate keeps its most harmful anchors; the search itself covers
+        # the rest.
         while math.prod(1 + len(by_anchor[a]) for a in group) > 4096:
             group.pop()
         combinations = itertools.product(*([None, *by_anchor[a]] for a in group))

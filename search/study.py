@@ -1,43 +1,42 @@
-"""The search: an Optuna study over the space, in which no plan is scored twice and no kill loses anything.
+"""The search: an Optuna study over the space, in which no plan is scored twice and no kill loses
+anything.
 
-One loop, the same for one worker or many: take the first plan that is worth trying and not yet known, else let TPE
-propose one; claim it as a running trial; score it; tell. The next proposal depends only on the seed and on what has
-been scored, so a run that was interrupted and resumed goes the way of one that was not.
+One loop, the same for one worker or many: take the first plan that is worth trying and not yet
+known, else let TPE propose one; claim it as a running trial; score it; tell. The next proposal
+depends only on the seed and on what has been scored, so a run that was interrupted and resumed
+goes the way of one that was not.
 """
 
 from __future__ import annotations
 
-import fcntl
-import json
 import logging
-import os
-import socket
 import time
-import uuid
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, Any, Literal
+from typing import Literal
 
 import numpy as np
 import optuna
 from optuna.distributions import BaseDistribution, CategoricalDistribution
 from optuna.samplers import TPESampler
-from optuna.storages import BaseStorage, JournalStorage, get_storage
-from optuna.storages.journal import JournalFileBackend, JournalFileOpenLock
+from optuna.storages import BaseStorage
 from optuna.trial import FrozenTrial, TrialState
 
 from rewriter.plan import Plan
-from search.records import Records, Score, mend
+from search.records import Records, Score
 from search.space import Space
+from search.storage import is_held, workers, working
 
 log = logging.getLogger(__name__)
 
 Evaluator = Callable[[Plan], Score]
 Worth = Callable[[Mapping[str, Score]], Sequence[Plan]]
 """Plans worth trying before any search, best first, given the scores by plan text so far."""
+
+Direction = optuna.study.StudyDirection | Literal["minimize", "maximize"]
 
 ATTEMPTS = 24
 ENUMERABLE = 20_000
@@ -62,9 +61,9 @@ class Settings:
     objective: Literal["metric", "damage"] = "metric"
     higher_is_better: bool = True
 
-    def directions(self) -> tuple[str, str]:
+    def directions(self) -> list[Direction]:
         up = self.objective == "metric" and self.higher_is_better
-        return "minimize", "maximize" if up else "minimize"
+        return ["minimize", "maximize" if up else "minimize"]
 
     def values(self, score: Score) -> tuple[float, float] | None:
         value = score.metric if self.objective == "metric" else score.damage
@@ -73,22 +72,10 @@ class Settings:
 
 @dataclass(frozen=True)
 class Outcome:
-    """Why a search ended: ``trials``, ``timeout`` or ``exhausted`` (every plan of the space is scored)."""
+    """Why a search ended: ``trials``, ``timeout``, ``exhausted`` (every plan of the space is scored) or ``goal``."""
 
-    reason: Literal["trials", "timeout", "exhausted"]
+    reason: Literal["trials", "timeout", "exhausted", "goal"]
     plans: int
-
-
-def journal(path: Path) -> JournalStorage:
-    """Optuna storage in one file, locked so that a killed process leaves no lock behind."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    mend(path)
-    return JournalStorage(_Journal(path))
-
-
-def storage_at(place: str) -> BaseStorage:
-    """Optuna storage of a database URL, or of a journal file."""
-    return get_storage(place) if "://" in place else journal(Path(place))
 
 
 def search(
@@ -99,21 +86,24 @@ def search(
     settings: Settings,
     storage: BaseStorage,
     told: Callable[[Score, int], None] = lambda score, count: None,
+    enough: Callable[[Score], bool] = lambda score: False,
 ) -> Outcome:
-    """Score plans until the budget, the time or the space is used up; the same call again goes on from there.
+    """Score plans until the budget, the time or the space is used up; the same call again goes on
+    from there.
 
     Args:
-        evaluate: Gives the score of a plan and stores it in `records`; a plan that cannot be scored is a score with an
-            error. What it raises ends the search, with nothing lost.
+        evaluate: Gives the score of a plan and stores it in `records`; a plan that cannot be
+            scored is a score with an error. What it raises ends the search, with nothing lost.
         records: Scores known already; a plan found there is not scored again.
         space: What may be proposed.
         worth: What to try first.
         settings: Budget, seed and objective.
         storage: Where the study is; workers that share it share the search.
         told: Called after each plan with its score and the number of plans scored in all.
+        enough: Says of a score that no other plan needs to be scored.
     """
     began = time.monotonic()
-    with _quiet_optuna(), _worker(records.folder / "workers") as worker:
+    with _quiet_optuna(), working(records.folder / "workers") as worker:
         study = optuna.create_study(
             study_name=settings.name,
             storage=storage,
@@ -144,6 +134,8 @@ def search(
             if tried is not None:
                 score, counts = tried
                 told(score, count + counts)
+                if enough(score):
+                    return Outcome("goal", count + counts)
 
 
 def _next(
@@ -161,13 +153,14 @@ def _propose(
     space: Space,
     trials: Sequence[FrozenTrial],
     seen: set[str],
-    directions: Sequence[str],
+    directions: list[Direction],
     seed: int,
 ) -> Plan | None:
     """A plan that nobody has tried: from TPE, else a random one, else None.
 
-    TPE works on a copy of the study in memory, in which proposals that are known already leave no trace. Trials that
-    other workers have claimed are in the copy as running, and so repel it (constant liar).
+    TPE works on a copy of the study in memory, in which proposals that are known already leave no
+    trace. Trials that other workers have claimed are in the copy as running, and so repel it
+    (constant liar).
 
     Source: Watanabe 2023, Tree-structured Parzen estimator, arXiv:2304.11127.
     """
@@ -178,7 +171,7 @@ def _propose(
     sampler = TPESampler(
         multivariate=True, seed=seed, n_startup_trials=5, constant_liar=bool(running)
     )
-    copy = optuna.create_study(directions=list(directions), sampler=sampler)
+    copy = optuna.create_study(directions=directions, sampler=sampler)
     copy.add_trials([t for t in trials if t.state == DONE and t.params] + running)
     for _ in range(ATTEMPTS):
         trial = copy.ask(distributions)
@@ -212,7 +205,8 @@ def _try(
     choice = space.choice(plan)
     study.enqueue_trial(choice or {}, user_attrs={"plan": str(plan), "worker": worker})
     trial = study.ask(_distributions(space))
-    # Another worker may have popped our entry of the queue and left us its own: the trial says what to score.
+    # Another worker may have popped our entry of the queue and left us its own: the trial says
+    # what to score.
     if trial.user_attrs["worker"] != worker:
         trial.set_user_attr("worker", worker)
     plan = Plan.parse(trial.user_attrs["plan"])
@@ -229,7 +223,8 @@ def _try(
     if space.budget.float_layers is not None:
         floats = sum(step.rule == "keep_float" for step in plan.steps)
         trial.set_constraint("max_float_layers", floats - space.budget.float_layers)
-    # A plan that a killed run of this study scored and could not tell any more counts; one from elsewhere is free.
+    # A plan that a killed run of this study scored and could not tell any more counts; one from
+    # elsewhere is free.
     ours = any(t.number != trial.number for t in others)
     free = text in records and not ours
     try:
@@ -272,54 +267,26 @@ def _has_score(trial: FrozenTrial) -> bool:
     )
 
 
-def _recover(study: optuna.Study, workers: Path, me: str) -> None:
+def _recover(study: optuna.Study, folder: Path, me: str) -> None:
     """End the trials of dead workers, and, where nobody else is at work, the queue they left.
 
     Their plans are proposed again, in the order of an undisturbed run.
     """
-    living = {name for name in _names(workers) if name == me or _is_held(workers / name)}
+    living = {name for name in workers(folder) if name == me or is_held(folder / name)}
     for trial in study.get_trials(deepcopy=False, states=(CLAIMED,)):
         owner = trial.user_attrs.get("worker")
         if owner is None or owner not in living:
             log.info("trial %d of a worker that is gone: to be tried again", trial.number)
             study.tell(trial.number, state=FAILED)
-    for name in _names(workers) - living:
-        (workers / name).unlink(missing_ok=True)
+    for name in workers(folder) - living:
+        (folder / name).unlink(missing_ok=True)
     if living <= {me}:
         while study.get_trials(deepcopy=False, states=(TrialState.WAITING,)):
             study.tell(study.ask(), state=FAILED)
 
 
 @contextmanager
-def _worker(folder: Path) -> Iterator[str]:
-    """Name of this worker; a lock on a file of that name is held while it lives and falls when it dies."""
-    folder.mkdir(parents=True, exist_ok=True)
-    path = folder / f"{socket.gethostname()}-{os.getpid()}-{uuid.uuid4().hex[:8]}"
-    with path.open("w") as file:
-        fcntl.flock(file.fileno(), fcntl.LOCK_EX)
-        try:
-            yield path.name
-        finally:
-            path.unlink(missing_ok=True)
-
-
-def _names(folder: Path) -> set[str]:
-    return {p.name for p in folder.iterdir()}
-
-
-def _is_held(path: Path) -> bool:
-    try:
-        with path.open("r") as file:
-            fcntl.flock(file.fileno(), fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except FileNotFoundError:
-        return False
-    except BlockingIOError:
-        return True
-    return False
-
-
-@contextmanager
-def _quiet_optuna() -> Iterator[None]:
+def _quiet_optuna() -> Generator[None]:
     """Optuna announces every study, and each proposal makes one in memory."""
     level = optuna.logging.get_verbosity()
     optuna.logging.set_verbosity(optuna.logging.WARNING)
@@ -335,43 +302,3 @@ def _distributions(space: Space) -> dict[str, BaseDistribution]:
 
 def _seed(*parts: int) -> int:
     return int(np.random.SeedSequence([p & 0xFFFFFFFF for p in parts]).generate_state(1)[0])
-
-
-class _FileLock(JournalFileOpenLock):
-    """A lock of the kernel on a file beside the journal: it cannot outlive its process, as a lock file can."""
-
-    def __init__(self, path: Path) -> None:
-        super().__init__(str(path))
-        self._path = path.with_name(path.name + ".lock")
-        self._file: IO[str] | None = None
-
-    def acquire(self) -> bool:
-        self._file = self._path.open("w")
-        fcntl.flock(self._file.fileno(), fcntl.LOCK_EX)
-        return True
-
-    def release(self) -> None:
-        if self._file is not None:
-            self._file.close()
-            self._file = None
-
-
-class _Journal(JournalFileBackend):
-    """Optuna's journal without a wait for the disk after each of some forty lines per trial.
-
-    A killed process loses nothing by that. A power cut may lose the last lines; their scores are on disk all the same
-    (`Records` does wait), and the search finds them there.
-    """
-
-    def __init__(self, path: Path) -> None:
-        self._lines, self._guard = path, _FileLock(path)
-        super().__init__(str(path), lock_obj=self._guard)
-
-    def append_logs(self, logs: list[dict[str, Any]]) -> None:
-        text = "".join(json.dumps(entry, separators=(",", ":")) + "\n" for entry in logs)
-        self._guard.acquire()
-        try:
-            with self._lines.open("ab") as file:
-                file.write(text.encode())
-        finally:
-            self._guard.release()

@@ -130,7 +130,7 @@ def is_layer(gm: fx.GraphModule, node: fx.Node) -> bool:
 
 def _is_fused(gm: fx.GraphModule, node: fx.Node, scheme: QuantScheme) -> bool:
     """An activation that the kernel of the operation before it computes."""
-    if not is_call(gm, node, *scheme.fuses):
+    if not is_call(gm, node, *scheme.fuses) or node.meta.get("keep_float"):
         return False
     before = node.args[0]
     if not isinstance(before, fx.Node) or len(before.users) != 1:
@@ -149,6 +149,8 @@ def _exists_in_int8(
     """Whether ``reader`` reads ``value`` in int8."""
     if not _is_float_tensor(value) or any(user in fused for user in value.users):
         return False
+    if moves_values(gm, value) and reads[value]:
+        return True  # an int8 value that was moved: no other form of it exists
     if reader.op == "output":
         return _made_in_int8(gm, value, fused, reads)
     kept = bool(reader.meta.get("keep_float"))
@@ -157,8 +159,9 @@ def _exists_in_int8(
     if kept:
         return _made_in_int8(gm, value, fused, reads)
     if moves_values(gm, reader):
-        # moving a float is free: what decides is whether an int8 operation reads it behind the move
-        return _made_in_int8(gm, value, fused, reads) or _read_in_int8(gm, reader)
+        # moving a float is free: what decides is who reads it behind the move
+        made = _made_in_int8(gm, value, fused, reads)
+        return _read_in_int8(gm, reader) or (made and not _read_by_kept_layers(gm, reader))
     return _is_int8_operation(gm, reader)
 
 
@@ -186,6 +189,15 @@ def _read_in_int8(gm: fx.GraphModule, moved: fx.Node) -> bool:
         (is_layer(gm, user) and not user.meta.get("keep_float"))
         or _is_int8_operation(gm, user)
         or (moves_values(gm, user) and _read_in_int8(gm, user))
+        for user in moved.users
+    )
+
+
+def _read_by_kept_layers(gm: fx.GraphModule, moved: fx.Node) -> bool:
+    """Whether only layers kept in float read ``moved``: they read floats, so it must not be rounded."""
+    return bool(moved.users) and all(
+        (is_layer(gm, user) and bool(user.meta.get("keep_float")))
+        or (moves_values(gm, user) and _read_by_kept_layers(gm, user))
         for user in moved.users
     )
 

@@ -114,7 +114,10 @@ def calibrate(
             inputs = batch if isinstance(batch, tuple) else (batch,)
             samples += len(inputs[0])
             for node, value in walk(gm, inputs):
-                if annotation(node).output is not None and not moves_values(gm, node):
+                note = annotation(node)
+                # what was moved in int8 has the range of its source
+                moved = moves_values(gm, node) and note.reads
+                if note.output is not None and not moved:
                     _observe(stats, node, value, histograms)
     if samples == 0:
         raise QuantizeError("calibration: no input was given")
@@ -174,36 +177,26 @@ def value_range(stats: ValueStats, spec: QuantSpec, method: Method) -> tuple[flo
 def least_error_range(
     histogram: Histogram, low: float, high: float, spec: QuantSpec, steps: int = 24
 ) -> tuple[float, float]:
-    """The (low, high) inside the seen range with the least expected squared error."""
+    """The (low, high) inside the seen range with the least expected squared error, on a grid.
+
+    What is outside the range is cut off; inside, rounding is uniform: step^2 / 12, but for zero, which is exact.
+    """
     used = histogram.counts > 0
-    x, weight = histogram.centres[used].float(), histogram.counts[used].float()
+    x, weight = histogram.centres[used], histogram.counts[used]
+    rounded = weight.clone()
+    rounded[x.abs() < histogram.bound / BINS * 1.5] = 0  # the two bins at zero
     shares = torch.linspace(1.0, 0.2, steps).tolist()
-    lows = [low * s for s in shares] if low < 0 else [low]
-    best, best_error = (low, high), float("inf")
-    upper = high
-    for _ in range(2):  # coordinate descent: upper end, lower end, and once more
-        for candidate in [(lo, upper) for lo in lows] if best_error < float("inf") else []:
-            best, best_error = _better(x, weight, candidate, spec, best, best_error)
-        lower = best[0]
-        for share in shares:
-            best, best_error = _better(x, weight, (lower, high * share), spec, best, best_error)
-        upper = best[1]
-    return best
-
-
-def _better(
-    x: Tensor,
-    weight: Tensor,
-    candidate: tuple[float, float],
-    spec: QuantSpec,
-    best: tuple[float, float],
-    best_error: float,
-) -> tuple[tuple[float, float], float]:
-    scale, zero = spec.params(*candidate)
-    inside = x.clamp((spec.qmin - zero) * scale, (spec.qmax - zero) * scale)
-    # inside the range the rounding error is uniform: step^2 / 12; outside, what is cut off
-    error = float((weight * ((x - inside) ** 2 + scale**2 / 12)).sum())
-    return (candidate, error) if error < best_error else (best, best_error)
+    if spec.symmetric:
+        largest = max(-low, high)
+        ranges = [(max(low, -largest * s), min(high, largest * s)) for s in shares]
+    else:
+        lows = [low * s for s in shares] if low < 0 else [low]
+        ranges = [(lo, high * s) for lo in lows for s in (shares if high > 0 else [1.0])]
+    scales, zeros = (torch.tensor(v).double() for v in zip(*[spec.params(*r) for r in ranges], strict=True))
+    bottom, top = (spec.qmin - zeros) * scales, (spec.qmax - zeros) * scales
+    cut = x - torch.clamp(x, bottom[:, None], top[:, None])  # (ranges, bins)
+    errors = cut.square() @ weight + scales.square() / 12 * rounded.sum()
+    return ranges[int(errors.argmin())]
 
 
 def weight_scales(gm: fx.GraphModule, values: dict[str, tuple[float, float]]) -> dict[str, Tensor]:

@@ -1,8 +1,9 @@
-"""An ONNX graph under construction from a canonical graph: tensor names, constants, quantization at the annotated values.
+"""An ONNX graph under construction from a canonical graph: tensors, constants, int8 values.
 
-A value that is annotated with int8 goes through QuantizeLinear once; whoever reads it in int8 gets DequantizeLinear of
-that, whoever reads it in float gets the tensor before it. Tensors are called after the graph's nodes: ``stem`` is the float
-value, ``stem.q`` its int8 form, ``stem.dq`` what int8 readers see; constants are ``stem.weight`` and so on.
+A value that is annotated with int8 goes through QuantizeLinear once; who reads it in int8 gets
+DequantizeLinear of that, who reads it in float gets the tensor before it. Tensors are called after
+the graph's nodes: ``stem.q`` is the int8 form of ``stem`` and ``stem.dq`` what int8 readers see;
+constants are ``stem.weight`` and so on.
 """
 
 from __future__ import annotations
@@ -62,11 +63,6 @@ def integer_type(spec: QuantSpec) -> type[np.integer[Any]]:
     return np.int8 if spec.signed else np.uint8
 
 
-def argument(node: fx.Node, position: int, name: str, default: Any = None) -> Any:
-    """An argument of a function or method call, given by position or by name."""
-    return node.args[position] if len(node.args) > position else node.kwargs.get(name, default)
-
-
 class Emission:
     """The nodes and constants emitted so far; emitters add to it.
 
@@ -104,7 +100,7 @@ class Emission:
         return name
 
     def op(self, kind: str, *inputs: str, **attributes: Any) -> str:
-        """Add one ONNX node with one output and return the name of it; "" stands for an absent input."""
+        """Add one ONNX node with one output; return its name. "" stands for an absent input."""
         return self.op_many(kind, inputs, 1, **attributes)[0]
 
     def op_many(
@@ -173,16 +169,22 @@ class Emission:
         if source not in self._dequantized:
             value = self.values[source]
             assert isinstance(value, str), source.name
-            scale, zero = self.value_constants(source)
-            quantized, read = self.name(f"{source.name}.q"), self.name(f"{source.name}.dq")
-            self.nodes.append(
-                helper.make_node("QuantizeLinear", [value, scale, zero], [quantized], quantized)
-            )
-            self.nodes.append(
-                helper.make_node("DequantizeLinear", [quantized, scale, zero], [read], read)
-            )
-            self._dequantized[source] = read
+            self._dequantized[source] = self._through_int8(value, source, source.name)
         return self._dequantized[source]
+
+    def rounded(self, value: str, node: fx.Node) -> str:
+        """``value`` through the int8 form that ``node``'s value has, if it has one."""
+        if self.note(node).output is None:
+            return value
+        return self._through_int8(value, node, f"{node.name}.inner")
+
+    def _through_int8(self, value: str, owner: fx.Node, label: str) -> str:
+        scale, zero = self.value_constants(owner)
+        quantized, read = self.name(f"{label}.q"), self.name(f"{label}.dq")
+        q = helper.make_node("QuantizeLinear", [value, scale, zero], [quantized], quantized)
+        dq = helper.make_node("DequantizeLinear", [quantized, scale, zero], [read], read)
+        self.nodes.extend((q, dq))
+        return read
 
     def value_params(self, source: fx.Node) -> tuple[float, int, QuantSpec]:
         """Scale, zero point and spec of the int8 form of a value.

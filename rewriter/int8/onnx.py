@@ -1,7 +1,8 @@
-"""From a canonical graph to an ONNX file, node by node: float, or int8 as QDQ with our ranges to the last scale.
+"""From a canonical graph to an ONNX file, node by node: float, or int8 as QDQ with our ranges.
 
-Emitting takes milliseconds where an exporter takes seconds, so that a search can score each candidate on the
-kernels that will run it. Weights are stored as int8, biases as int32; the first dimension of inputs and outputs is the batch.
+Emitting takes milliseconds where an exporter takes seconds, so that a search can score each
+candidate on the kernels that will run it. Weights are stored as int8, biases as int32; the first
+dimension of inputs and outputs is the batch.
 """
 
 from __future__ import annotations
@@ -35,10 +36,12 @@ def to_onnx(quantized: Quantized, extra_outputs: Sequence[str] = ()) -> onnx.Mod
 
     Args:
         quantized: annotated, calibrated graph.
-        extra_outputs: names of nodes whose values are returned behind the outputs, as int8 readers see them.
+        extra_outputs: names of nodes whose values are returned too, behind the outputs, as int8
+            readers see them.
 
     Raises:
-        QuantizeError: a value was not calibrated, a bias does not fit 32 bits, an operator cannot be written.
+        QuantizeError: a value was not calibrated, a bias does not fit 32 bits, or an operator
+            cannot be written.
     """
     return _emit(quantized.gm, quantized, extra_outputs)
 
@@ -68,7 +71,9 @@ def _emit(
             elif node.op != "output":
                 e.values[node] = _emit_node(e, node)
         returned = _returned(e, exposed)
-    graph = helper.make_graph(e.nodes, type(gm).__name__, inputs, returned, list(e.constants.values()))
+    graph = helper.make_graph(
+        e.nodes, type(gm).__name__, inputs, returned, list(e.constants.values())
+    )
     opsets = [helper.make_opsetid("", OPSET)]
     return helper.make_model(
         graph, opset_imports=opsets, ir_version=IR_VERSION, producer_name="quantfix"
@@ -81,7 +86,9 @@ def _emit_node(e: Emission, node: fx.Node) -> Value:
         for part in str(node.target).split("."):
             value = getattr(value, part)
         if not isinstance(value, torch.Tensor):
-            raise QuantizeError(f"{node.name}: constant: {type(value).__name__}, expected a tensor")
+            raise QuantizeError(
+                f"{node.name}: constant: {type(value).__name__}, expected a tensor"
+            )
         return e.constant(value, "value")
     if _clip_is_free(e, node):
         (source,) = node.all_input_nodes
@@ -110,10 +117,10 @@ def _emit_node(e: Emission, node: fx.Node) -> Value:
 
 
 def _clip_is_free(e: Emission, node: fx.Node) -> bool:
-    """Whether a clip may be left out, because the quantizer behind it saturates at the same places.
+    """Whether a clip may be left out because the quantizer behind it saturates in the same places.
 
-    All that clips to more than the last step is the same for the quantizer. ONNX Runtime finds this only where
-    the float bounds match exactly, and then runs the convolution before it in int8.
+    ONNX Runtime finds this only where the float bounds fit exactly; a clip that is left keeps the
+    convolution before it in float.
     """
     if e.quantized is None or not is_call(e.gm, node, nn.ReLU, nn.ReLU6, nn.Hardtanh):
         return False
@@ -127,7 +134,9 @@ def _clip_is_free(e: Emission, node: fx.Node) -> bool:
     high = m.max_val if isinstance(m, nn.Hardtanh) else 6.0 if isinstance(m, nn.ReLU6) else None
     # QuantizeLinear saturates at the type's own bounds
     least, most = (-128, 127) if spec.signed else (0, 255)
-    return round(low / scale) + zero <= least and (high is None or round(high / scale) + zero >= most)
+    return round(low / scale) + zero <= least and (
+        high is None or round(high / scale) + zero >= most
+    )
 
 
 def _pads_convolutions_only(e: Emission, node: fx.Node) -> bool:
@@ -165,7 +174,7 @@ def _returned(e: Emission, exposed: list[fx.Node]) -> list[onnx.ValueInfoProto]:
 
 
 def _dimensions(node: fx.Node) -> list[str | int | None]:
-    """The batch is the first dimension; where that was not 1 for a batch of 1, it was multiplied into it."""
+    """Sizes; a first one that is not 1 for a batch of 1 holds the batch and more."""
     first, *rest = node.meta["shape"] or (None,)
     if not node.meta["shape"]:
         return []

@@ -16,7 +16,12 @@ from rewriter.int8.scheme import channel_axis, quantize_weight
 
 Emitter = Callable[[Emission, fx.Node, Any], Value]
 
-_PAD_MODES = {"reflect": "reflect", "replicate": "edge", "circular": "wrap", "constant": "constant"}
+_PAD_MODES = {
+    "reflect": "reflect",
+    "replicate": "edge",
+    "circular": "wrap",
+    "constant": "constant",
+}
 _INT32 = 2**31 - 1
 
 
@@ -28,8 +33,8 @@ def weight_and_bias(
 ) -> tuple[str, str]:
     """The weight and the bias ("" if there is none) as the layer reads them.
 
-    An int8 weight is stored as int8, and its bias as int32 in steps of (input scale x weight scale), which is
-    what the kernels add it in.
+    An int8 weight is stored as int8, and its bias as int32 in steps of (input scale x weight
+    scale), which is what the kernels add it in.
 
     Raises:
         QuantizeError: the bias needs more than 32 bits.
@@ -59,8 +64,8 @@ def weight_and_bias(
     steps = torch.round(bias.detach().double() / step.double())
     if float(steps.abs().max()) > _INT32:
         raise QuantizeError(
-            f"{node.name}: bias: {float(steps.abs().max()):.3g} steps of input scale x weight scale, "
-            f"an int32 holds {_INT32}; a dead channel with a bias needs a larger weight scale"
+            f"{node.name}: bias: {float(steps.abs().max()):.3g} steps of input scale x weight "
+            f"scale, an int32 holds {_INT32}; a dead channel needs a larger weight scale"
         )
     b = e.op(
         "DequantizeLinear",
@@ -76,10 +81,8 @@ def _convolution(e: Emission, node: fx.Node, m: Any) -> Value:
     assert isinstance(source, fx.Node)
     if source in e.pads:
         left, right, top, bottom = e.pads[source]
-        source = source.args[0]
-        assert isinstance(source, fx.Node)
-        # int8 if the pad read it in int8: then all behind the pad is int8 too
-        x = e.read(source, node.args[0])
+        (inner,) = source.all_input_nodes
+        x = e.read(inner, source)  # the convolution reads the pad as the pad reads its input
     else:
         x = e.read(source, node)
     begin, end = _padding(m)
@@ -162,16 +165,14 @@ def _layer_norm(e: Emission, node: fx.Node, m: Any) -> Value:
     if m.bias is not None:
         names.append(e.constant(m.bias, "bias"))
     x = e.read(_source(node), node)
-    return e.op(
-        "LayerNormalization", x, *names, axis=-len(m.normalized_shape), epsilon=m.eps
-    )
+    return e.op("LayerNormalization", x, *names, axis=-len(m.normalized_shape), epsilon=m.eps)
 
 
 # --------------------------------------------------------------------------------- activations
 
 
 def _plain(kind: str, **settings: Callable[[Any], Any]) -> Emitter:
-    """An activation that ONNX has: its name there, and how its attributes follow from the module."""
+    """An activation that ONNX has: its name there, and its attributes from the module."""
 
     def emit(e: Emission, node: fx.Node, m: Any) -> Value:
         attributes = {name: of(m) for name, of in settings.items()}
@@ -199,8 +200,9 @@ def _hardswish(e: Emission, node: fx.Node, m: nn.Hardswish) -> Value:
 
 def _prelu(e: Emission, node: fx.Node, m: nn.PReLU) -> Value:
     slope = m.weight.detach()
-    if slope.numel() > 1:
-        slope = slope.view(-1, *[1] * (len(_source(node).meta["shape"]) - 2))
+    if slope.numel() == 1:  # which has an int8 kernel
+        return e.op("LeakyRelu", e.read(_source(node), node), alpha=float(slope))
+    slope = slope.view(-1, *[1] * (len(_source(node).meta["shape"]) - 2))
     return e.op("PRelu", e.read(_source(node), node), e.constant(slope, "slope"))
 
 
@@ -344,12 +346,16 @@ def _pixel_shuffle(e: Emission, node: fx.Node, m: nn.PixelShuffle) -> Value:
     return e.op("DepthToSpace", x, blocksize=m.upscale_factor, mode="CRD")
 
 
-def _channel_shuffle(e: Emission, node: fx.Node, m: nn.ChannelShuffle) -> Value:
+def channel_shuffle(e: Emission, node: fx.Node, x: str, groups: int) -> str:
+    """Channels (groups, C / groups) -> (C / groups, groups)."""
     channels, *places = node.meta["shape"][1:]
-    x = e.read(_source(node), node)
-    parts = e.op("Reshape", x, e.ints([0, m.groups, channels // m.groups, *places]))
+    parts = e.op("Reshape", x, e.ints([0, groups, channels // groups, *places]))
     swapped = e.op("Transpose", parts, perm=[0, 2, 1, *range(3, 3 + len(places))])
     return e.op("Reshape", swapped, e.ints([0, channels, *places]))
+
+
+def _channel_shuffle(e: Emission, node: fx.Node, m: nn.ChannelShuffle) -> Value:
+    return channel_shuffle(e, node, e.read(_source(node), node), m.groups)
 
 
 def _source(node: fx.Node) -> fx.Node:

@@ -1,6 +1,7 @@
-"""Parts that no emitter knows (recurrent layers, custom modules, rare functions): torch's exporter writes each one alone.
+"""Parts that no emitter knows (recurrent layers, custom modules, rare functions).
 
-The part is exported once for its content and input shapes, and its graph is copied in with prefixed names.
+Torch's own exporter writes each one alone, once for its content and input shapes, and its graph is
+copied in with prefixed names.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ import io
 import pickle
 import warnings
 from collections import OrderedDict
+from collections.abc import Callable
 from typing import Any
 
 import onnx
@@ -19,7 +21,7 @@ from torch import Tensor, fx, nn
 from torch.utils import _pytree as pytree
 
 from rewriter.errors import QuantizeError
-from rewriter.graph import layer_name, module_of
+from rewriter.graph import module_of
 from rewriter.int8.emission import OPSET, Emission, Value
 
 _CACHE: OrderedDict[Any, onnx.ModelProto] = OrderedDict()
@@ -34,10 +36,11 @@ class _Part(nn.Module):
         self.called = module_of(gm, node) if node.op == "call_module" else None
         self.op, self.target = node.op, node.target
         places = {n: i for i, n in enumerate(node.all_input_nodes)}
-        self.given = fx.node.map_arg((node.args, node.kwargs), lambda n: _Place(places[n]))
+        given = (node.args, node.kwargs)
+        self.given: Any = _replaced(given, fx.Node, lambda n: _Place(places[n]))
 
     def forward(self, *inputs: Any) -> Any:
-        args, kwargs = pytree.tree_map_only(_Place, lambda p: inputs[p.index], _plain(self.given))
+        args, kwargs = _replaced(self.given, _Place, lambda p: inputs[p.index])
         if self.called is not None:
             return self.called(*args, **kwargs)
         if self.op == "call_method":
@@ -52,17 +55,21 @@ class _Place:
         self.index = index
 
 
-def _plain(tree: Any) -> Any:
-    """fx's immutable lists and dicts as ordinary ones, which pytree and pickle know."""
+def _replaced(tree: Any, kind: type, new: Callable[[Any], Any]) -> Any:
+    """``tree`` with plain containers, which pickle knows, and ``new`` of every leaf of one kind."""
+    if isinstance(tree, kind):
+        return new(tree)
+    if isinstance(tree, slice):
+        return slice(*(_replaced(v, kind, new) for v in (tree.start, tree.stop, tree.step)))
     if isinstance(tree, dict):
-        return {k: _plain(v) for k, v in tree.items()}
+        return {k: _replaced(v, kind, new) for k, v in tree.items()}
     if isinstance(tree, (tuple, list)):
-        return (tuple if isinstance(tree, tuple) else list)(_plain(v) for v in tree)
+        return (tuple if isinstance(tree, tuple) else list)(_replaced(v, kind, new) for v in tree)
     return tree
 
 
 def emit_opaque(e: Emission, node: fx.Node, reason: str) -> Value:
-    """Export the part that ``node`` calls, copy its graph into ``e`` and return the names of its outputs.
+    """Export what ``node`` calls, copy that graph into ``e`` and return its outputs.
 
     Raises:
         QuantizeError: torch cannot export it either.
@@ -72,21 +79,23 @@ def emit_opaque(e: Emission, node: fx.Node, reason: str) -> Value:
     for source in node.all_input_nodes:
         shape, dtype = source.meta.get("shape"), source.meta.get("dtype")
         if dtype is None or shape is None:
-            raise QuantizeError(f"{layer_name(node)}: input {source.name}: is no tensor ({reason})")
+            raise QuantizeError(f"{node.name}: input {source.name}: is no tensor ({reason})")
         inputs.append(torch.zeros(shape, dtype=dtype))
     structure = pytree.tree_structure(node.meta["shape"], is_leaf=_is_shape)
     try:
         exported = _exported(part, tuple(inputs))
     except Exception as cause:
-        what = type(part.called).__name__ if part.called is not None else str(part.target)
+        what = getattr(part.target, "__name__", str(part.target))
+        if part.called is not None:
+            what = type(part.called).__name__
         text = " ".join(str(cause).split())[:200]
         raise QuantizeError(
-            f"{layer_name(node)}: {what} cannot be written to ONNX: {reason}; torch's exporter: {text}"
+            f"{node.name}: {what} cannot be written to ONNX: {reason}; torch's exporter: {text}"
         ) from cause
     names = _inline(e, node, exported)
     if len(names) != structure.num_leaves:
         raise QuantizeError(
-            f"{layer_name(node)}: outputs after export: {len(names)}, expected {structure.num_leaves}"
+            f"{node.name}: outputs after export: {len(names)}, expected {structure.num_leaves}"
         )
     return _tuples(pytree.tree_unflatten(names, structure))
 
@@ -116,7 +125,7 @@ def _exported(part: _Part, inputs: tuple[Tensor, ...]) -> onnx.ModelProto:
 
 def _export(part: _Part, inputs: tuple[Tensor, ...]) -> onnx.ModelProto:
     names = [f"in{i}" for i in range(len(inputs))]
-    file = io.BytesIO()
+    file: Any = io.BytesIO()
     with warnings.catch_warnings(), torch.no_grad():
         warnings.simplefilter("ignore")
         torch.onnx.export(
@@ -146,5 +155,3 @@ def _inline(e: Emission, node: fx.Node, model: onnx.ModelProto) -> list[str]:
     e.nodes.extend(graph.node)
     e.constants.update({tensor.name: tensor for tensor in graph.initializer})
     return [o.name for o in graph.output]
-
-

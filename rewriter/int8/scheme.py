@@ -47,15 +47,36 @@ class QuantSpec:
         return 2 ** (self.bits - 1) - 1 if self.signed else 2**self.bits - 1
 
     def params(self, low: float, high: float) -> tuple[float, int]:
-        """Scale and zero point for values in [low, high]; zero is always representable."""
+        """Scale and zero point for values in [low, high]; zero is always representable.
+
+        An affine zero point is a whole number, so the grid is stretched by up to half a step to reach both ends. Without
+        that, normalised 8-bit pixels in [-1, 1] would all lie exactly between two steps, and engines
+        that round the last bit otherwise would disagree on every one of them.
+        """
         low, high = min(low, 0.0), max(high, 0.0)
         if self.symmetric:
-            scale = max(-low, high) / self.qmax
-            return float(torch.tensor(max(scale, TINY), dtype=torch.float32)), 0
-        scale = max((high - low) / (self.qmax - self.qmin), TINY)
-        scale = float(torch.tensor(scale, dtype=torch.float32))
-        zero = round(self.qmin - low / scale)
-        return scale, max(self.qmin, min(self.qmax, zero))
+            return _float32(max(-low, high) / self.qmax), 0
+        span = self.qmax - self.qmin
+        below = -low / max((high - low) / span, TINY)  # steps below zero; rounded down or up
+        reaches = [_float32(_reach(low, high, n, span)) for n in (int(below), min(int(below) + 1, span))]
+        best = 0 if reaches[0] <= reaches[1] else 1
+        return reaches[best], self.qmin + min(int(below) + best, span)
+
+
+def _reach(low: float, high: float, below: int, span: int) -> float:
+    """The scale with which ``below`` of ``span`` steps reach low, and the others high.
+
+    An end that is less than half a step away may be cut off where no step is left for it.
+    """
+    cut = (high - low) / span / 2
+    if (below == 0 and -low > cut) or (below == span and high > cut):
+        return float("inf")
+    return max(-low / below if below else 0.0, high / (span - below) if below < span else 0.0)
+
+
+def _float32(scale: float) -> float:
+    """What a runtime keeps of a scale."""
+    return float(torch.tensor(max(scale, TINY), dtype=torch.float32))
 
 
 @dataclass(frozen=True)
@@ -169,9 +190,9 @@ def on_axis(scale: Tensor, weight: Tensor, axis: int | None) -> Tensor:
 def quantize_weight(
     weight: Tensor, scale: Tensor, spec: QuantSpec, axis: int | None = None
 ) -> Tensor:
-    """The int8 tensor that is stored for ``weight``."""
+    """The tensor that is stored for ``weight``: int8, or int16 where the target has more bits."""
     q = torch.round(weight.detach() / on_axis(scale, weight, axis))
-    return q.clamp(spec.qmin, spec.qmax).to(torch.int8)
+    return q.clamp(spec.qmin, spec.qmax).to(torch.int8 if spec.bits <= 8 else torch.int16)
 
 
 def dequantized_weight(
@@ -185,4 +206,8 @@ def dequantized_weight(
 
 def fake_quantize(x: Tensor, scale: float, zero_point: int, spec: QuantSpec) -> Tensor:
     """``x`` rounded to what int8 can hold; the gradient passes inside the range and is cut outside."""
-    return torch.fake_quantize_per_tensor_affine(x, scale, zero_point, spec.qmin, spec.qmax)
+    if x.requires_grad:
+        return torch.fake_quantize_per_tensor_affine(x, scale, zero_point, spec.qmin, spec.qmax)
+    # torch's kernel multiplies by 1 / scale; runtimes divide, and the last bit decides ties that later layers amplify
+    q = (x / scale).round_().clamp_(spec.qmin - zero_point, spec.qmax - zero_point)
+    return q.mul_(scale)

@@ -21,8 +21,8 @@ class Session:
     Args:
         model: the model, its serialized bytes, or a file.
         threads: threads inside one operator.
-        optimize: True runs the fused int8 kernels that ship; False runs the graph as it is written,
-            which is what the simulation computes.
+        optimize: True runs the fused int8 kernels that ship; False runs the graph as it is
+            written, which is what the simulation computes.
         save_optimized: where to write the graph that is really run, for inspection.
     """
 
@@ -38,7 +38,9 @@ class Session:
         options.inter_op_num_threads = 1
         options.log_severity_level = 3
         level = ort.GraphOptimizationLevel
-        options.graph_optimization_level = level.ORT_ENABLE_ALL if optimize else level.ORT_DISABLE_ALL
+        options.graph_optimization_level = (
+            level.ORT_ENABLE_ALL if optimize else level.ORT_DISABLE_ALL
+        )
         if save_optimized is not None:
             options.optimized_model_filepath = str(save_optimized)
         source = model.SerializeToString() if isinstance(model, onnx.ModelProto) else model
@@ -50,13 +52,14 @@ class Session:
     def run(self, *batch: Array | Tensor) -> list[Array]:
         """Flat outputs, each (N, ...), for one batch of each input, (N, ...) float32."""
         feed = {name: _array(x) for name, x in zip(self.inputs, batch, strict=True)}
-        return self._session.run(None, feed)
+        found: Any = self._session.run(None, feed)
+        return found
 
-    def run_all(self, batches: Iterable[Array | Tensor | tuple[Array | Tensor, ...]]) -> list[Array]:
+    def run_all(
+        self, batches: Iterable[Array | Tensor | tuple[Array | Tensor, ...]]
+    ) -> list[Array]:
         """Flat outputs over all batches, joined along the first dimension."""
-        found: list[list[Array]] = []
-        for batch in batches:
-            found.append(self.run(*batch) if isinstance(batch, tuple) else self.run(batch))
+        found = [self.run(*(b if isinstance(b, tuple) else (b,))) for b in batches]
         return [np.concatenate(parts) for parts in zip(*found, strict=True)]
 
 

@@ -76,9 +76,12 @@ class QuantizedLayer(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         if not self.enabled:
             return self.layer(x)
+        tensors = {"weight": self.weight()}
         if self.read is not None:
             x = self.read(x)
-        return torch.func.functional_call(self.layer, {"weight": self.weight()}, (x,))
+            if self.layer.bias is not None:
+                tensors["bias"] = self.bias()
+        return torch.func.functional_call(self.layer, tensors, (x,))
 
     def weight(self) -> Tensor:
         """The weight as int8 holds it; computed once while it is not being trained."""
@@ -88,6 +91,14 @@ class QuantizedLayer(nn.Module):
         if self._rounded is None or self._rounded.device != weight.device:
             self._rounded = dequantized_weight(weight, scale, self.spec, self.axis)
         return self._rounded
+
+    def bias(self) -> Tensor:
+        """The bias as int32 holds it, in steps of input scale x weight scale; straight-through gradient."""
+        assert self.read is not None
+        bias: Tensor = self.layer.bias
+        step = self.read.scale * self.scale
+        rounded = (torch.round(bias.detach() / step) * step).to(bias.dtype)
+        return bias + (rounded - bias.detach()) if bias.requires_grad else rounded
 
     def refresh(self) -> None:
         """Forget the rounded weight after the weight was changed."""

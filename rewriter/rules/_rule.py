@@ -44,6 +44,8 @@ class RewriteRule(ABC):
         version: raised when the result of ``apply`` changes, so that stored scores are not reused.
         exclusive: whether a node can take part in only one step with such a rule.
         free: whether it adds no MACs.
+        stage: rules of different stages may act on the same node, in the order of the catalogue: a layer that
+            one step replaced can be split by another.
     """
 
     name: ClassVar[str]
@@ -51,6 +53,7 @@ class RewriteRule(ABC):
     version: ClassVar[int] = 1
     exclusive: ClassVar[bool] = True
     free: ClassVar[bool] = False
+    stage: ClassVar[Literal["replace", "split"]] = "replace"
 
     @abstractmethod
     def match(self, gm: fx.GraphModule) -> Iterator[Site]:

@@ -14,7 +14,7 @@ from typing import ClassVar
 
 from torch import fx
 
-from rewriter.graph import find, layers
+from rewriter.graph import find, layer_name, layers
 from rewriter.rules._rule import Contract, RewriteRule, Site, mark
 
 
@@ -30,6 +30,9 @@ class KeepFloat(RewriteRule):
             yield self.site(node)
 
     def apply(self, gm: fx.GraphModule, site: Site) -> None:
-        node = find(gm, site.anchor)
-        node.meta["keep_float"] = True
-        mark(node, site)
+        # a layer that an earlier step split is several nodes now, all of the same layer
+        name = layer_name(find(gm, site.anchor))
+        for node in layers(gm):
+            if layer_name(node) == name:
+                node.meta["keep_float"] = True
+                mark(node, site)

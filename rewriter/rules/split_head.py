@@ -15,7 +15,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import fx, nn
@@ -36,6 +36,7 @@ class SplitHead(RewriteRule):
     groups: int = 3
     contract: ClassVar[Contract] = "exact"
     free: ClassVar[bool] = True
+    stage: ClassVar[Literal["replace", "split"]] = "split"
 
     @property
     def name(self) -> str:  # type: ignore[override]

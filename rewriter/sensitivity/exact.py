@@ -6,27 +6,21 @@ costs about L / 2 forward passes instead of L quantized ones, and nothing is pre
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+import math
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from rewriter.sensitivity.forks import Forks, Variant
+from rewriter.sensitivity.forks import LARGEST_BLOCK, Forks, Variant
 from rewriter.sensitivity.objective import Objective
 
-# (outputs, targets) -> (N,) contribution of each sample; the metric is their mean
-Metric = Callable[[list[Tensor], list[object]], Tensor]
-
-
-@dataclass(frozen=True)
-class Block:
-    """What one variant did to one block of samples; all lists have one entry for each sample."""
-
-    damage: list[float]
-    signal: list[float]
-    noise: list[float]
-    metric: list[float] | None
+# (flat outputs, targets) -> (N,) contribution of each sample; the metric is their mean
+Metric = Callable[[list[Tensor], Any], Tensor]
+# Outputs of all variants of a block are kept up to this many bytes until the float network's are there.
+KEPT_OUTPUTS = 32 << 20
 
 
 def batch_size(forks: Forks, largest: int = 16) -> int:
@@ -35,13 +29,11 @@ def batch_size(forks: Forks, largest: int = 16) -> int:
     A batch that leaves the cache costs more than its larger kernels save: on one CPU 16 samples took 1.35 ms each and 25
     took 3.8 ms.
     """
-    from rewriter.sensitivity.forks import LARGEST_BLOCK
-
     widest = 1
     for node in forks.nodes:
         shape = node.meta.get("shape")
         if isinstance(shape, (tuple, torch.Size)) and all(isinstance(s, int) for s in shape):
-            widest = max(widest, torch.Size(shape).numel())
+            widest = max(widest, math.prod(shape))
     return max(1, min(largest, LARGEST_BLOCK // (4 * widest)))
 
 
@@ -49,43 +41,109 @@ def measure(
     forks: Forks,
     objective: Objective,
     inputs: Tensor,
-    targets: Sequence[object] | None,
     base: Variant,
     variants: Mapping[str, Variant],
+    targets: Any = None,
     metric: Metric | None = None,
-) -> Iterator[tuple[str, Block]]:
-    """Damage of each variant on one batch of inputs.
+) -> Iterator[tuple[str, dict[str, Any]]]:
+    """What each variant does to one batch, compared with the float network.
 
     Args:
         forks: the network.
-        objective: measure of damage, relative to the float network.
+        objective: measure of damage.
         inputs: (N, ...) one batch.
-        targets: N targets, or None.
         base: what the variants have in common.
         variants: by name.
+        targets: N targets, for ``metric``.
         metric: contribution of each sample to the task's metric.
 
     Yields:
-        Name and result, in the order in which the network computes them; "" is the base itself.
+        Name and, as plain JSON values with N entries each, "damage", "signal", "noise" (energies) and "metric" (or None).
     """
-    reference = forks.run((inputs,), {})
     names = list(variants)
-    for i, found in forks.walk((inputs,), base, [variants[n] for n in names]):
-        yield "" if i < 0 else names[i], score(objective, reference, found, targets, metric)
+    walk = forks.walk((inputs,), base, [variants[n] for n in names])
+    small = forks.output_bytes(len(inputs)) * len(names) <= KEPT_OUTPUTS
+    if not base and small:  # the base is the float network: its outputs come at the end
+        found = dict(walk)
+        for i, name in enumerate(names):
+            yield name, _score(objective, found[-1], found[i], targets, metric)
+        return
+    reference = forks.run((inputs,), {})
+    left = len(names)
+    for i, result in walk:
+        if i >= 0:
+            yield names[i], _score(objective, reference, result, targets, metric)
+            left -= 1
+        if not left:
+            return
 
 
-def score(
+def _score(
     objective: Objective,
     reference: list[Tensor],
     found: list[Tensor],
-    targets: Sequence[object] | None,
+    targets: Any,
     metric: Metric | None,
-) -> Block:
-    """One block's damage, signal and noise energy, and metric where there are targets."""
+) -> dict[str, Any]:
     signal, noise = objective.noise(reference, found)
     values = None
     if metric is not None and targets is not None:
-        values = torch.as_tensor(metric(found, list(targets))).double().flatten().tolist()
-    return Block(
-        objective.damage(reference, found).tolist(), signal.tolist(), noise.tolist(), values
-    )
+        values = torch.as_tensor(metric(found, targets)).double().flatten().tolist()
+    return {
+        "damage": objective.damage(reference, found).tolist(),
+        "signal": signal.tolist(),
+        "noise": noise.tolist(),
+        "metric": values,
+    }
+
+
+@dataclass
+class Tally:
+    """Results of one variant by block of samples."""
+
+    blocks: dict[int, Mapping[str, Any]] = field(default_factory=dict[int, Mapping[str, Any]])
+
+    def _all(self, name: str) -> list[float]:
+        return [v for b in sorted(self.blocks) for v in self.blocks[b][name] or ()]
+
+    @property
+    def samples(self) -> int:
+        return len(self._all("damage"))
+
+    @property
+    def damage(self) -> float:
+        """Mean over the samples."""
+        values = self._all("damage")
+        return math.fsum(values) / len(values)
+
+    def upper(self, errors: float) -> float:
+        """The damage plus so many standard errors of it."""
+        values, mean = self._all("damage"), self.damage
+        if len(values) < 2:
+            return math.inf
+        variance = math.fsum((v - mean) ** 2 for v in values) / (len(values) - 1)
+        return mean + errors * math.sqrt(variance / len(values))
+
+    @property
+    def noise_ratio(self) -> float:
+        """Energy of the error relative to that of the float outputs."""
+        return math.fsum(self._all("noise")) / max(math.fsum(self._all("signal")), 1e-300)
+
+    @property
+    def metric(self) -> float | None:
+        """Mean of the metric, None where there are no targets."""
+        values = self._all("metric")
+        return math.fsum(values) / len(values) if values else None
+
+    def drop(self, float_: Tally, higher_is_better: bool) -> float | None:
+        """How much worse the metric is than the float network's on the same samples."""
+        paired = [
+            (x, y)
+            for b, mine in self.blocks.items()
+            if b in float_.blocks
+            for x, y in zip(mine["metric"] or (), float_.blocks[b]["metric"] or (), strict=True)
+        ]
+        if not paired:
+            return None
+        lost = math.fsum(y - x for x, y in paired) / len(paired)
+        return lost if higher_is_better else -lost

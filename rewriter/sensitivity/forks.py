@@ -8,18 +8,21 @@ difference. Only values that are still to be read are kept.
 from __future__ import annotations
 
 import copy
+import functools
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, fx, nn
+from torch.nn import functional
 
 from rewriter.graph import is_call, module_of, outputs, run_node
 from rewriter.int8.annotate import annotate, annotation, is_layer, moves_values
 from rewriter.int8.scheme import QuantScheme, QuantSpec, channel_axis, dequantized_weight
 from rewriter.int8.simulate import Quantized
+from rewriter.sensitivity.parts import Parts
 
 # Rounding passes four times over its data: in pieces of half a megabyte it does so inside the cache.
 PIECE = 1 << 17
@@ -40,6 +43,16 @@ FLOAT = State()
 Variant = Mapping[str, State]
 
 
+def only(parts: Parts, layer: fx.Node) -> dict[str, State]:
+    """One layer in int8, all else in float: its weight, what it reads, and a result that no layer reads."""
+    note = annotation(layer)
+    variant = {layer.name: State(note.weight is not None, frozenset(note.reads))}
+    for reader, value in parts.returned[layer.name]:
+        known = variant.get(reader, FLOAT)
+        variant[reader] = State(known.weight, known.reads | {value})
+    return variant
+
+
 def int8_variant(gm: fx.GraphModule) -> dict[str, State]:
     """The whole network in int8, as it is annotated."""
     found: dict[str, State] = {}
@@ -48,20 +61,6 @@ def int8_variant(gm: fx.GraphModule) -> dict[str, State]:
         if note.weight is not None or note.reads:
             found[node.name] = State(note.weight is not None, frozenset(note.reads))
     return found
-
-
-def only(gm: fx.GraphModule, layer: fx.Node) -> dict[str, State]:
-    """One layer in int8, all else in float.
-
-    Its weight, the values it reads and, where its result is what the graph returns, that result.
-    """
-    note = annotation(layer)
-    variant = {layer.name: State(note.weight is not None, frozenset(note.reads))}
-    (output,) = gm.graph.find_nodes(op="output")
-    returned = {v for v in annotation(output).reads if _maker(gm, v) is layer}
-    if returned:
-        variant[output.name] = State(reads=frozenset(returned))
-    return variant
 
 
 def keeping(
@@ -83,27 +82,23 @@ def keeping(
             node.meta["int8"] = note
 
 
-def _maker(gm: fx.GraphModule, name: str) -> fx.Node | None:
-    """The layer whose result the value ``name`` is, behind moves and its own activation."""
-    node = next(n for n in gm.graph.nodes if n.name == name)
-    while not is_layer(gm, node):
-        before = node.all_input_nodes
-        fused = node.op == "call_module" and bool(before) and annotation(before[0]).output is None
-        if len(before) != 1 or not (moves_values(gm, node) or fused):
-            return None
-        node = before[0]
-    return node
+@functools.lru_cache(maxsize=1 << 16)
+def _inverse(scale: float) -> float:
+    """1 / scale in float32, as the kernels of fake quantization compute it."""
+    return float(torch.tensor(1.0) / torch.tensor(scale))
 
 
 def round_to_int8(x: Tensor, scale: float, zero_point: int, spec: QuantSpec) -> Tensor:
     """``fake_quantize`` without gradient: the same numbers, a few times as fast on CPU."""
-    inverse = float(torch.tensor(1.0) / torch.tensor(scale))
+    inverse = _inverse(scale)
     low, high = float(spec.qmin - zero_point), float(spec.qmax - zero_point)
     if x.device.type != "cpu":
         return x.mul(inverse).round_().clamp_(low, high).mul_(scale)
     if not (x.is_contiguous() or x.is_contiguous(memory_format=torch.channels_last)):
         x = x.contiguous()
     result = torch.empty_like(x)
+    if x.numel() <= PIECE:
+        return torch.mul(x, inverse, out=result).round_().clamp_(low, high).mul_(scale)
     size = (x.numel(),)
     pieces = zip(
         x.as_strided(size, (1,)).split(PIECE),
@@ -140,6 +135,18 @@ def with_weight(layer: nn.Module, weight: Tensor, bias: Tensor | None) -> nn.Mod
     return twin
 
 
+def modules_of(gm: fx.GraphModule) -> dict[fx.Node, nn.Module]:
+    """The module of each ``call_module`` node; looking it up by its path each time takes as long as a small kernel."""
+    return {n: module_of(gm, n) for n in gm.graph.nodes if n.op == "call_module"}
+
+
+def call(modules: Mapping[fx.Node, nn.Module], node: fx.Node, values: dict[fx.Node, Any]) -> Any:
+    """The value of a ``call_module`` node."""
+    args = fx.node.map_arg(node.args, values.__getitem__)
+    kwargs = fx.node.map_arg(node.kwargs, values.__getitem__)
+    return modules[node](*args, **kwargs)
+
+
 class Forks:
     """Evaluates variants of one quantized graph.
 
@@ -161,6 +168,10 @@ class Forks:
         for node, last in self.last.items():
             self.dying[last if last >= 0 else self.index[node]].append(node)
         self.in_place = {n for n in self.nodes if _may_overwrite(self.gm, n)}
+        self.modules = modules_of(self.gm)
+        moved = {n.name for n in self.nodes if moves_values(self.gm, n)}
+        self.moved = moved
+        self.params: dict[fx.Node, tuple[float, int, QuantSpec]] = {}
         self.device = next((p.device for p in self.gm.parameters()), torch.device("cpu"))
 
     def share(self, base: Variant, variant: Variant) -> float:
@@ -170,6 +181,11 @@ class Forks:
         macs = layer_macs(self.gm)
         dirty = self._dependent(base, variant)
         return sum(macs.get(n.name, 0) for n in dirty) / max(sum(macs.values()), 1)
+
+    def output_bytes(self, samples: int) -> int:
+        """Size of what one variant returns for a batch."""
+        shapes = [n.meta.get("shape") or () for n in self.returned]
+        return 4 * samples * sum(math.prod(s) for s in shapes)
 
     def run(self, inputs: tuple[Tensor, ...], variant: Variant) -> list[Tensor]:
         """Flat outputs of one variant."""
@@ -305,24 +321,28 @@ class Forks:
     ) -> Any:
         state = variant.get(node.name, FLOAT)
         if overwrite and not state.reads:
-            return _overwrite(module_of(self.gm, node), values[node.all_input_nodes[0]])
+            return _overwrite(self.modules[node], values[node.all_input_nodes[0]])
         seen: dict[fx.Node, Any] = {n: values[n] for n in node.all_input_nodes}
         for n in node.all_input_nodes:
             if n.name in state.reads and not self._on_grid(n, variant):
                 seen[n] = self._rounded(n, seen[n], rounded)
         if state.weight:
-            layer: Any = module_of(self.gm, node)
+            layer: Any = self.modules[node]
             weight = rounded_weight(self.quantized, node)
             return with_weight(layer, weight, layer.bias)(seen[node.all_input_nodes[0]])
+        if node.op == "call_module":
+            return call(self.modules, node, seen)
         return run_node(self.gm, node, seen)
 
     def _on_grid(self, node: fx.Node, variant: Variant) -> bool:
         """What was moved in int8 needs no second rounding."""
-        return moves_values(self.gm, node) and bool(variant.get(node.name, FLOAT).reads)
+        return node.name in self.moved and bool(variant.get(node.name, FLOAT).reads)
 
     def _rounded(self, node: fx.Node, value: Tensor, rounded: dict[fx.Node, Tensor]) -> Tensor:
         if node not in rounded:
-            rounded[node] = round_to_int8(value, *value_params(self.quantized, node))
+            if node not in self.params:
+                self.params[node] = value_params(self.quantized, node)
+            rounded[node] = round_to_int8(value, *self.params[node])
         return rounded[node]
 
 
@@ -336,12 +356,12 @@ def _may_overwrite(gm: fx.GraphModule, node: fx.Node) -> bool:
 
 def _overwrite(m: Any, x: Tensor) -> Tensor:
     if type(m) is nn.LeakyReLU:
-        return F.leaky_relu_(x, m.negative_slope)
+        return functional.leaky_relu_(x, m.negative_slope)
     if type(m) is nn.ReLU:
-        return F.relu_(x)
+        return functional.relu_(x)
     if type(m) is nn.SiLU:
-        return F.silu(x, inplace=True)
+        return functional.silu(x, inplace=True)
     if type(m) is nn.Hardswish:
-        return F.hardswish(x, inplace=True)
+        return functional.hardswish(x, inplace=True)
     low, high = (0.0, 6.0) if type(m) is nn.ReLU6 else (m.min_val, m.max_val)
-    return F.hardtanh_(x, low, high)
+    return functional.hardtanh_(x, low, high)

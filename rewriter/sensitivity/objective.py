@@ -83,9 +83,7 @@ class Objective:
             total += (error[:, used] / energy[used].double()).sum(1)
         return total / self.count
 
-    def noise(
-        self, reference: Sequence[Tensor], found: Sequence[Tensor]
-    ) -> tuple[Tensor, Tensor]:
+    def noise(self, reference: Sequence[Tensor], found: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
         """(N,) energy of the float outputs and (N,) energy of the error, groups weighted alike; their ratio is the SQNR."""
         if self.kind == "values":
             damage = self.damage(reference, found)

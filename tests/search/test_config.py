@@ -44,6 +44,7 @@ def test_paths_start_at_the_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     monkeypatch.chdir(tmp_path)
     config = load_config("run.yaml")
     assert config.resolve("a/b.npz") == tmp_path / "a" / "b.npz"
+    assert config.resolve("../b.npz") == tmp_path.parent / "b.npz"
     assert config.resolve("/x/b.npz") == Path("/x/b.npz")
     assert config.resolve("~/b.npz") == Path.home() / "b.npz"
 
@@ -58,7 +59,11 @@ def test_the_config_cannot_be_changed(tmp_path: Path) -> None:
     ("old", "new", "message"),
     [
         ("trials: 7", "trails: 7", "run.yaml:5: search.trails: unknown key; did you mean trials?"),
-        ("target:", "trials: 3\ntarget:", "run.yaml:4: trials: unknown key; did you mean search.tr"),
+        (
+            "target:",
+            "trials: 3\ntarget:",
+            "run.yaml:4: trials: unknown key; did you mean search.tr",
+        ),
         ("search:", "\n\nserch:", "run.yaml:7: serch: unknown key; did you mean search?"),
         ("npz:", "zzz: 1, npz:", "run.yaml:3: data.zzz: unknown key; known here: factory, args"),
         ("trials: 7", "trials: many", "run.yaml:5: search.trials: should be a valid integer"),

@@ -21,16 +21,17 @@ from search.records import Samples, Score
 def brute_force_pareto(macs: list[float], value: list[float]) -> set[tuple[float, float]]:
     points = list(zip(macs, value, strict=True))
     return {
-        p
-        for p in points
-        if not any((q[0] <= p[0] and q[1] >= p[1]) and q != p for q in points)
+        p for p in points if not any((q[0] <= p[0] and q[1] >= p[1]) and q != p for q in points)
     }
 
 
 @pytest.mark.parametrize("seed", range(20))
 def test_pareto_agrees_with_brute_force_also_with_equal_coordinates(seed: int) -> None:
     random = np.random.default_rng(seed)
-    macs, value = random.integers(0, 12, 40).astype(float), random.integers(0, 12, 40).astype(float)
+    macs, value = (
+        random.integers(0, 12, 40).astype(float),
+        random.integers(0, 12, 40).astype(float),
+    )
     found = pareto(macs, value)
     points = [(macs[i], value[i]) for i in found]
     assert set(points) == brute_force_pareto(list(macs), list(value))
@@ -42,10 +43,17 @@ def test_pareto_of_nothing_is_empty() -> None:
     assert len(pareto(np.empty(0), np.empty(0))) == 0
 
 
-def scored(plan: str, macs: int, right: np.ndarray, damage: float, floats: int = 0) -> tuple[Score, Samples]:
+def scored(
+    plan: str, macs: int, right: np.ndarray, damage: float, floats: int = 0
+) -> tuple[Score, Samples]:
     mean = float(right.mean())
     score = Score(
-        plan=plan, macs=macs, metric=mean, interval=(mean - 0.02, mean + 0.02), damage=damage, float_layers=floats
+        plan=plan,
+        macs=macs,
+        metric=mean,
+        interval=(mean - 0.02, mean + 0.02),
+        damage=damage,
+        float_layers=floats,
     )
     return score, Samples(damage=np.full(len(right), damage), metric=right)
 
@@ -74,7 +82,9 @@ def test_a_metric_that_is_higher_in_fact_beats_less_damage() -> None:
     assert [s.plan for s in front_of(better, worse).points] == ["a"]
 
 
-def test_points_are_strictly_undominated_and_a_costlier_tie_with_less_damage_is_named_apart() -> None:
+def test_points_are_strictly_undominated_and_a_costlier_tie_with_less_damage_is_named_apart() -> (
+    None
+):
     cheap = scored("", 100, right(550, list(range(150))), 0.40)
     costly = scored("merge@x", 108, right(550, list(range(1, 153))), 0.05)
     front = front_of(cheap, costly)
@@ -91,7 +101,9 @@ def test_a_costlier_tie_with_more_damage_is_beaten() -> None:
 
 
 @pytest.mark.parametrize("seed", range(10))
-def test_the_front_of_random_plans_is_undominated_cheapest_first_and_never_empty(seed: int) -> None:
+def test_the_front_of_random_plans_is_undominated_cheapest_first_and_never_empty(
+    seed: int,
+) -> None:
     random = np.random.default_rng(seed)
     entries = [
         scored(
@@ -108,12 +120,18 @@ def test_the_front_of_random_plans_is_undominated_cheapest_first_and_never_empty
 
 
 def test_lower_is_better_turns_the_metric_over() -> None:
-    low, high = scored("low", 100, right(550, list(range(300))), 0.1), scored("high", 100, right(550, []), 0.1)
+    low, high = (
+        scored("low", 100, right(550, list(range(300))), 0.1),
+        scored("high", 100, right(550, []), 0.1),
+    )
     assert [s.plan for s in front_of(low, high, higher_is_better=False).points] == ["low"]
 
 
 def test_without_labels_the_damage_is_the_objective() -> None:
-    scores = [Score(plan=p, macs=m, damage=d) for p, m, d in (("", 10, 0.4), ("a@b", 12, 0.2), ("c@d", 11, 0.5))]
+    scores = [
+        Score(plan=p, macs=m, damage=d)
+        for p, m, d in (("", 10, 0.4), ("a@b", 12, 0.2), ("c@d", 11, 0.5))
+    ]
     front = select_front(scores, lambda plan: None, objective="damage")
     assert [s.plan for s in front.points] == ["", "a@b"]
     assert pick(front, "best", objective="damage").plan == "a@b"
@@ -127,7 +145,9 @@ def test_failed_and_repeated_plans_are_left_out() -> None:
 
 
 def test_of_equals_the_plan_with_fewer_float_layers_is_kept() -> None:
-    one, two = (scored(p, 10, right(50, [1]), 0.1, floats=f)[0] for p, f in (("a@b", 2), ("c@d", 1)))
+    one, two = (
+        scored(p, 10, right(50, [1]), 0.1, floats=f)[0] for p, f in (("a@b", 2), ("c@d", 1))
+    )
     assert [s.plan for s in select_front([one, two], lambda plan: None).points] == ["c@d"]
 
 
@@ -190,7 +210,9 @@ def test_paired_interval_covers_as_often_as_it_says() -> None:
     assert 0.90 <= covered / 200 <= 0.99
 
 
-def test_resampled_means_do_not_depend_on_how_they_are_computed(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_resampled_means_do_not_depend_on_how_they_are_computed(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     values = np.random.default_rng(0).normal(size=50)
     means = resampled_means(values, 300, 1)
     assert abs(means.mean() - values.mean()) < 0.05

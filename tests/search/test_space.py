@@ -26,7 +26,9 @@ def test_anchors_are_ranked_by_harm_and_blocked_sites_are_left_out() -> None:
     assert space.product == 3**4 * 2**3
 
 
-def test_a_large_space_keeps_the_most_harmful_anchors_and_says_so(caplog: pytest.LogCaptureFixture) -> None:
+def test_a_large_space_keeps_the_most_harmful_anchors_and_says_so(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
     with caplog.at_level(logging.INFO):
         space = fake.space(limit=3)
     assert list(space.choices) == ["dw0", "dw1", "stem"]
@@ -82,10 +84,17 @@ def test_references_are_the_empty_plan_and_more_and_more_float_layers() -> None:
 
 
 def test_single_plans_are_all_other_answers_of_the_top_anchors() -> None:
-    assert [str(p) for p in single_plans(fake.space(), top=3)] == ["merge_separable@dw0", "merge_separable@dw1", "split_head_2@stem"]
+    assert [str(p) for p in single_plans(fake.space(), top=3)] == [
+        "merge_separable@dw0",
+        "merge_separable@dw1",
+        "split_head_2@stem",
+    ]
 
 
-@pytest.mark.parametrize("budget", [Budget(), Budget(1.1 * fake.MACS, 2), Budget(float_layers=1), Budget(float_layers=0)])
+@pytest.mark.parametrize(
+    "budget",
+    [Budget(), Budget(1.1 * fake.MACS, 2), Budget(float_layers=1), Budget(float_layers=0)],
+)
 @pytest.mark.parametrize("seed", range(5))
 def test_the_predicted_front_is_exact_under_the_additive_model(budget: Budget, seed: int) -> None:
     space = fake.space(budget)
@@ -94,7 +103,9 @@ def test_the_predicted_front_is_exact_under_the_additive_model(budget: Budget, s
     found = predicted_front(space, gain, 1.0, most=1000)
     plans = space.all_plans(20_000)
     assert plans is not None
-    points = {(space.predicted_macs(p), round(1.0 - sum(gain[s] for s in p.steps), 9)) for p in plans}
+    points = {
+        (space.predicted_macs(p), round(1.0 - sum(gain[s] for s in p.steps), 9)) for p in plans
+    }
     best = {p for p in points if not any(q[0] <= p[0] and q[1] <= p[1] and q != p for q in points)}
     assert {(space.predicted_macs(p), round(d, 9)) for p, d in found} == best
 
@@ -113,7 +124,9 @@ def test_a_space_of_hundreds_of_anchors_is_solved_at_once() -> None:
     names = [f"n{i}" for i in range(200)]
     sites = [Site(rule, (n,)) for n in names for rule in ("keep_float", "merge_separable")]
     extra = {Step("merge_separable", n): int(random.integers(1, 10**6)) for n in names}
-    space = make_space(sites, dict.fromkeys(names, 1.0), extra, 10**8, Budget(1.1 * 10**8, 4), limit=200)
+    space = make_space(
+        sites, dict.fromkeys(names, 1.0), extra, 10**8, Budget(1.1 * 10**8, 4), limit=200
+    )
     gain = {s: float(random.random()) for s in space.steps()}
     front = predicted_front(space, gain, 100.0)
     assert front[0][1] > front[-1][1]

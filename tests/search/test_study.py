@@ -17,7 +17,9 @@ BUDGET = Budget(macs=1.15 * fake.MACS, float_layers=2)
 
 def worth(scores: dict[str, Score]) -> list[Plan]:
     space = fake.space(BUDGET)
-    first = reference_plans(sorted(fake.DAMAGE, key=lambda n: -fake.DAMAGE[n]), space) + single_plans(space)
+    first = reference_plans(
+        sorted(fake.DAMAGE, key=lambda n: -fake.DAMAGE[n]), space
+    ) + single_plans(space)
     return first + [plan for plan, _ in predicted_front(space, fake.GAIN, fake.TOTAL)]
 
 
@@ -27,7 +29,15 @@ def run(folder: Path, trials: int = 30, seed: int = 0, evaluate=None, budget=BUD
     evaluate.records = records
     settings = Settings(name="s", trials=trials, seed=seed)
     extra = {} if told is None else {"told": told}
-    outcome = search(evaluate, records, fake.space(budget), worth, settings, journal(folder / "journal.log"), **extra)
+    outcome = search(
+        evaluate,
+        records,
+        fake.space(budget),
+        worth,
+        settings,
+        journal(folder / "journal.log"),
+        **extra,
+    )
     return outcome, evaluate, records
 
 
@@ -80,7 +90,9 @@ def test_the_same_call_again_does_only_what_is_missing(tmp_path: Path) -> None:
 
 
 def test_the_seed_decides_and_the_same_seed_repeats(tmp_path: Path) -> None:
-    one, two, other = (run(tmp_path / n, seed=s)[1].scored for n, s in (("a", 1), ("b", 1), ("c", 2)))
+    one, two, other = (
+        run(tmp_path / n, seed=s)[1].scored for n, s in (("a", 1), ("b", 1), ("c", 2))
+    )
     assert one == two
     assert one != other
 
@@ -150,7 +162,9 @@ def test_a_plan_that_fails_is_recorded_and_not_tried_again(tmp_path: Path) -> No
     assert outcome.plans == 30
     assert evaluate.scored.count("merge_separable@dw0") == 1
     assert [s.plan for s in records.scores() if s.error] == ["merge_separable@dw0"]
-    assert [t.state.name for t in trials(tmp_path) if t.user_attrs["plan"] == "merge_separable@dw0"] == ["FAIL"]
+    assert [
+        t.state.name for t in trials(tmp_path) if t.user_attrs["plan"] == "merge_separable@dw0"
+    ] == ["FAIL"]
 
 
 def test_a_plan_known_from_elsewhere_is_answered_and_not_counted(tmp_path: Path) -> None:
@@ -178,7 +192,14 @@ def test_what_user_code_raises_ends_the_search_and_leaves_no_trial_running(tmp_p
 def test_timeout_begins_no_new_plan(tmp_path: Path) -> None:
     records = Records(tmp_path, "f")
     settings = Settings(name="s", timeout_s=0.0)
-    outcome = search(fake.FakeEvaluator(records), records, fake.space(), worth, settings, journal(tmp_path / "j.log"))
+    outcome = search(
+        fake.FakeEvaluator(records),
+        records,
+        fake.space(),
+        worth,
+        settings,
+        journal(tmp_path / "j.log"),
+    )
     assert outcome.reason == "timeout"
     assert len(records) == 0
 

@@ -1,0 +1,253 @@
+"""Rounding of weights that minimises the error of a layer's output, not of the weights.
+
+With X the inputs as the int8 kernel sees them, H = X X^T, and W* the weights that would reproduce the float layer on X, the rounded
+weights Q minimise tr((Q - W*) H (Q - W*)^T): column by column, the error of each column being made good by those not
+yet rounded, then by coordinate descent until nothing changes. Closed form: no gradient, seconds for a network.
+Source: Frantar et al., 2022 (arXiv:2210.17323); Behdin et al., 2023 (arXiv:2309.01885) for the descent;
+Nagel et al., 2020 (arXiv:2004.10568) for why nearest is not best.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+# Share of the mean diagonal that is added to H: keeps directions that the inputs never took near the float weights.
+DAMPING = 0.01
+# Numbers that are unfolded for one layer, all inputs together, and the fewest positions taken of one input.
+UNFOLDED = 2**23
+LEAST_POSITIONS = 8
+# Candidates for the scale, as shares of the one that holds every weight.
+SHARES = (1.0, 0.97, 0.94, 0.9, 0.85, 0.8, 0.7, 0.6)
+
+
+@dataclass
+class Moments:
+    """Second moments of a layer's inputs, centred: the bias takes up every mean.
+
+    Args:
+        hessian: (G, K, K) of the int8 inputs with themselves, G groups, K = C_in / groups * k * k.
+        cross: (G, K, K) of the float inputs (rows) with the int8 inputs (columns).
+        places: number of positions behind them.
+    """
+
+    hessian: Tensor
+    cross: Tensor
+    places: int
+
+
+class MomentSums:
+    """Accumulates ``Moments`` over batches: products in float32 about the first batch's mean, sums in float64."""
+
+    def __init__(self) -> None:
+        self.centre: tuple[Tensor, Tensor] | None = None
+        self.sums: list[Tensor] = []
+        self.places = 0
+
+    def add(self, exact: Tensor, rounded: Tensor) -> None:
+        """Add columns (G, K, positions) of the float input and of the int8 input."""
+        if self.centre is None:
+            self.centre = exact.mean(2, keepdim=True), rounded.mean(2, keepdim=True)
+        x, y = exact - self.centre[0], rounded - self.centre[1]
+        new = [y @ y.transpose(1, 2), x @ y.transpose(1, 2), x.sum(2), y.sum(2)]
+        new = [v.double() for v in new]
+        self.sums = [a + b for a, b in zip(self.sums, new, strict=True)] if self.sums else new
+        self.places += x.shape[2]
+
+    def moments(self) -> Moments:
+        yy, xy, x, y = (s / self.places for s in self.sums)
+        outer = y[:, :, None] * y[:, None, :]
+        return Moments(yy - outer, xy - x[:, :, None] * y[:, None, :], self.places)
+
+
+def reproducing(weight: Tensor, moments: Moments, damping: float) -> Tensor:
+    """The weights that give the float layer's output from the int8 inputs: ridge regression towards ``weight``.
+
+    Args:
+        weight: (G, O, K).
+        moments: of its inputs.
+        damping: ridge, as a share of the mean diagonal of H; grows with the parameters for each position.
+    """
+    ridge = _ridge(moments.hessian, damping + weight.shape[2] / max(moments.places, 1))
+    change = weight.double() @ (moments.cross - moments.hessian)
+    return weight.double() + torch.linalg.solve(ridge, change, left=False)
+
+
+def _ridge(hessian: Tensor, share: float) -> Tensor:
+    diagonal = hessian.diagonal(dim1=1, dim2=2)
+    amount = diagonal.mean(1).clamp_min(1e-12) * share
+    return hessian + torch.diag_embed(amount[:, None].expand_as(diagonal))
+
+
+def round_weights(
+    weight: Tensor, scale: Tensor, hessian: Tensor, qmin: int, qmax: int, sweeps: int = 3
+) -> Tensor:
+    """Integers Q with the least tr((Q scale - W) H (Q scale - W)^T) found.
+
+    Args:
+        weight: (G, O, K) target.
+        scale: (G, O, 1) step of each output's weights.
+        hessian: (G, K, K) positive semi-definite.
+        qmin: smallest integer.
+        qmax: largest integer.
+        sweeps: of coordinate descent at the end.
+
+    Returns:
+        (G, O, K) float64 with integer values.
+    """
+    damped = _ridge(hessian.double(), DAMPING)
+    # the columns with the most power first: their error can still be made good by many others
+    order = damped.diagonal(dim1=1, dim2=2).argsort(1, descending=True)
+    h = _permuted(damped, order)
+    w = (weight.double() / scale).gather(2, order[:, None].expand_as(weight))
+    q = _one_pass(w, h, qmin, qmax)
+    q = _descend(q, w, h, qmin, qmax, sweeps)
+    nearest = w.round().clamp(qmin, qmax)
+    nearest = _descend(nearest, w, h, qmin, qmax, sweeps)
+    worse = _loss(q, w, h) > _loss(nearest, w, h)
+    q = torch.where(worse[..., None], nearest, q)
+    back = order.argsort(1)
+    return q.gather(2, back[:, None].expand_as(q))
+
+
+def _permuted(h: Tensor, order: Tensor) -> Tensor:
+    rows = h.gather(1, order[:, :, None].expand_as(h))
+    return rows.gather(2, order[:, None, :].expand_as(h))
+
+
+def _loss(q: Tensor, w: Tensor, h: Tensor) -> Tensor:
+    """(G, O) error of each output, in units of its step squared."""
+    d = q - w
+    return ((d @ h) * d).sum(2)
+
+
+def _one_pass(w: Tensor, h: Tensor, qmin: int, qmax: int, block: int = 64) -> Tensor:
+    """Round column by column; what is left of a column's error goes to the columns after it."""
+    inverse = torch.cholesky_inverse(torch.linalg.cholesky(h))
+    upper = torch.linalg.cholesky(inverse, upper=True)  # (G, K, K)
+    w, q, count = w.clone(), torch.empty_like(w), w.shape[2]
+    for start in range(0, count, block):
+        stop = min(start + block, count)
+        errors = []
+        for j in range(start, stop):
+            q[..., j] = w[..., j].round().clamp(qmin, qmax)
+            error = (w[..., j] - q[..., j]) / upper[:, None, j, j]
+            if j + 1 < stop:
+                w[..., j + 1 : stop] -= error[..., None] * upper[:, None, j, j + 1 : stop]
+            errors.append(error)
+        if stop < count:
+            w[..., stop:] -= torch.stack(errors, 2) @ upper[:, start:stop, stop:]
+    return q
+
+
+def _descend(q: Tensor, w: Tensor, h: Tensor, qmin: int, qmax: int, sweeps: int) -> Tensor:
+    """Coordinate descent: each column to its best integer given all others, until a sweep changes nothing."""
+    q = q.clone()
+    slope = (w - q) @ h  # minus half the gradient
+    diagonal = h.diagonal(dim1=1, dim2=2)
+    for _ in range(sweeps):
+        changed = False
+        for j in range(q.shape[2]):
+            best = (q[..., j] + slope[..., j] / diagonal[:, None, j]).round().clamp(qmin, qmax)
+            step = best - q[..., j]
+            if bool(step.any()):
+                changed = True
+                slope -= step[..., None] * h[:, None, j]
+                q[..., j] = best
+        if not changed:
+            break
+    return q
+
+
+def best_scale(
+    weight: Tensor, largest: Tensor, hessian: Tensor, qmin: int, qmax: int, shared: bool
+) -> Tensor:
+    """The step among shares of ``largest`` whose nearest rounding has the least output error.
+
+    Args:
+        weight: (G, O, K).
+        largest: (G, O, 1) step that holds every weight.
+        hessian: (G, K, K).
+        qmin: smallest integer.
+        qmax: largest integer.
+        shared: whether all outputs have one step.
+    """
+    w, h = weight.double(), hessian.double()
+    best, least = largest.double(), torch.full(largest.shape[:2], float("inf")).double()
+    for share in SHARES:
+        scale = largest.double() * share
+        q = (w / scale).round().clamp(qmin, qmax) * scale
+        error = _loss(q, w, h)
+        if shared:
+            error = error.sum().expand_as(error)
+        better = error < least
+        best = torch.where(better[..., None], scale, best)
+        least = torch.where(better, error, least)
+    return best
+
+
+def patches(
+    layer: nn.Module, inputs: tuple[Tensor, ...], samples: int, seed: int = 0
+) -> list[Tensor]:
+    """What the weights of a convolution or linear layer are multiplied with, at random positions.
+
+    Args:
+        layer: Conv1d, Conv2d or Linear.
+        inputs: tensors (N, C, ...) of one shape; the same positions are taken of each.
+        samples: number of inputs in all batches together; decides how many positions of each are needed.
+        seed: of the positions.
+
+    Returns:
+        For each tensor (G, K, positions), K = C_in / groups * k * k in the order of the layer's weight.
+    """
+    if isinstance(layer, nn.Linear):
+        return [x.flatten(0, -2).T.unsqueeze(0) for x in inputs]
+    assert isinstance(layer, (nn.Conv1d, nn.Conv2d))
+    taps = layer.in_channels * math.prod(layer.kernel_size)
+    wanted = max(LEAST_POSITIONS, UNFOLDED // (taps * samples))
+    index = _positions(layer, inputs[0], wanted, seed)  # (S, taps) into the padded, flattened image
+    found: list[Tensor] = []
+    for x in inputs:
+        flat = _padded(layer, x).flatten(2)
+        taken = flat[:, :, index.flatten()].unflatten(2, tuple(index.shape))  # (N, C, S, taps)
+        taken = taken.unflatten(1, (layer.groups, -1))  # (N, G, C / G, S, taps)
+        found.append(taken.permute(1, 2, 4, 0, 3).flatten(3).flatten(1, 2))
+    return found
+
+
+def _padded(layer: nn.Conv1d | nn.Conv2d, x: Tensor) -> Tensor:
+    pads = _pads(layer)
+    mode = "constant" if layer.padding_mode == "zeros" else layer.padding_mode
+    return F.pad(x, pads, mode=mode) if any(pads) else x
+
+
+def _pads(layer: nn.Conv1d | nn.Conv2d) -> list[int]:
+    """Padding as torch.nn.functional.pad wants it: last axis first, before and after."""
+    if layer.padding == "valid":
+        return [0] * (2 * len(layer.kernel_size))
+    if layer.padding == "same":
+        sizes = [d * (k - 1) for d, k in zip(layer.dilation, layer.kernel_size, strict=True)]
+        return [p for s in reversed(sizes) for p in (s // 2, s - s // 2)]
+    return [int(p) for p in reversed(layer.padding) for _ in range(2)]
+
+
+def _positions(layer: nn.Conv1d | nn.Conv2d, x: Tensor, wanted: int, seed: int) -> Tensor:
+    """(S, taps) indices of the pixels under the kernel at S output positions."""
+    pads = _pads(layer)[::-1]
+    sizes = [n + pads[2 * i] + pads[2 * i + 1] for i, n in enumerate(x.shape[2:])]
+    steps = zip(sizes, layer.kernel_size, layer.dilation, layer.stride, strict=True)
+    starts, taps, pitch = torch.zeros(1, 1, dtype=torch.long), torch.zeros(1, 1, dtype=torch.long), 1
+    rows = list(steps)
+    for i, (size, k, d, stride) in enumerate(rows):
+        pitch = math.prod(sizes[i + 1 :])
+        out = (size - d * (k - 1) - 1) // stride + 1
+        starts = (starts.view(-1, 1) + torch.arange(out) * stride * pitch).view(-1, 1)
+        taps = (taps.view(-1, 1) + torch.arange(k) * d * pitch).view(1, -1)
+    if len(starts) > wanted:
+        generator = torch.Generator().manual_seed(seed)
+        starts = starts[torch.randperm(len(starts), generator=generator)[:wanted]]
+    return starts + taps

@@ -1,0 +1,230 @@
+"""One walk through the quantized graph, beside the float one, that repairs each layer under the int8 errors before it.
+
+Both networks run in step, node by node, on the calibration inputs, so a layer is seen with the inputs that it will have: those already
+rounded and repaired upstream. At each layer the rounding of its weights is chosen (``rewriter.int8.rounding``), and its bias is set so
+that the mean of every output channel is that of the float layer. One pass, whatever the depth.
+Source: bias correction, Nagel et al., 2019 (arXiv:1906.04721), section 4.2 and appendix D.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+
+from rewriter.graph import is_call, module_of, run_node
+from rewriter.int8.annotate import annotation, is_layer
+from rewriter.int8.calibrate import Calibration, input_scale
+from rewriter.int8.rounding import MomentSums, best_scale, patches, reproducing, round_weights
+from rewriter.int8.scheme import (
+    TINY,
+    QuantSpec,
+    channel_axis,
+    dequantized_weight,
+    fake_quantize,
+)
+from rewriter.int8.simulate import Quantized
+from rewriter.plan import copy_graph
+
+# Live values of all inputs together may take this many bytes; fewer inputs are used where they would take more.
+MEMORY = 3 * 2**30
+RIDGE = 0.02
+
+
+@dataclass(frozen=True)
+class Repairs:
+    """Which repairs to make at each layer."""
+
+    rounding: bool = False
+    biases: bool = True
+
+
+def refine(
+    quantized: Quantized, batches: Sequence[Tensor | tuple[Tensor, ...]], repairs: Repairs
+) -> Quantized:
+    """Repair every int8 layer in the order in which they run.
+
+    Args:
+        quantized: annotated graph and its ranges; it is not touched.
+        batches: unlabelled calibration inputs, each (N, ...), or a tuple with one tensor for each input.
+        repairs: what to do.
+
+    Returns:
+        A copy with new weights (on their grid where they were rounded), biases and weight scales.
+    """
+    gm = copy_graph(quantized.gm)
+    scales = dict(quantized.calibration.weights)
+    result = replace(
+        quantized, gm=gm, calibration=replace(quantized.calibration, weights=scales)
+    )
+    inputs = _affordable(quantized.gm, batches)
+    pairs = zip(quantized.gm.graph.nodes, gm.graph.nodes, strict=True)
+    last = _last_uses(quantized.gm)
+    exact: list[dict[fx.Node, Any]] = [{} for _ in inputs]
+    rounded: list[dict[fx.Node, Any]] = [{} for _ in inputs]
+    feeds = [(iter(x), iter(x)) for x in inputs]
+    with torch.no_grad():
+        for node, twin in pairs:
+            if node.op == "output":
+                break
+            for values, feed in zip(exact, feeds, strict=True):
+                values[node] = run_node(quantized.gm, node, values, feed[0])
+            if is_layer(gm, node) and annotation(node).weight is not None:
+                _repair(result, twin, node, exact, rounded, repairs)
+            else:
+                for values, feed in zip(rounded, feeds, strict=True):
+                    values[twin] = run_node(gm, twin, _as_read(result, twin, values), feed[1])
+            for used, used_twin in last.get(node, ()):
+                for e, r in zip(exact, rounded, strict=True):
+                    del e[used]
+                    del r[_twin(gm, used_twin)]
+    return result
+
+
+def _twin(gm: fx.GraphModule, name: str) -> fx.Node:
+    cache = gm.meta.setdefault("_by_name", {n.name: n for n in gm.graph.nodes})
+    return cache[name]
+
+
+def _last_uses(gm: fx.GraphModule) -> dict[fx.Node, list[tuple[fx.Node, str]]]:
+    last: dict[fx.Node, fx.Node] = {}
+    for node in gm.graph.nodes:
+        last[node] = node
+        for used in node.all_input_nodes:
+            last[used] = node
+    dying: dict[fx.Node, list[tuple[fx.Node, str]]] = {}
+    for used, user in last.items():
+        dying.setdefault(user, []).append((used, used.name))
+    return dying
+
+
+def _affordable(
+    gm: fx.GraphModule, batches: Sequence[Tensor | tuple[Tensor, ...]]
+) -> list[tuple[Tensor, ...]]:
+    """As many of the inputs as the live values of two networks leave room for."""
+    dying, live, peak = _last_uses(gm), 0, 1
+    for node in gm.graph.nodes:
+        live += _size(node)
+        peak = max(peak, live)
+        live -= sum(_size(n) for n, _ in dying.get(node, ()))
+    left = max(1, MEMORY // (8 * peak))  # two networks, 4 bytes
+    chosen: list[tuple[Tensor, ...]] = []
+    for batch in batches:
+        inputs = batch if isinstance(batch, tuple) else (batch,)
+        part = tuple(x[:left] for x in inputs)
+        left -= len(part[0])
+        chosen.append(part)
+        if left <= 0:
+            break
+    return chosen
+
+
+def _size(node: fx.Node) -> int:
+    shape = node.meta.get("shape")
+    if node.op == "get_attr" or not isinstance(shape, tuple):
+        return 0
+    return math.prod(shape) if all(isinstance(s, int) for s in shape) else 0
+
+
+def _as_read(quantized: Quantized, node: fx.Node, values: dict[fx.Node, Any]) -> dict[fx.Node, Any]:
+    """The values of a node's arguments as it reads them."""
+    names = annotation(node).reads if "int8" in node.meta else ()
+    return {
+        n: _rounded(quantized, n, values[n]) if n.name in names else values[n]
+        for n in node.all_input_nodes
+    }
+
+
+def _rounded(quantized: Quantized, value: fx.Node, x: Tensor) -> Tensor:
+    spec = annotation(value).output
+    assert spec is not None, value.name
+    return fake_quantize(x, *quantized.value_params(value), spec)
+
+
+def _repair(
+    quantized: Quantized,
+    node: fx.Node,
+    original: fx.Node,
+    exact: list[dict[fx.Node, Any]],
+    rounded: list[dict[fx.Node, Any]],
+    repairs: Repairs,
+) -> None:
+    """Choose the layer's int8 weights and bias, and run it."""
+    layer: Any = module_of(quantized.gm, node)
+    spec = annotation(node).weight
+    source = node.args[0]
+    assert spec is not None and isinstance(source, fx.Node)
+    inputs = [_as_read(quantized, node, values)[source] for values in rounded]
+    if repairs.rounding and is_call(quantized.gm, node, nn.Conv2d, nn.Linear):
+        wanted = [values[original.args[0]] for values in exact]  # type: ignore[index]
+        _round(quantized, node, layer, spec, wanted, inputs)
+    scale = quantized.calibration.weights[node.name]
+    weight = dequantized_weight(layer.weight, scale, spec, channel_axis(layer, spec))
+    made = [torch.func.functional_call(layer, {"weight": weight}, (x,)) for x in inputs]
+    if repairs.biases:
+        axis = made[0].ndim - 1 if isinstance(layer, nn.Linear) else 1
+        shift = _mean([values[original] for values in exact], axis) - _mean(made, axis)
+        old = layer.bias.double() if layer.bias is not None else 0.0
+        layer.bias = nn.Parameter((old + shift).to(layer.weight.dtype), requires_grad=False)
+        wide = shift.to(made[0]).view([-1 if d == axis else 1 for d in range(made[0].ndim)])
+        made = [m + wide for m in made]
+    for values, value in zip(rounded, made, strict=True):
+        values[node] = value
+
+
+def _mean(parts: list[Tensor], axis: int) -> Tensor:
+    """(C,) mean over all samples and positions."""
+    axes = [d for d in range(parts[0].ndim) if d != axis]
+    total = sum(p.sum(axes, dtype=torch.float64) for p in parts)
+    count = sum(p.numel() for p in parts) // parts[0].shape[axis]
+    return total / count  # type: ignore[operator,return-value]
+
+
+def _round(
+    quantized: Quantized,
+    node: fx.Node,
+    layer: Any,
+    spec: QuantSpec,
+    exact: list[Tensor],
+    rounded: list[Tensor],
+) -> None:
+    """Give the layer weights that lie on an int8 grid and reproduce the float output; edits the layer and its scale."""
+    sums = MomentSums()
+    inputs = sum(len(x) for x in exact)
+    for i, (x, y) in enumerate(zip(exact, rounded, strict=True)):
+        sums.add(*patches(layer, (x, y), inputs, seed=i))
+    moments = sums.moments()
+    groups = getattr(layer, "groups", 1)
+    flat = layer.weight.detach().double().flatten(1)
+    weight = flat.unflatten(0, (groups, -1))
+    wanted = reproducing(weight, moments, RIDGE)
+    axis = channel_axis(layer, spec)
+    largest = wanted.abs().amax(2, keepdim=True) / spec.qmax
+    if axis is None:
+        largest = largest.amax().expand_as(largest)
+    least = _least_scale(quantized, node, layer, axis).view_as(largest) if axis is not None else _least_scale(quantized, node, layer, axis)
+    scale = best_scale(wanted, largest, moments.hessian, spec.qmin, spec.qmax, axis is None)
+    scale = torch.maximum(scale, least).clamp_min(TINY).float().double()
+    q = round_weights(wanted, scale, moments.hessian, spec.qmin, spec.qmax)
+    layer.weight = nn.Parameter(
+        (q * scale).flatten(0, 1).view_as(layer.weight).to(layer.weight.dtype), requires_grad=False
+    )
+    steps = scale.flatten()
+    quantized.calibration.weights[node.name] = (steps if axis is not None else steps[0]).float()
+
+
+def _least_scale(quantized: Quantized, node: fx.Node, layer: Any, axis: int | None) -> Tensor:
+    """The weight scale below which the int32 bias overflows, with a factor 2 to spare."""
+    step = input_scale(quantized.gm, node, quantized.calibration.values)
+    if layer.bias is None or step is None:
+        rows = layer.weight.shape[0]
+        return torch.zeros(rows if axis is not None else (), dtype=torch.float64)
+    bias = layer.bias.detach().abs().double()
+    return (bias if axis is not None else bias.amax()) / (step * 2.0**30)
+
+
+__all__ = ["Calibration", "Repairs", "refine"]

@@ -1,0 +1,122 @@
+"""Channels of very different ranges -> groups of channels, each a tensor with a range of its own.
+
+Before: x -> conv (C outputs) -> activation, depthwise, ... -> conv -> y
+After:  x -> k convs (C_1 + ... + C_k = C) -> the same on each group -> k convs that read one group each -> sum -> y
+
+    conv(x) = sum_g W[:, g] x[g] + b       exact, no MACs added, k - 1 additions at each dense reader
+
+Why: one int8 tensor has one scale; where one channel reaches 125 and the others 0.2, the others are all zero. Scaling channels
+instead (equalization) stops at the first activation that is not homogeneous (SiLU, hardswish); a split passes all of them, and sums and
+products of two values when both are split alike. Where a value is read by what mixes channels otherwise, it is joined again in float.
+``split_weights_k`` groups by the size of the weights instead, for targets with one weight scale per layer.
+Groups: dynamic programming on calibrated ranges (``rewriter.ranges``) of all int8 values that are split together.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import ClassVar, Literal
+
+import torch
+from torch import Tensor, fx, nn
+
+from rewriter.graph import find, is_call, module_of
+from rewriter.ranges import group_by_range, rounding_error
+from rewriter.rules._rule import Contract, RewriteRule, Site
+from rewriter.split import (
+    Component,
+    Groups,
+    component_of,
+    int8_values,
+    is_dense,
+    split_component,
+)
+
+# A split must take away at least this share of the rounding error; each group costs a kernel call.
+LEAST_GAIN = 0.5
+
+
+@dataclass(frozen=True)
+class SplitRange(RewriteRule):
+    """Split a component by the range of its values into ``groups``; one site at its first dense layer."""
+
+    groups: int = 2
+    contract: ClassVar[Contract] = "exact"
+    free: ClassVar[bool] = True
+    stage: ClassVar[Literal["replace", "split"]] = "split"
+
+    @property
+    def name(self) -> str:  # type: ignore[override]
+        return f"split_range_{self.groups}"
+
+    def match(self, gm: fx.GraphModule) -> Iterator[Site]:
+        seen: set[fx.Node] = set()
+        for node in gm.graph.nodes:
+            if not is_dense(gm, node) or node in seen:
+                continue
+            component = component_of(gm, node)
+            seen.update(component.entries)
+            first = component.entries[0]
+            yield self.site(first, *_others(component), blocked=self._problem(gm, component))
+
+    def apply(self, gm: fx.GraphModule, site: Site) -> None:
+        component = component_of(gm, find(gm, site.anchor))
+        groups = self._groups(gm, component)
+        split_component(gm, component, groups, f"{site.rule}@{site.anchor}")
+
+    def _problem(self, gm: fx.GraphModule, component: Component) -> str:
+        if component.blocked:
+            return component.blocked
+        if component.channels < 2 * self.groups:
+            return f"{component.channels} channels are too few for {self.groups} groups"
+        if not any(is_dense(gm, user) for user, _ in component.exits) and not any(
+            is_call(gm, n, nn.Conv2d) for n in component.inside
+        ):
+            return "no convolution or linear layer reads the channels"
+        low, high = self._ranges(gm, component)
+        if low.numel() == 0:
+            return "no calibrated channel ranges"
+        whole = rounding_error(low, high, [list(range(component.channels))])
+        left = rounding_error(low, high, group_by_range(low, high, self.groups))
+        if left > (1 - LEAST_GAIN) * whole:
+            share = left / max(whole, 1e-30)
+            return f"{self.groups} groups leave {share:.0%} of the rounding error"
+        return ""
+
+    def _groups(self, gm: fx.GraphModule, component: Component) -> Groups:
+        return group_by_range(*self._ranges(gm, component), self.groups)
+
+    def _ranges(self, gm: fx.GraphModule, component: Component) -> tuple[Tensor, Tensor]:
+        """(V, C) ranges by which the channels are grouped."""
+        known = [n for n in int8_values(gm, component) if "channel_range" in n.meta]
+        known = [n for n in known if len(n.meta["channel_range"][0]) == component.channels]
+        if not known:
+            return torch.empty(0, 0), torch.empty(0, 0)
+        ranges = [n.meta["channel_range"] for n in known]
+        return torch.stack([r[0] for r in ranges]), torch.stack([r[1] for r in ranges])
+
+
+@dataclass(frozen=True)
+class SplitWeights(SplitRange):
+    """Split a component by the size of the weights that make its values."""
+
+    @property
+    def name(self) -> str:  # type: ignore[override]
+        return f"split_weights_{self.groups}"
+
+    def _ranges(self, gm: fx.GraphModule, component: Component) -> tuple[Tensor, Tensor]:
+        sizes: list[Tensor] = []
+        for node in (*component.entries, *component.inside):
+            if is_call(gm, node, nn.Conv2d, nn.ConvTranspose2d, nn.Linear):
+                layer = module_of(gm, node)
+                axis = 1 if isinstance(layer, nn.ConvTranspose2d) else 0
+                rest = [d for d in range(layer.weight.ndim) if d != axis]
+                sizes.append(layer.weight.detach().abs().amax(rest))
+        size = torch.stack(sizes)
+        return -size, size
+
+
+def _others(component: Component) -> list[fx.Node]:
+    """The nodes of a component after its first entry."""
+    return [*component.entries[1:], *component.inside]

@@ -1,0 +1,296 @@
+"""The whole ranking for the cost of a few passes, and the reason for each layer.
+
+Every layer is screened (``screen``); the first ``top`` of that order are measured (``exact``), and more of them while a layer from
+the edge of what was measured turns out to belong among the most harmful. ``exact=True`` measures every layer, in blocks of
+samples, and stops with those that are clearly harmless.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+
+from rewriter.cost import cost, layer_macs
+from rewriter.errors import QuantizeError
+from rewriter.graph import layers
+from rewriter.int8.annotate import annotation
+from rewriter.int8.scheme import QuantScheme
+from rewriter.int8.simulate import Quantized, quantize
+from rewriter.sensitivity.exact import Metric, Tally, batch_size, measure
+from rewriter.sensitivity.forks import Forks, Variant, int8_variant, keeping, only
+from rewriter.sensitivity.journal import Journal, fingerprint
+from rewriter.sensitivity.objective import Kind, Objective
+from rewriter.sensitivity.parts import parts_of
+from rewriter.sensitivity.records import Analysis
+from rewriter.sensitivity.screen import (
+    Candidate,
+    Screener,
+    Screening,
+)
+from rewriter.sensitivity.summary import Measured, summarise
+
+Progress = Callable[[float, float], None]
+# Among how many layers the measured order has to be right before widening stops, and by how many it widens.
+LEADERS = 5
+STEP = 4
+# Screening costs about this many forward passes; only the progress bar depends on it.
+SCREEN_PASSES = 5.0
+# Racing: a layer stops when it is surely (this many standard errors) below this share of the last of the top.
+SURE = 3.0
+HARMLESS = 0.1
+# Projections for each part of the error that make the ranking steady.
+ENOUGH = 64
+CURVE = (0, 1, 2, 3, 5, 8)
+
+
+def analyze(
+    gm: fx.GraphModule,
+    scheme: QuantScheme,
+    calibration_batches: Iterable[Tensor | tuple[Tensor, ...]],
+    evaluation_inputs: Tensor,
+    *,
+    targets: Sequence[Any] | Tensor | None = None,
+    metric: Metric | None = None,
+    metric_name: str = "",
+    higher_is_better: bool = True,
+    kind: Kind | None = None,
+    exact: bool = False,
+    race: bool = True,
+    interaction: int | None = None,
+    top: int = 8,
+    seed: int = 0,
+    journal: Path | None = None,
+    progress: Progress | None = None,
+    candidates: Sequence[Candidate] = (),
+) -> Analysis:
+    """Rank the layers of a network by the harm that int8 does to each, and say why.
+
+    Args:
+        gm: canonical graph; it is annotated for ``scheme``, nothing else in it changes.
+        scheme: the target.
+        calibration_batches: unlabelled inputs, each (N, ...).
+        evaluation_inputs: (n, ...) inputs on which damage is measured; no labels are needed.
+        targets: n targets, for ``metric``.
+        metric: (flat outputs, targets) -> (N,) contribution of each sample; the metric is their mean.
+        metric_name, higher_is_better: what the metric is called and which way is good.
+        kind: whether the outputs are classes or values; None: decided from their shape.
+        exact: measure every layer rather than the ``top`` of the screening.
+        race: with ``exact``, stop early with layers that are clearly harmless.
+        interaction: for how many of the first layers all-but-one and the cumulative curve are measured and not
+            predicted; None: ``top`` with ``exact``, else none.
+        top: how many layers are measured at least, and explained.
+        seed: of the random projections; the same seed gives the same result.
+        journal: a file that makes a killed analysis go on where it was.
+        progress: called with work done and total work, in forward passes over the inputs.
+        candidates: rewrites to be priced along the way (``Analysis.screening``).
+
+    Raises:
+        QuantizeError: there is no layer, no input, or the inputs are unusable.
+    """
+    if len(evaluation_inputs) == 0:
+        raise QuantizeError("sensitivity: evaluation inputs: none was given")
+    method = gm.meta.get("calibration", "minmax")
+    quantized = quantize(gm, scheme, calibration_batches, method)
+    names = {n.name: n for n in layers(gm) if annotation(n).weight is not None}
+    if not names:
+        raise QuantizeError("sensitivity: the graph: no layer is quantized on this target")
+    forks = Forks(quantized)
+    size = batch_size(forks)
+    settings = (seed, size, kind, metric_name, [c.name for c in candidates])
+    key = fingerprint(quantized, evaluation_inputs, *settings) if journal else ""
+    with Journal(journal, key) as record:
+        run = _Run(quantized, forks, evaluation_inputs, size, seed, record, progress, kind)
+        run.targets, run.metric = targets, metric
+        screening = run.screen(candidates)
+        estimate = screening.layer_damage()
+        order = sorted(names, key=lambda n: (-estimate[n], n))
+        measured = run.confirm(names, order, top, exact, race)
+        ranked = sorted(order, key=lambda n: (-run.best(n, measured, estimate), n))
+        count = (top if exact else 0) if interaction is None else interaction
+        without, curve = run.interactions(scheme, names, ranked, count)
+    return summarise(
+        quantized,
+        screening,
+        Measured(run.tallies, without, curve),
+        ranked,
+        inputs=evaluation_inputs[:size],
+        metric_name=metric_name or ("metric" if metric is not None else ""),
+        higher_is_better=higher_is_better,
+        macs=layer_macs(gm),
+        total_macs=cost(gm).macs,
+        top=top,
+    )
+
+
+class _Run:
+    """One analysis under way: what is measured so far, and how much is left."""
+
+    targets: Sequence[Any] | Tensor | None = None
+    metric: Metric | None = None
+
+    def __init__(
+        self,
+        quantized: Quantized,
+        forks: Forks,
+        inputs: Tensor,
+        size: int,
+        seed: int,
+        record: Journal,
+        progress: Progress | None,
+        kind: Kind | None,
+    ) -> None:
+        self.quantized, self.forks, self.gm = quantized, forks, quantized.gm
+        self.blocks = [slice(i, i + size) for i in range(0, len(inputs), size)]
+        self.inputs, self.seed, self.record, self.progress = inputs, seed, record, progress
+        self.objective = Objective.of(forks.run((inputs[:size],), {}), kind)
+        self.size, self.parts = size, parts_of(self.gm)
+        # few samples leave the estimate noisy: then each gets more directions
+        self.directions = max(1, min(4, -(-ENOUGH // len(inputs))))
+        self.tallies: dict[str, Tally] = {}
+        self.done, self.total = 0.0, SCREEN_PASSES
+
+    # ------------------------------------------------------------------------------- phases
+
+    def screen(self, candidates: Sequence[Candidate]) -> Screening:
+        """Projections over all samples."""
+        screener = Screener(self.quantized, self.objective, candidates, self.directions)
+        screening = Screening(screener.parts)
+        # a pass that keeps everything for the way back needs twice the memory
+        half = max(1, self.size // 2)
+        for start in range(0, len(self.inputs), half):
+            key = f"screen {start}"
+            if key not in self.record:
+                generator = torch.Generator().manual_seed(self.seed * 1_000_003 + start)
+                part = screener.batch(self.inputs[start : start + half], generator)
+                self.record.add(key, part)
+            screening.extend(self.record[key])
+            self._advance(SCREEN_PASSES * half / len(self.inputs))
+        return screening
+
+    def confirm(
+        self,
+        names: dict[str, fx.Node],
+        order: list[str],
+        top: int,
+        exact: bool,
+        race: bool,
+    ) -> set[str]:
+        """Measure all layers, or the first ``top`` of ``order`` and more while the orders disagree."""
+        whole = {"float": {}, "*": int8_variant(self.gm)}
+        if exact:
+            self.total += 3.0
+            self._measure({}, whole, self.blocks)
+            self._race(names, top, race)
+            return set(names)
+        count = min(top, len(order))
+        measured: list[str] = []
+        while True:
+            fresh = order[len(measured) : count]
+            self._alone({n: names[n] for n in fresh}, self.blocks, {} if measured else whole)
+            measured = order[:count]
+            if count == len(order) or not self._edge_disagrees(measured):
+                return set(measured)
+            count = min(count + STEP, len(order))
+
+    def _edge_disagrees(self, measured: list[str]) -> bool:
+        """Whether a layer from the last few that were measured is among the most harmful."""
+        exact = sorted(measured, key=lambda n: -self.tallies[n].damage)
+        edge = measured[max(LEADERS, len(measured) - 3) :]
+        return bool(set(exact[:LEADERS]) & set(edge))
+
+    def _race(self, names: dict[str, fx.Node], top: int, race: bool) -> None:
+        """All layers block by block; from the third on without those that are clearly harmless."""
+        alive = dict(names)
+        share = {n: self.forks.share({}, only(self.parts, node)) for n, node in names.items()}
+        passes = sum(share.values()) + 1
+        self.total += passes
+        for b, block in enumerate(self.blocks):
+            before = self.done
+            self._alone(alive, [block], planned=True)
+            self.done = before
+            self._advance(passes / len(self.blocks))
+            if race and b >= 2 and b + 1 < len(self.blocks) and len(alive) > top:
+                last = sorted((self.tallies[n].damage for n in alive), reverse=True)[top - 1]
+                alive = {
+                    n: node
+                    for n, node in alive.items()
+                    if self.tallies[n].upper(SURE) >= HARMLESS * last
+                }
+
+    def interactions(
+        self, scheme: QuantScheme, names: dict[str, fx.Node], ranked: list[str], count: int
+    ) -> tuple[dict[str, str], dict[int, str]]:
+        """Measure all-but-one of the first ``count`` layers and the curve.
+
+        Returns:
+            The keys of what was measured: by layer, and by number of float layers.
+        """
+        count = min(count, len(ranked))
+        if not count:
+            return {}, {}
+        without = {n: f"-{n}" for n in ranked[:count]}
+        # the names are part of the key: a resumed run must not take another ranking's point
+        curve = {k: "".join(f"-{n}" for n in ranked[:k]) for k in CURVE if 0 < k <= count}
+        kept = {key: [n] for n, key in without.items()}
+        kept |= {key: ranked[:k] for k, key in curve.items()}
+        variants = {
+            key: keeping(self.gm, scheme, [names[n] for n in some]) for key, some in kept.items()
+        }
+        base = int8_variant(self.gm)
+        self.total += sum(self.forks.share(base, v) for v in variants.values()) + 1
+        self._measure(base, variants, self.blocks)
+        return without, curve
+
+    # ---------------------------------------------------------------------------- machinery
+
+    def _alone(
+        self,
+        found: dict[str, fx.Node],
+        blocks: list[slice],
+        whole: dict[str, Variant] | None = None,
+        planned: bool = False,
+    ) -> None:
+        variants: dict[str, Variant] = {n: only(self.parts, node) for n, node in found.items()}
+        variants |= whole or {}
+        if not planned:
+            self.total += sum(self.forks.share({}, v) for v in variants.values()) + 1
+        self._measure({}, variants, blocks)
+
+    def _measure(
+        self, base: Variant, variants: Mapping[str, Variant], blocks: list[slice]
+    ) -> None:
+        """Measure what the journal does not know, and add it to the tallies."""
+        share = {n: self.forks.share(base, v) for n, v in variants.items()}
+        for block in blocks:
+            keys = {n: f"{n} @{block.start}" for n in variants}
+            missing = {n: v for n, v in variants.items() if keys[n] not in self.record}
+            targets = None if self.targets is None else self.targets[block]
+            if missing:
+                results = measure(
+                    self.forks,
+                    self.objective,
+                    self.inputs[block],
+                    base,
+                    missing,
+                    targets,
+                    self.metric,
+                )
+                for n, result in results:
+                    self.record.add(keys[n], result)
+                    self._advance(share[n] / len(self.blocks))
+            for n, key in keys.items():
+                self.tallies.setdefault(n, Tally()).blocks[block.start] = self.record[key]
+            self._advance(1 / len(self.blocks))
+
+    def best(self, name: str, measured: set[str], estimate: dict[str, float]) -> float:
+        """Damage of a layer: measured, or else screened."""
+        return self.tallies[name].damage if name in measured else estimate[name]
+
+    def _advance(self, passes: float) -> None:
+        self.done += passes
+        if self.progress is not None:
+            self.progress(min(self.done, self.total), self.total)

@@ -1,0 +1,121 @@
+"""What is already measured, one JSON line each, so that a killed analysis goes on where it was.
+
+A line is written as soon as its result is there. The first line is the fingerprint of everything that a result depends on; under another
+fingerprint the file is started anew. A last line cut short by the kill is dropped.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import time
+from collections.abc import Iterable
+from pathlib import Path
+from types import TracebackType
+from typing import IO, Any
+
+import torch
+from torch import Tensor, fx
+
+from rewriter.int8.simulate import Quantized
+
+FORMAT = 1
+
+
+class Journal:
+    """Results by key, kept in memory and, where a path is given, in a file.
+
+    Args:
+        path: the file; its folder must exist. None: memory only.
+        fingerprint: what the results depend on.
+    """
+
+    def __init__(self, path: Path | None, fingerprint: str) -> None:
+        self.path = path
+        self.found: dict[str, Any] = {}
+        self._file: IO[str] | None = None
+        self._synced = 0.0
+        if path is not None:
+            self._open(path, fingerprint)
+
+    def _open(self, path: Path, fingerprint: str) -> None:
+        header = {"format": FORMAT, "fingerprint": fingerprint}
+        lines = _whole_lines(path)
+        known = bool(lines) and lines[0] == header
+        with path.open("w" if not known else "r+", encoding="utf-8") as file:
+            if known:
+                text = "".join(json.dumps(line) + "\n" for line in lines)
+                file.truncate(len(text.encode()))
+            else:
+                file.write(json.dumps(header) + "\n")
+        if known:
+            self.found = {line["key"]: line["value"] for line in lines[1:]}
+        self._file = path.open("a", encoding="utf-8")
+
+    def __contains__(self, key: str) -> bool:
+        return key in self.found
+
+    def __getitem__(self, key: str) -> Any:
+        return self.found[key]
+
+    def add(self, key: str, value: Any) -> None:
+        """Record a result; it survives a kill at once, and a power failure within a second."""
+        if self._file is None:
+            self.found[key] = value
+            return
+        line = json.dumps({"key": key, "value": value})
+        # what a resumed run reads must be what this run goes on with
+        self.found[key] = json.loads(line)["value"]
+        self._file.write(line + "\n")
+        self._file.flush()
+        if time.monotonic() - self._synced > 1.0:
+            os.fsync(self._file.fileno())
+            self._synced = time.monotonic()
+
+    def __enter__(self) -> Journal:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        if self._file is not None:
+            self._file.flush()
+            os.fsync(self._file.fileno())
+            self._file.close()
+
+
+def _whole_lines(path: Path) -> list[Any]:
+    """The lines up to the first that is damaged."""
+    lines: list[Any] = []
+    if not path.exists():
+        return lines
+    for line in path.read_text(encoding="utf-8", errors="replace").splitlines(keepends=True):
+        try:
+            if not line.endswith("\n"):
+                break
+            lines.append(json.loads(line))
+        except ValueError:
+            break
+    return lines
+
+
+def fingerprint(quantized: Quantized, inputs: Tensor, *settings: object) -> str:
+    """Identity of a network, its int8 form, the data and the settings."""
+    digest = hashlib.blake2b(digest_size=16)
+    gm = quantized.gm
+    digest.update(repr((FORMAT, gm.code, quantized.scheme.name, settings)).encode())
+    digest.update(repr(sorted(quantized.calibration.values.items())).encode())
+    digest.update(
+        repr([(n.name, bool(n.meta.get("keep_float"))) for n in gm.graph.nodes]).encode()
+    )
+    for tensor in (*_tensors(gm), inputs):
+        digest.update(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy())
+    return digest.hexdigest()
+
+
+def _tensors(gm: fx.GraphModule) -> Iterable[Tensor]:
+    return [t for _, t in sorted(gm.state_dict().items()) if t.numel()]

@@ -1,0 +1,331 @@
+"""Every layer's damage from one pass forwards and one or two backwards.
+
+Rounding changes a layer's result by d_l (N, ...), and what reaches the outputs is J_l d_l to first order. The float network is the minimum of
+the damage, which is therefore quadratic there: with r a random direction in output space, E[r r^T] = H / 2 (``objective.probe``),
+
+    damage_l = E[(r^T J_l d_l)^2] = E[(g_l . d_l)^2]        g_l = d (r . outputs) / d z_l
+
+and one backward pass gives g_l for all layers and all samples at once, since samples do not depend on each other. d_l has two parts, both found in
+passing: the layer on its rounded weight, and, by linearity, the gradient at the layer's input times the rounding error of the value it
+reads. What is kept are the projections p = g . d, one number for each part, sample and direction: sums of them price any
+combination, E[(sum of p)^2], interactions to second order included, and nothing is run again for it.
+
+Sources: Gauss-Newton / Fisher damage: LeCun et al., 1990 (Optimal Brain Damage); Dong et al., 2019 (HAWQ, arXiv:1905.03696) for its use in
+quantization. Random projections instead of sampled labels bound the variance: a sampled label is almost always the likely one,
+whose gradient is almost nothing.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+
+from rewriter.graph import outputs, run_node
+from rewriter.int8.scheme import QuantSpec
+from rewriter.int8.simulate import Quantized
+from rewriter.sensitivity.forks import (
+    PIECE,
+    call,
+    modules_of,
+    round_to_int8,
+    rounded_weight,
+    value_params,
+    with_weight,
+)
+from rewriter.sensitivity.objective import Objective
+from rewriter.sensitivity.parts import Edge, Parts, parts_of
+
+# What a projection is of: (layer,) its weight, (reader, value) an edge, ("candidate", name, "") a rewrite.
+Key = tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """A rewrite to be priced by its local error alone.
+
+    Args:
+        name: what to call the price, such as a step's text.
+        reads: name of the value that goes in; it comes in float.
+        makes: name of the value that it replaces.
+        run: what makes it instead, int8 rounding included: (N, ...) -> (N, ...).
+        takes: layers whose own damage it takes the place of, by node name.
+    """
+
+    name: str
+    reads: str
+    makes: str
+    run: Callable[[Tensor], Tensor]
+    takes: tuple[str, ...] = ()
+
+
+@dataclass
+class Screening:
+    """Projections (N, k) of every part of the int8 error: N samples, k random directions.
+
+    Args:
+        weights: by layer node name, of the rounded weight.
+        edges: by (reader, value) node names, of the value as this reader sees it rounded.
+        candidates: by name, of the local error of a rewrite.
+        parts: which of them belong to which layer and value.
+    """
+
+    parts: Parts
+    weights: dict[str, Tensor] = field(default_factory=dict)
+    edges: dict[Edge, Tensor] = field(default_factory=dict)
+    candidates: dict[str, Tensor] = field(default_factory=dict)
+
+    def layer(self, name: str) -> Tensor:
+        """(N, k) projections of one layer's whole error: weight, input and, for a head, output."""
+        parts = [self.weights[name]] if name in self.weights else []
+        parts += [self.edges[e] for e in (*self.parts.inputs[name], *self.parts.returned[name])]
+        return torch.stack(parts).sum(0)
+
+    def layer_damage(self) -> dict[str, float]:
+        """Damage of quantizing each layer alone, by node name."""
+        return {name: damage(self.layer(name)) for name in self.parts.inputs}
+
+    def value_damage(self) -> dict[str, float]:
+        """Damage of rounding each value alone, for all that read it, by node name."""
+        return {
+            name: damage(torch.stack([self.edges[e] for e in edges]).sum(0))
+            for name, edges in self.parts.values.items()
+        }
+
+    def weight_damage(self) -> dict[str, float]:
+        """Damage of rounding each layer's weight alone, by node name."""
+        return {name: damage(p) for name, p in self.weights.items()}
+
+    def predict(self, kept: Iterable[str] = ()) -> float:
+        """Damage of the network in int8 with these layers (node names) in float, to second order."""
+        kept = set(kept)
+        parts = [p for name, p in self.weights.items() if name not in kept]
+        free = {e for name in kept for e in (*self.parts.inputs[name], *self.parts.returned[name])}
+        parts += [p for e, p in self.edges.items() if e not in free]
+        return damage(torch.stack(parts).sum(0)) if parts else 0.0
+
+    def price(self, candidate: Candidate) -> float:
+        """What a rewrite is predicted to take away from the damage of the whole network; negative where it adds."""
+        parts = [p for name, p in self.weights.items() if name not in candidate.takes]
+        free = {e for name in candidate.takes for e in (*self.parts.inputs[name], *self.parts.returned[name])}
+        parts += [p for e, p in self.edges.items() if e not in free]
+        return self.predict() - damage(
+            torch.stack([*parts, self.candidates[candidate.name]]).sum(0)
+        )
+
+    def candidate_damage(self) -> dict[str, float]:
+        """Damage of each candidate's own local error."""
+        return {name: damage(p) for name, p in self.candidates.items()}
+
+    def extend(self, part: Mapping[str, Any]) -> None:
+        """Append the samples of one batch, as ``screen_batch`` gave them."""
+        for kind in ("weights", "edges", "candidates"):
+            mine = getattr(self, kind)
+            for name, rows in part[kind].items():
+                key = tuple(name.split(" ")) if kind == "edges" else name
+                p = torch.tensor(rows, dtype=torch.float64)
+                mine[key] = torch.cat([mine[key], p]) if key in mine else p
+
+
+def damage(projections: Tensor) -> float:
+    """The damage that (N, k) projections estimate."""
+    return float((projections.double() ** 2).mean())
+
+
+class Screener:
+    """Screens one quantized graph batch by batch.
+
+    Args:
+        quantized: annotated and calibrated graph; it is not changed.
+        objective: measure of damage.
+        candidates: rewrites to be priced along the way.
+        directions: random directions for each sample; each costs a backward pass.
+    """
+
+    def __init__(
+        self,
+        quantized: Quantized,
+        objective: Objective,
+        candidates: Sequence[Candidate] = (),
+        directions: int = 1,
+    ) -> None:
+        self.quantized, self.objective, self.gm = quantized, objective, quantized.gm
+        self.directions, self.parts = directions, parts_of(self.gm)
+        self.modules, self.returned = modules_of(self.gm), outputs(self.gm)
+        self.nodes = [n for n in self.gm.graph.nodes if n.op != "output"]
+        by_name = {n.name: n for n in self.gm.graph.nodes}
+        self.rounded = {
+            by_name[reader]: [by_name[v] for v in some]
+            for reader, some in self.parts.rounded.items()
+        }
+        self.params = {
+            v: value_params(quantized, v) for some in self.rounded.values() for v in some
+        }
+        self.last: dict[fx.Node, fx.Node] = {}
+        for node in self.gm.graph.nodes:
+            for used in node.all_input_nodes:
+                self.last[used] = node
+        self.candidates: dict[str, list[Candidate]] = {}
+        for c in candidates:
+            self.candidates.setdefault(c.makes, []).append(c)
+        self.wanted = {c.reads for c in candidates}
+        self.device = next((p.device for p in self.gm.parameters()), torch.device("cpu"))
+
+    def batch(self, inputs: Tensor, generator: torch.Generator) -> dict[str, Any]:
+        """Projections of every part of the int8 error on one batch (N, ...), as plain JSON values.
+
+        Returns:
+            "weights" by layer, "edges" by "reader value", "candidates" by name: (N, directions) each.
+        """
+        found: dict[Key, list[Tensor]] = {}
+        now: dict[Key, Tensor] = {}
+        flat, roots = self._forward(inputs.to(self.device), now)
+        plain = [o.detach() for o in flat]
+        for k in range(self.directions):
+            direction = self.objective.probe(plain, generator)
+            now.update(self._at_outputs(plain, direction))
+            scalar = self.objective.scalar(flat, direction)
+            more = k + 1 < self.directions
+            torch.autograd.grad(scalar, roots, retain_graph=more, allow_unused=True)
+            for key, p in now.items():
+                found.setdefault(key, []).append(p)
+            now.clear()
+        return self._rows(found, len(inputs))
+
+    def _forward(
+        self, inputs: Tensor, now: dict[Key, Tensor]
+    ) -> tuple[list[Tensor], list[Tensor]]:
+        """Flat outputs, with hooks that put the wanted products into ``now``, and the inputs to differentiate by."""
+        values: dict[fx.Node, Any] = {}
+        kept: dict[str, Tensor] = {}
+        roots: list[Tensor] = []
+        hang = _Hooks(self.quantized, now, len(inputs))
+        feed = iter([inputs])
+        with torch.enable_grad():
+            for node in self.nodes:
+                seen = {n: values[n] for n in node.all_input_nodes}
+                for n in self.rounded.get(node, ()):
+                    if seen[n].requires_grad:
+                        # a view for each reader, so that its gradient is this reader's alone
+                        seen[n] = seen[n].view_as(seen[n]) if len(n.users) > 1 else seen[n]
+                        hang.rounding((node.name, n.name), seen[n], self.params[n])
+                if node.op == "call_module":
+                    value = call(self.modules, node, seen)
+                else:
+                    value = run_node(self.gm, node, seen, feed)
+                if node.op == "placeholder" and value.is_floating_point():
+                    value = value.detach().requires_grad_()
+                    roots.append(value)
+                if node.name in self.parts.inputs:
+                    x = seen[node.all_input_nodes[0]].detach()
+                    hang.weight(node, self.modules[node], x, value)
+                if node.name in self.wanted:
+                    kept[node.name] = value.detach()
+                for c in self.candidates.get(node.name, ()):
+                    hang.candidate(c, kept[c.reads], value)
+                values[node] = value
+                for used in node.all_input_nodes:
+                    if self.last[used] is node:
+                        del values[used]
+        return [values[n] for n in self.returned], roots
+
+    def _at_outputs(self, plain: list[Tensor], direction: list[Tensor]) -> dict[Key, Tensor]:
+        """The rounding of what the graph returns."""
+        (output,) = self.gm.graph.find_nodes(op="output")
+        found: dict[Key, Tensor] = {}
+        for node in self.rounded.get(output, ()):
+            change = [torch.zeros_like(o) for o in plain]
+            for i, returned in enumerate(self.returned):
+                if returned is node:
+                    change[i] = round_to_int8(plain[i], *self.params[node]) - plain[i]
+            found[output.name, node.name] = self.objective.project(plain, change, direction)
+        return found
+
+    def _rows(self, found: dict[Key, list[Tensor]], samples: int) -> dict[str, Any]:
+        zero = [[0.0] * self.directions for _ in range(samples)]
+
+        def rows(key: Key) -> list[list[float]]:
+            # what no output depends on does no damage
+            return torch.stack(found[key], 1).tolist() if key in found else zero
+
+        edges = {e for some in self.parts.values.values() for e in some}
+        edges |= {e for some in self.parts.inputs.values() for e in some}
+        return {
+            "weights": {name: rows((name,)) for name in self.parts.inputs},
+            "edges": {" ".join(e): rows(e) for e in sorted(edges)},
+            "candidates": {
+                c.name: rows(("candidate", c.name, ""))
+                for some in self.candidates.values()
+                for c in some
+            },
+        }
+
+
+class _Hooks:
+    """Hangs the wanted products on the backward pass of one batch; each result goes into ``now``."""
+
+    def __init__(self, quantized: Quantized, now: dict[Key, Tensor], samples: int) -> None:
+        self.quantized, self.now, self.samples = quantized, now, samples
+
+    def rounding(self, edge: Edge, x: Tensor, params: tuple[float, int, QuantSpec]) -> None:
+        """The rounding error of a value."""
+        plain = x.detach()
+
+        def hook(gradient: Tensor) -> None:
+            self.now[edge] = rounding_dot(gradient, plain, params, self.samples)
+
+        x.register_hook(hook)
+
+    def weight(self, node: fx.Node, layer: Any, x: Tensor, z: Tensor) -> None:
+        """The rounding error of a weight acts like a layer of its own, without bias."""
+
+        def hook(gradient: Tensor) -> None:
+            change = rounded_weight(self.quantized, node) - layer.weight.detach()
+            with torch.no_grad():
+                error = with_weight(layer, change, None)(x)
+            self.now[node.name,] = dot(gradient, error, self.samples)
+
+        z.register_hook(hook)
+
+    def candidate(self, candidate: Candidate, x: Tensor, z: Tensor) -> None:
+        """The local error of a rewrite."""
+        plain = z.detach()
+
+        def hook(gradient: Tensor) -> None:
+            with torch.no_grad():
+                error = candidate.run(x) - plain
+            self.now["candidate", candidate.name, ""] = dot(gradient, error, self.samples)
+
+        z.register_hook(hook)
+
+
+def dot(a: Tensor, b: Tensor, samples: int) -> Tensor:
+    """(samples,) float64 inner product of each sample's part of two values."""
+    if a.shape[0] % samples:
+        # the batch is not the first dimension: only the sum is known, and samples with independent signs share it alike
+        return ((a * b).sum().double() / samples**0.5).expand(samples).cpu()
+    return torch.linalg.vecdot(_rows(a, samples), _rows(b, samples, a)).double().cpu()
+
+
+def _rows(x: Tensor, samples: int, like: Tensor | None = None) -> Tensor:
+    """(samples, elements) in the memory order of ``like``."""
+    like = x if like is None else like
+    if x.ndim == 4 and like.is_contiguous(memory_format=torch.channels_last):
+        x = x.permute(0, 2, 3, 1)
+    return x.reshape(samples, -1)
+
+
+def rounding_dot(gradient: Tensor, x: Tensor, params: tuple[Any, ...], samples: int) -> Tensor:
+    """(samples,) inner product of a gradient with the rounding error of ``x``, in pieces that fit the cache."""
+    if x.shape[0] % samples:
+        return dot(gradient, round_to_int8(x, *params) - x, samples)
+    g, x = _rows(gradient, samples, x), _rows(x, samples)
+    step = max(1, PIECE // max(x.shape[1], 1))
+    parts = [
+        torch.linalg.vecdot(gp, round_to_int8(xp, *params).sub_(xp))
+        for gp, xp in zip(g.split(step), x.split(step), strict=True)
+    ]
+    return torch.cat(parts).double().cpu()

@@ -1,0 +1,103 @@
+"""A folder of fitted weights, addressed by what they were fitted from.
+
+One file for each fit, named by the SHA-256 of everything that determines it. A file is written under another name, flushed to the disk
+and then renamed: a reader sees the whole file or none, two writers of one fit write the same and the last one wins, and one
+that is killed leaves only a temporary file behind, which nobody reads.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import os
+import tempfile
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save
+from torch import Tensor, fx
+from torch.utils.weak import WeakIdKeyDictionary
+
+log = logging.getLogger(__name__)
+
+# Digests of tensors and graphs that are still alive, with the version counters they were made at.
+_digests: WeakIdKeyDictionary = WeakIdKeyDictionary()
+
+
+def key(parts: Iterable[str]) -> str:
+    """One key for a list of texts, each of which matters."""
+    digest = hashlib.sha256()
+    for part in parts:
+        digest.update(hashlib.sha256(part.encode()).digest())
+    return digest.hexdigest()
+
+
+def graph_digest(gm: fx.GraphModule) -> str:
+    """SHA-256 of a graph's code, input shapes and tensors; computed once while nothing is changed."""
+    tensors = gm.state_dict(keep_vars=True)
+    version = tuple((name, id(t), t._version) for name, t in tensors.items())
+    known = _digests.get(gm)
+    if known is not None and known[0] == version:
+        return known[1]
+    text = key([gm.code, repr(gm.meta.get("example")), *(f"{n} {_tensor(t)}" for n, t in tensors.items())])
+    _digests[gm] = (version, text)
+    return text
+
+
+def data_digest(batches: Iterable[Tensor | tuple[Tensor, ...]]) -> str:
+    """SHA-256 of the inputs, batch by batch."""
+    found: list[str] = []
+    for batch in batches:
+        for x in batch if isinstance(batch, tuple) else (batch,):
+            known = _digests.get(x)
+            if known is None or known[0] != x._version:
+                known = _digests[x] = (x._version, _tensor(x))
+            found.append(known[1])
+    return key(found)
+
+
+def _tensor(t: Tensor) -> str:
+    plain = t.detach().cpu().contiguous()
+    digest = hashlib.sha256(f"{plain.dtype} {tuple(plain.shape)} ".encode())
+    digest.update(plain.view(-1).view(torch.uint8).numpy() if plain.numel() else b"")
+    return digest.hexdigest()
+
+
+def load(store: Path, name: str) -> tuple[dict[str, Tensor], dict[str, Any]] | None:
+    """Tensors and facts stored under ``name``; None where there are none, or the file is damaged."""
+    path = _path(store, name)
+    try:
+        with safe_open(path, "pt") as file:
+            facts = json.loads(file.metadata()["facts"])
+            return {k: file.get_tensor(k) for k in file.keys()}, facts  # noqa: SIM118
+    except FileNotFoundError:
+        return None
+    except (SafetensorError, OSError, KeyError, TypeError, ValueError) as damage:
+        log.warning("%s: unreadable, fitted again: %s", path, damage)
+        return None
+
+
+def save_to(store: Path, name: str, tensors: Mapping[str, Tensor], facts: Mapping[str, Any]) -> None:
+    """Store tensors and facts under ``name``, whole or not at all."""
+    path = _path(store, name)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    plain = {k: t.detach().cpu().contiguous() for k, t in tensors.items()}
+    data = save(plain, metadata={"facts": json.dumps(dict(facts))})
+    handle, temporary = tempfile.mkstemp(dir=path.parent, suffix=".part")
+    try:
+        with os.fdopen(handle, "wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except BaseException:
+        Path(temporary).unlink(missing_ok=True)
+        raise
+
+
+def _path(store: Path, name: str) -> Path:
+    return store / name[:2] / f"{name}.safetensors"

@@ -1,0 +1,375 @@
+"""The command ``quantfix``."""
+
+from __future__ import annotations
+
+import logging
+import shlex
+import sys
+from collections.abc import Generator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.logging import RichHandler
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
+from rich.table import Table
+
+from rewriter import Plan, RewriteError, cost, find_sites
+from search.config import Config, ConfigError, load_config, shipped_config
+from search.evaluator import Tick, extra_macs
+from search.job import Job, load_network, open_job, silent
+from search.records import RunError, Score, read_json
+from search.report import write_report
+from search.results import Results, load_results, write_front
+from search.run import helpers, note_run, run_search, sensitivity_of, with_options, work
+from search.tables import front_table, reference_table, sensitivity_table
+
+GOAL_NOT_MET, BAD_INPUT, INTERRUPTED = 1, 2, 130
+
+app = typer.Typer(
+    name="quantfix",
+    help="Find the layers of a vision network that int8 breaks, rewrite the architecture around them, and ship the result.",
+    no_args_is_help=True,
+    add_completion=False,
+    rich_markup_mode=None,
+)
+out = Console(soft_wrap=False)
+err = Console(stderr=True)
+
+ConfigPath = Annotated[Path, typer.Argument(metavar="CONFIG", help="YAML file of the run.")]
+RunFolder = Annotated[Path, typer.Argument(metavar="DIR", help="Run directory.")]
+Out = Annotated[
+    Path | None,
+    typer.Option("--out", metavar="DIR", help="Run directory. Default: runs/NAME OF THE CONFIG."),
+]
+Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="No progress, no tables.")]
+Seed = Annotated[int | None, typer.Option(min=0, help="Of the search and the fits.")]
+Trials = Annotated[
+    int | None, typer.Option(min=1, help="Plans to score in all, those of earlier runs included.")
+]
+Timeout = Annotated[
+    float | None, typer.Option(min=0, metavar="SECONDS", help="Begin no plan after so long.")
+]
+Workers = Annotated[int | None, typer.Option(min=1, help="Processes that search.")]
+Storage = Annotated[
+    str | None,
+    typer.Option(metavar="URL", help="Optuna storage; default: a journal in the run directory."),
+]
+
+
+def main() -> None:
+    """Entry point: exit code 0, 1 (goal not met), 2 (bad input, one message), 130 (interrupted)."""
+    logging.basicConfig(
+        level=logging.WARNING,
+        format="%(message)s",
+        handlers=[RichHandler(console=err, show_path=False, show_time=False)],
+    )
+    try:
+        app()
+        code = 0
+    except SystemExit as stop:  # typer has spoken itself: help, a misspelt option, or an exit code
+        code = stop.code if isinstance(stop.code, int) else 0
+    except (ConfigError, RewriteError, RunError) as error:
+        code = _refused(str(error))
+    except OSError as error:
+        place = f"{error.filename}: " if error.filename else ""
+        code = _refused(f"{place}{error.strerror or error}")
+    if code == INTERRUPTED:
+        again = shlex.join(["quantfix", *sys.argv[1:]])
+        _say(f"\nstopped; nothing is lost. To go on: {again}", err)
+    sys.exit(code)
+
+
+@app.command()
+def check(config: ConfigPath, quiet: Quiet = False) -> None:
+    """Load, trace and run the float network; say what it costs and what is wrong. Changes nothing.
+
+    Example: quantfix check configs/digits.yaml
+    """
+    cfg = load_config(config)
+    network = load_network(cfg, _progress(quiet))
+    spent = cost(network.gm)
+    gm = network.gm
+    sizes = (
+        f"{len(network.data.calibration)} calibration, {len(network.data.evaluation)} evaluation"
+    )
+    facts = {
+        "config": str(cfg.path),
+        "network": f"{type(gm).__name__}, inputs {', '.join(map(str, gm.meta['example']))}",
+        "cost": f"{spent.macs / 1e6:.2f} M MACs per input, {spent.params / 1e6:.3f} M parameters"
+        " (convolutions, linear layers, matrix products; batch norm is not counted)",
+        "samples": sizes,
+        "target": cfg.target,
+    }
+    if not quiet:
+        for name, fact in facts.items():
+            _say(f"{name:>10}  {fact}")
+    for part in gm.meta["opaque"]:
+        out.print(
+            f"    opaque  {part.name} ({part.kind}): {part.reason} {part.line}",
+            markup=False,
+            highlight=False,
+        )
+    blocked = [s for s in find_sites(gm) if s.blocked]
+    if not quiet:
+        out.print(
+            f"     sites  {len(find_sites(gm)) - len(blocked)}, and {len(blocked)} near misses (quantfix sites)"
+        )
+
+
+@app.command()
+def analyze(
+    config: ConfigPath,
+    exact: Annotated[bool, typer.Option("--exact", help="Measure every layer.")] = False,
+    out_dir: Out = None,
+    quiet: Quiet = False,
+    seed: Seed = None,
+) -> None:
+    """Which layers int8 breaks, why, and which rules answer them. Writes DIR/sensitivity.json.
+
+    Example: quantfix analyze configs/digits.yaml
+    """
+    cfg, folder = _opened(config, out_dir, seed=seed)
+    job = open_job(cfg, folder, _progress(quiet))
+    sensitivity = sensitivity_of(job, _progress(quiet), exact=exact)
+    if not quiet:
+        out.print(sensitivity_table(sensitivity))
+        _say(f"written: {folder / 'sensitivity.json'}")
+
+
+@app.command()
+def sites(config: ConfigPath, quiet: Quiet = False) -> None:
+    """Every place where a rule may act, with the MACs that it would cost, and near misses with
+    the reason.
+
+    Example: quantfix sites configs/digits.yaml
+    """
+    gm = load_network(load_config(config), _progress(quiet)).gm
+    found = find_sites(gm)
+    base = cost(gm).macs
+    added = extra_macs(gm, [Plan.parse(f"{s.rule}@{s.nodes[0]}") for s in found if not s.blocked])
+    table = Table("step", "nodes", "MACs", "near miss, because")
+    for site in sorted(found, key=lambda s: bool(s.blocked)):
+        step = f"{site.rule}@{site.nodes[0]}"
+        more = f"{added[step] / base:+.1%}" if step in added else ""
+        table.add_row(step, " ".join(site.nodes[1:]), more, site.blocked)
+    out.print(table)
+
+
+@app.command()
+def run(
+    config: ConfigPath, out_dir: Out = None, trials: Trials = None, timeout: Timeout = None, workers: Workers = None,
+    storage: Storage = None, quiet: Quiet = False, seed: Seed = None,
+) -> None:  # fmt: skip
+    """The whole job: check, analyze, fit, search, report. The same command again resumes.
+
+    Example: quantfix run configs/digits.yaml --trials 30
+    """
+    cfg, folder = _opened(
+        config, out_dir, seed=seed, trials=trials, timeout=timeout, workers=workers
+    )
+    _show(_run(cfg, folder, storage, quiet)[1], quiet)
+
+
+@app.command()
+def demo(trials: Trials = None, out_dir: Out = None, quiet: Quiet = False) -> None:
+    """The whole job on handwritten digits that come with scikit-learn; no download.
+
+    Example: quantfix demo
+    """
+    run(shipped_config("digits.yaml"), out_dir, trials, quiet=quiet)
+
+
+@app.command()
+def worker(folder: RunFolder, storage: Storage = None, quiet: Quiet = False) -> None:
+    """One more worker for a running search, on this or another machine that sees the run
+    directory.
+
+    Example: quantfix worker runs/digits
+    """
+    facts = read_json(folder / "run.json")
+    options = facts.get("options")
+    if options is None or not (folder / "sensitivity.json").exists():
+        raise RunError(
+            f"{folder}: no search is running there: start one with quantfix run {facts.get('config', 'CONFIG')}"
+        )
+    outcome = work(Path(facts["config"]), folder, options, storage or facts.get("storage"))
+    if not quiet:
+        out.print(f"done: {outcome.reason}, {outcome.plans} plans scored")
+
+
+@app.command()
+def front(folder: RunFolder, quiet: Quiet = False) -> None:
+    """The Pareto front as a table. Writes DIR/front.json and DIR/report.html.
+
+    Example: quantfix front runs/digits
+    """
+    results = load_results(folder)
+    write_front(results)
+    write_report(results)
+    _show(results, quiet)
+
+
+@app.command()
+def export(
+    folder: RunFolder,
+    pick: Annotated[str, typer.Option(metavar='best|knee|"PLAN"', help="Which plan.")] = "best",
+    out_dir: Annotated[
+        Path | None, typer.Option("--out", metavar="DIR2", help="Default: DIR/export.")
+    ] = None,
+    quiet: Quiet = False,
+) -> None:
+    """The chosen network: int8 ONNX, float source and weights, ranges, and what changed.
+
+    Example: quantfix export runs/digits --pick knee
+    """
+    results = load_results(folder)
+    score = results.picked(pick)
+    cfg = with_options(
+        load_config(Path(results.facts["config"])), **results.facts.get("options", {})
+    )
+    job = open_job(cfg, folder, _progress(quiet))
+    _export(job, score, out_dir or folder / "export", quiet)
+
+
+@app.command()
+def fix(
+    config: ConfigPath,
+    max_drop: Annotated[float | None, typer.Option(min=0, metavar="POINTS", help="Largest loss against float.")] = None,
+    max_macs: Annotated[float | None, typer.Option(min=0, metavar="RATIO", help="Largest cost; 1 is the network as it is.")] = None,
+    out_dir: Out = None, trials: Trials = None, timeout: Timeout = None, workers: Workers = None,
+    storage: Storage = None, quiet: Quiet = False, seed: Seed = None,
+) -> None:  # fmt: skip
+    """The cheapest plan that meets both goals, exported to DIR/fixed. Exit 1, with the best so
+    far, where none does.
+
+    Example: quantfix fix configs/digits.yaml --max-drop 1 --max-macs 1.1
+    """
+    given = {"max_drop": max_drop, "max_macs": max_macs}
+    cfg, folder = _opened(
+        config, out_dir, seed=seed, trials=trials, timeout=timeout, workers=workers, **given
+    )
+    if cfg.search.max_drop is None:
+        raise ConfigError(
+            "fix: how much may be lost? --max-drop POINTS, or search.max_drop in the config"
+        )
+    drop, ratio = cfg.search.max_drop, cfg.search.max_macs
+    job, results = _run(cfg, folder, storage, quiet, max_drop=drop)
+    if results.baseline.float is None:
+        raise ConfigError("fix: the evaluation data have no labels, so a drop cannot be measured")
+    chosen = results.cheapest(drop, ratio)
+    score = chosen or results.best()
+    _export(job, score, folder / "fixed", quiet)
+    lost = results.drop(score)
+    said = f"{'' if lost is None else f'{lost:.2f} points lost, '}{score.macs_ratio:.3f} x MACs"
+    if chosen is None:
+        err.print(
+            f"goal not met (at most {drop:g} points at {ratio:g} x MACs); best so far: {said}",
+            style="yellow",
+        )
+        raise typer.Exit(GOAL_NOT_MET)
+    if not quiet:
+        out.print(
+            f"goal met: {score.plan or 'the network as it is'}: {said}",
+            markup=False,
+            highlight=False,
+        )
+
+
+def _run(
+    cfg: Config, folder: Path, storage: str | None, quiet: bool, max_drop: float | None = None
+) -> tuple[Job, Results]:  # fmt: skip
+    """Analyse and search; whatever ends it, the front of what is scored is on disk."""
+    progress = _progress(quiet)
+    job = open_job(cfg, folder, progress)
+    sensitivity = sensitivity_of(job, progress)
+    note_run(job, storage)
+    if not quiet:
+        out.print(sensitivity_table(sensitivity, 8))
+    try:
+        with helpers(cfg, folder, storage), progress("scoring plans") as tick:
+            run_search(
+                job,
+                sensitivity,
+                storage,
+                lambda score, count: tick(count, cfg.search.trials),
+                max_drop,
+            )
+    finally:
+        job.records.refresh()
+        results = load_results(folder)
+        write_front(results)
+        write_report(results)
+    return job, results
+
+
+def _opened(config: Path, folder: Path | None, **options: Any) -> tuple[Config, Path]:
+    cfg = with_options(load_config(config), **options)
+    return cfg, folder or Path("runs") / cfg.path.stem
+
+
+def _export(job: Job, score: Score, folder: Path, quiet: bool) -> None:
+    from search.export import export as write
+
+    with _progress(quiet)("writing and measuring the file") as tick:
+        tick(0, 1)
+        exported = write(job.evaluator, Plan.parse(score.plan), folder, score)
+        tick(1, 1)
+    if not quiet:
+        for file in exported.files:
+            _say(f"written: {file}")
+
+
+def _show(results: Results, quiet: bool) -> None:
+    if quiet:
+        return
+    if results.references:
+        out.print(reference_table(results))
+    out.print(front_table(results))
+    _say(results.advice())
+    for name in ("front.json", "report.html"):
+        _say(f"written: {results.folder / name}")
+
+
+def _progress(quiet: bool) -> Any:
+    """Progress bars with the time left, on stderr, so that tables can be piped."""
+    if quiet:
+        return silent
+
+    @contextmanager
+    def bars(label: str) -> Generator[Tick]:
+        columns = (
+            TextColumn("{task.description}"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TimeElapsedColumn(),
+            TimeRemainingColumn(),
+        )
+        with Progress(*columns, console=err) as progress:
+            task = progress.add_task(label, total=None)
+            yield lambda done, total: progress.update(task, completed=done, total=total)
+
+    return bars
+
+
+def _refused(message: str) -> int:
+    _say(f"quantfix: {message}", err)
+    return BAD_INPUT
+
+
+def _say(text: str, console: Console | None = None) -> None:
+    """Print text as it is: a path or a plan must stay on one line and without colours."""
+    (console or out).print(text, markup=False, highlight=False, soft_wrap=True)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,98 @@
+"""Where a study is kept, and who is at work on it: locks of the kernel, which a killed process cannot leave behind."""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+import socket
+import uuid
+from collections.abc import Generator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import IO, Any
+
+from optuna.storages import BaseStorage, JournalStorage, get_storage
+from optuna.storages.journal import JournalFileBackend, JournalFileOpenLock
+
+from search.records import mend
+
+
+def journal(path: Path) -> JournalStorage:
+    """Optuna storage in one file, locked so that a killed process leaves no lock behind."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    mend(path)
+    return JournalStorage(_Journal(path))
+
+
+def storage_at(place: str) -> BaseStorage:
+    """Optuna storage of a database URL, or of a journal file."""
+    return get_storage(place) if "://" in place else journal(Path(place))
+
+
+@contextmanager
+def working(folder: Path) -> Generator[str]:
+    """Name of this worker; a lock on a file of that name is held while it lives and falls when it dies."""
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / f"{socket.gethostname()}-{os.getpid()}-{uuid.uuid4().hex[:8]}"
+    with path.open("w") as file:
+        fcntl.flock(file.fileno(), fcntl.LOCK_EX)
+        try:
+            yield path.name
+        finally:
+            path.unlink(missing_ok=True)
+
+
+def workers(folder: Path) -> set[str]:
+    return {p.name for p in folder.iterdir()}
+
+
+def is_held(path: Path) -> bool:
+    try:
+        with path.open("r") as file:
+            fcntl.flock(file.fileno(), fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except FileNotFoundError:
+        return False
+    except BlockingIOError:
+        return True
+    return False
+
+
+class _FileLock(JournalFileOpenLock):
+    """A lock of the kernel on a file beside the journal: it cannot outlive its process, as a lock file can."""
+
+    def __init__(self, path: Path) -> None:
+        super().__init__(str(path))
+        self._path = path.with_name(path.name + ".lock")
+        self._file: IO[str] | None = None
+
+    def acquire(self) -> bool:
+        self._file = self._path.open("w")
+        fcntl.flock(self._file.fileno(), fcntl.LOCK_EX)
+        return True
+
+    def release(self) -> None:
+        if self._file is not None:
+            self._file.close()
+            self._file = None
+
+
+class _Journal(JournalFileBackend):
+    """Optuna's journal without a wait for the disk after each of some forty lines per trial.
+
+    A killed process loses nothing by that. A power cut may lose the last lines; their scores are
+    on disk all the same (`Records` does wait), and the search finds them there.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self._lines, self._guard = path, _FileLock(path)
+        super().__init__(str(path), lock_obj=self._guard)
+
+    def append_logs(self, logs: list[dict[str, Any]]) -> None:
+        text = "".join(json.dumps(entry, separators=(",", ":")) + "\n" for entry in logs)
+        self._guard.acquire()
+        try:
+            with self._lines.open("ab") as file:
+                file.write(text.encode())
+        finally:
+            self._guard.release()

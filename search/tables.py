@@ -1,0 +1,93 @@
+"""The tables of a run: rows of text for the page, and rich tables for the terminal."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from rich.table import Table
+
+from search.analysis import Sensitivity
+from search.records import Score
+from search.results import Results
+
+
+def front_table(results: Results) -> Table:
+    """The front for the terminal."""
+    return _rich_table(
+        f"Front on {results.facts['target']}: {_how(results)}", *front_rows(results)
+    )
+
+
+def reference_table(results: Results) -> Table:
+    """Plain int8 and the keep-in-float curve for the terminal."""
+    return _rich_table(
+        "For comparison: the most harmful layers left in float", *score_rows(results.references)
+    )
+
+
+def sensitivity_table(sensitivity: Sensitivity, rows: int = 15) -> Table:
+    """The most harmful layers for the terminal."""
+    base = sensitivity.baseline
+    title = (
+        f"{sensitivity.metric} float {percent(base.float)}, int8 {percent(base.int8)} on {sensitivity.target}; each layer"
+        f" alone in int8, {sensitivity.samples} samples, {sensitivity.engine}"
+    )
+    return _rich_table(title, *layer_rows(sensitivity, rows))
+
+
+def front_rows(results: Results) -> tuple[list[str], list[list[str]]]:
+    names, rows = score_rows(results.front.all())
+    best, knee = (results.best().plan, results.knee().plan) if results.front.points else ("", "")
+    ties = {s.plan for s in results.front.ties}
+    for row, score in zip(rows, results.front.all(), strict=True):
+        marks = [
+            ("best", score.plan == best),
+            ("knee", score.plan == knee),
+            ("tie", score.plan in ties),
+        ]
+        row.append(" ".join(word for word, holds in marks if holds))
+    return [*names, ""], rows
+
+
+def score_rows(scores: Sequence[Score]) -> tuple[list[str], list[list[str]]]:
+    names = ["plan", "MACs", "int8", "95 % interval", "float", "damage", "float layers", "engine"]
+    rows = [
+        [
+            s.plan or "(as it is)", f"{s.macs / 1e6:.1f} M {s.macs_ratio - 1:+.1%}", percent(s.metric),
+            "" if s.interval is None else f"{s.interval[0]:.2%} to {s.interval[1]:.2%}", percent(s.metric_float),
+            "" if s.damage is None else f"{s.damage:.4g}", str(s.float_layers), s.engine,
+        ]
+        for s in scores
+    ]  # fmt: skip
+    return names, rows
+
+
+def layer_rows(sensitivity: Sensitivity, count: int) -> tuple[list[str], list[list[str]]]:
+    names = ["layer", "kind", "MACs", "damage", "drop", "SQNR", "causes", "answers"]
+    rows = [
+        [
+            d.layer, d.kind, f"{d.macs / 1e6:.2f} M", f"{d.damage:.4g}", "" if d.drop is None else f"{100 * d.drop:.2f}",
+            "" if d.sqnr_db is None else f"{d.sqnr_db:.1f} dB", ", ".join(d.causes),
+            ", ".join(a.partition("@")[0] for a in d.answers),
+        ]
+        for d in sensitivity.layers[:count]
+    ]  # fmt: skip
+    return names, rows
+
+
+def _rich_table(title: str, names: Sequence[str], rows: Sequence[Sequence[str]]) -> Table:
+    table = Table(title=title, title_justify="left", title_style="bold")
+    for i, name in enumerate(names):
+        texts = i == 0 or name in ("engine", "kind", "causes", "answers", "")
+        table.add_column(name, justify="left" if texts else "right", overflow="fold")
+    for row in rows:
+        table.add_row(*row)
+    return table
+
+
+def _how(results: Results) -> str:
+    return f"{results.facts['samples']} samples, {results.facts['engine']}, 95 % intervals paired with float"
+
+
+def percent(value: float | None) -> str:
+    return "" if value is None else f"{value:.2%}"

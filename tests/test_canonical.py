@@ -1,0 +1,646 @@
+from __future__ import annotations
+
+import operator
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from rewriter import graph
+from rewriter.fold import folded
+from rewriter.graph import layer_name, layers, module_of
+from tests.networks import kinds, network, randomise, traced
+
+IMAGE = (3, 11, 9)
+
+
+def made(model: nn.Module, *shape: object) -> list[str]:
+    return kinds(traced(randomise(model), *(shape or IMAGE)))
+
+
+class Forward(nn.Module):
+    """A network whose forward is the given function of (self, x), with the given sub-modules."""
+
+    def __init__(self, function, **parts: object) -> None:
+        super().__init__()
+        self.function = function
+        for name, part in parts.items():
+            setattr(self, name, part)
+
+    def forward(self, x: Tensor):
+        return self.function(self, x)
+
+
+def conv(i: int = 3, o: int = 4, k: object = 3, **settings: object) -> nn.Conv2d:
+    return nn.Conv2d(i, o, k, **settings)  # type: ignore[arg-type]
+
+
+# --------------------------------------------------------------------------------- in place
+
+
+def add_after_read(self, x):
+    x = self.conv(x)
+    y = self.other(x)
+    y += x
+    x += 1
+    return y, x
+
+
+def read_after_relu(self, x):
+    y = self.conv(x)
+    z = self.relu(y)
+    return z - 2 * y  # y is relu(y) by now: -relu(y)
+
+
+def functional_in_place(self, x):
+    y = self.conv(x)
+    z = F.relu(y, True)
+    w = F.leaky_relu_(y + 1, 0.2)
+    return z + y + w
+
+
+def method_in_place(self, x):
+    y = self.conv(x)
+    y.mul_(2).sub_(0.5).clamp_(0, 6)
+    return y.div_(3)
+
+
+def normalise_input(self, x):
+    x.sub_(0.5).div_(0.25)
+    return self.conv(x)
+
+
+def in_place_on_reshaped(self, x):
+    y = self.conv(x)
+    y = y.view(y.size(0), -1)
+    return torch.relu_(y)
+
+
+def same_seen_twice(self, x):
+    y = self.conv(x)
+    alias = y.view_as(y)
+    y.add_(1.5)
+    return alias * 2
+
+
+def filled(self, x):
+    y = self.conv(x)
+    z = y * 2
+    z.fill_(0.25)
+    return y + z
+
+
+@pytest.mark.parametrize(
+    "function",
+    [
+        add_after_read,
+        read_after_relu,
+        functional_in_place,
+        method_in_place,
+        normalise_input,
+        in_place_on_reshaped,
+        same_seen_twice,
+        filled,
+    ],
+)
+def test_in_place_operations_become_plain_ones(function) -> None:
+    made(Forward(function, conv=conv(), other=conv(4, 4, 1), relu=nn.ReLU(inplace=True)))  # noqa: F841
+
+
+def test_in_place_fixture_matters() -> None:
+    """Without in-place semantics the value would differ: the case is not vacuous."""
+    model = randomise(Forward(read_after_relu, conv=conv(), relu=nn.ReLU(inplace=True)))
+    x = torch.randn(2, *IMAGE)
+    with torch.no_grad():
+        y = model.conv(x)
+        naive = F.relu(y) - 2 * y
+        assert not torch.allclose(model(x), naive)
+
+
+def test_in_place_on_a_part_is_refused_with_the_line() -> None:
+    def part(self, x):
+        y = self.conv(x)
+        y[:, :2].mul_(2)
+        return y
+
+    with pytest.raises(graph.TraceError, match=r"only a part or a view at .*test_canonical\.py:\d+"):
+        graph.trace(randomise(Forward(part, conv=conv())), torch.randn(2, *IMAGE))
+
+
+def test_in_place_on_a_part_makes_a_submodule_opaque() -> None:
+    def part(self, x):
+        y = x * 2
+        y[:, :2].mul_(2)
+        return y
+
+    model = Forward(lambda s, x: s.conv(s.inner(x)), inner=Forward(part), conv=conv())
+    gm = traced(randomise(model), IMAGE)
+    (opaque,) = gm.meta["opaque"]
+    assert opaque.name == "inner"
+    assert "test_canonical.py:" in opaque.line
+    assert [layer_name(n) for n in layers(gm)] == ["conv"]
+
+
+# ------------------------------------------------------------------------ functional style
+
+
+class FunctionalConv(nn.Module):
+    def __init__(self, i: int, o: int, k: int, groups: int = 1, **more: object) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(o, i // groups, k, k))
+        self.bias = nn.Parameter(torch.randn(o))
+        self.groups, self.more = groups, more
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.conv2d(x, self.weight, bias=self.bias, groups=self.groups, **self.more)
+
+
+class GainedConv(FunctionalConv):
+    """Reads another parameter of the same module after the convolution."""
+
+    def __init__(self) -> None:
+        super().__init__(3, 4, 3)
+        self.gain = nn.Parameter(torch.randn(4, 1, 1))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x) * self.gain
+
+
+class StandardisedConv(nn.Conv2d):
+    def forward(self, x: Tensor) -> Tensor:
+        w = self.weight
+        w = (w - w.mean((1, 2, 3), keepdim=True)) / (w.std((1, 2, 3), keepdim=True) + 1e-5)
+        return F.conv2d(x, w, self.bias, self.stride, self.padding, self.dilation, self.groups)
+
+
+class FrozenBatchNorm(nn.Module):
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.bn = nn.BatchNorm2d(channels)
+
+    def forward(self, x: Tensor) -> Tensor:
+        b = self.bn
+        return F.batch_norm(x, b.running_mean, b.running_var, b.weight, b.bias, False, 0.1, b.eps)
+
+
+def test_functional_convolution_is_named_by_its_module() -> None:
+    model = nn.Sequential(FunctionalConv(3, 4, 3, stride=(2, 1), padding=1), nn.ReLU())
+    model.append(FunctionalConv(4, 4, 3, groups=4, dilation=2))
+    gm = traced(randomise(model), 3, 15, 13)
+    assert kinds(gm) == ["Conv2d", "ReLU", "Conv2d"]
+    assert [layer_name(n) for n in layers(gm)] == ["0", "2"]
+    assert module_of(gm, layers(gm)[1]).groups == 4
+
+
+def test_another_parameter_of_a_functional_module_survives() -> None:
+    gm = traced(randomise(GainedConv()), IMAGE)
+    assert kinds(gm) == ["Conv2d", "mul"]
+    gm = traced(randomise(nn.Sequential(GainedConv(), nn.ReLU())), IMAGE)
+    assert kinds(gm) == ["Conv2d", "mul", "ReLU"]
+    assert layer_name(layers(gm)[0]) == "0"
+
+
+def test_weights_computed_from_weights_are_constants() -> None:
+    gm = traced(randomise(nn.Sequential(StandardisedConv(3, 4, 3), nn.BatchNorm2d(4))), IMAGE)
+    assert kinds(gm) == ["Conv2d"]
+    assert layer_name(layers(gm)[0]) == "0"
+
+
+def test_functional_batch_norm_is_folded() -> None:
+    assert made(nn.Sequential(conv(), FrozenBatchNorm(4))) == ["Conv2d"]
+
+
+def test_functional_batch_norm_of_vectors_and_sequences() -> None:
+    model = nn.Sequential(nn.Flatten(), nn.Linear(297, 5), FrozenBatchNorm(5))
+    assert made(model) == ["flatten", "Linear"]
+    assert made(nn.Sequential(nn.Conv1d(3, 5, 3), FrozenBatchNorm(5)), 3, 12) == ["Conv1d"]
+
+
+def hard_by_hand(self, x):
+    x = self.conv(x)
+    return x * F.relu6(x + 3) / 6
+
+
+def hard_by_hand_turned(self, x):
+    x = self.conv(x)
+    return torch.clamp(3 + x, min=0, max=6).mul(1 / 6).mul(x)
+
+
+def hard_in_place(self, x):
+    x = self.conv(x)
+    return x.mul(x.add(3.0).clamp_(0.0, 6.0).div_(6.0))
+
+
+def hard_sigmoid(self, x):
+    return F.hardtanh(self.conv(x) + 3, 0.0, 6.0) / 6
+
+
+def swish(self, x):
+    x = self.conv(x)
+    return x.sigmoid() * x
+
+
+@pytest.mark.parametrize(
+    ("function", "name"),
+    [
+        (hard_by_hand, "Hardswish"),
+        (hard_by_hand_turned, "Hardswish"),
+        (hard_in_place, "Hardswish"),
+        (hard_sigmoid, "Hardsigmoid"),
+        (swish, "SiLU"),
+        (lambda s, x: F.hardtanh(s.conv(x), 0, 6), "ReLU6"),
+        (lambda s, x: s.conv(x).clamp(0, 6), "ReLU6"),
+        (lambda s, x: s.conv(x).clamp(min=0), "ReLU"),
+        (lambda s, x: s.conv(x).clamp_min(0), "ReLU"),
+        (lambda s, x: torch.clip(s.conv(x), -1, 1.5), "Hardtanh"),
+        (lambda s, x: F.relu6(input=s.conv(x)), "ReLU6"),
+        (lambda s, x: F.leaky_relu(s.conv(x), 0.3, True), "LeakyReLU"),
+        (lambda s, x: F.elu(s.conv(x), alpha=0.7), "ELU"),
+        (lambda s, x: F.gelu(s.conv(x), approximate="tanh"), "GELU"),
+        (lambda s, x: F.softplus(s.conv(x), 2, 10), "Softplus"),
+        (lambda s, x: F.mish(s.conv(x)), "Mish"),
+        (lambda s, x: F.silu(s.conv(x), inplace=True), "SiLU"),
+        (lambda s, x: s.conv(x).tanh(), "Tanh"),
+        (lambda s, x: s.conv(x).softmax(-1), "Softmax"),
+        (lambda s, x: F.softmax(s.conv(x), dim=1), "Softmax"),
+        (lambda s, x: F.prelu(s.conv(x), s.slope), "PReLU"),
+        (lambda s, x: F.max_pool2d(s.conv(x), 3, 2, 1, ceil_mode=True), "MaxPool2d"),
+        (lambda s, x: F.avg_pool2d(s.conv(x), (3, 2), 1, 1, False, False), "AvgPool2d"),
+        (lambda s, x: F.adaptive_avg_pool2d(s.conv(x), (2, 1)), "AdaptiveAvgPool2d"),
+        (lambda s, x: F.adaptive_max_pool2d(s.conv(x), 1), "AdaptiveMaxPool2d"),
+        (lambda s, x: F.pad(s.conv(x), (1, 2, 0, 3)), "ZeroPad2d"),
+        (lambda s, x: F.pad(s.conv(x), [2, 1]), "ZeroPad2d"),
+        (lambda s, x: F.interpolate(s.conv(x), size=x.shape[2:]), "Upsample"),
+        (lambda s, x: F.interpolate(s.conv(x), None, 2.0, "bilinear", False), "Upsample"),
+        (lambda s, x: F.pixel_shuffle(s.conv(x), 2), "PixelShuffle"),
+        (lambda s, x: F.layer_norm(s.conv(x), (9, 7), s.g, s.b), "LayerNorm"),
+        (lambda s, x: F.linear(s.conv(x), s.matrix), "Linear"),
+        (lambda s, x: F.conv_transpose2d(s.conv(x), s.turned, None, 2, 1, 1, 2), "ConvTranspose2d"),
+        (lambda s, x: F.conv2d(s.conv(x), s.kernel, padding="same"), "Conv2d"),
+    ],
+)
+def test_function_becomes_module(function, name: str) -> None:
+    parts = {
+        "conv": conv(),
+        "slope": nn.Parameter(torch.rand(4)),
+        "g": nn.Parameter(torch.rand(9, 7)),
+        "b": nn.Parameter(torch.rand(9, 7)),
+        "matrix": nn.Parameter(torch.randn(5, 7)),
+        "turned": nn.Parameter(torch.randn(4, 3, 3, 3)),
+        "kernel": nn.Parameter(torch.randn(6, 4, 3, 3)),
+    }
+    assert made(Forward(function, **parts)) == ["Conv2d", name]
+
+
+@pytest.mark.parametrize(
+    "function",
+    [
+        lambda s, x: F.pad(s.conv(x), (1, 2, 0, 3), mode="reflect"),
+        lambda s, x: F.pad(s.conv(x), (1, 2), value=0.7),
+        lambda s, x: s.conv(x).clamp(min=torch.tensor(0.5)),
+        lambda s, x: s.conv(x) * F.relu6(s.conv2(x) + 3) / 6,  # gated by something else
+        lambda s, x: torch.add(s.conv(x), s.conv2(x), alpha=0.5),
+        lambda s, x: torch.sub(s.conv(x), s.conv2(x), alpha=2),
+        lambda s, x: torch.div(s.conv(x), 0.3, rounding_mode="floor"),
+        lambda s, x: 1 - s.conv(x),
+        lambda s, x: 2 / (s.conv(x).exp() + 1),
+        lambda s, x: s.scale - s.conv(x),
+        lambda s, x: s.scale / (s.conv(x).exp() + 1),
+        lambda s, x: s.scale * s.conv(x),
+        lambda s, x: s.conv(x) ** 2 + (-s.conv2(x)).abs(),
+        lambda s, x: torch.mul(input=s.conv(x), other=s.conv2(x)),
+        lambda s, x: torch.cat(tensors=[s.conv(x), s.conv2(x)], dim=-3),
+        lambda s, x: torch.concat((s.conv(x), s.conv2(x)), axis=1),
+        lambda s, x: s.conv(x).mean([-1, -2]),
+        lambda s, x: s.conv(x).mean(dim=1, keepdim=True),
+        lambda s, x: torch.mean(s.conv(x), (2, 3), True),
+        lambda s, x: s.conv(x).flatten(-2).mT,
+        lambda s, x: s.conv(input=x).transpose(dim0=-1, dim1=1),
+        lambda s, x: torch.permute(s.conv(x), (0, 3, 1, 2)),
+        lambda s, x: s.conv(x).permute(dims=(0, -1, 1, 2)),
+        lambda s, x: (s.conv(x) > 0).float() * 2,
+        lambda s, x: s.conv(x).float().to(x.dtype).type_as(x).to(x.device),
+        lambda s, x: torch.stack([s.conv(x), s.conv2(x)], 2),
+    ],
+)
+def test_what_has_no_module_keeps_its_meaning(function) -> None:
+    model = Forward(function, conv=conv(), conv2=conv(), scale=nn.Parameter(torch.randn(4, 1, 1)))
+    gm = traced(randomise(model), IMAGE)
+    assert "ReLU" not in kinds(gm)
+
+
+def test_arguments_of_functions_are_plain() -> None:
+    def function(self, x):
+        y = torch.cat([self.conv(x), x[:, :, 1:-1, 1:-1]], dim=-3)
+        return y.mean(dim=(-1, 2)), torch.flatten(y, -3), y.permute((0, -2, 3, 1)), y.transpose(-1, 1)
+
+    gm = traced(randomise(Forward(function, conv=conv())), IMAGE)
+    args = {
+        getattr(n.target, "__name__", n.target): n.args[1:]
+        for n in gm.graph.nodes
+        if n.op in ("call_function", "call_method") and n.target is not operator.getitem
+    }
+    assert args == {
+        "cat": (1,),
+        "mean": ((2, 3), False),
+        "flatten": (1, 3),
+        "permute": (0, 2, 3, 1),
+        "transpose": (3, 1),
+    }
+    assert all(not n.kwargs for n in gm.graph.nodes)
+
+
+# ------------------------------------------------------------------------------ batch norm
+
+
+@pytest.mark.parametrize(
+    ("layer", "bn", "shape"),
+    [
+        (conv(3, 4, (3, 2), stride=2, dilation=2, bias=False), nn.BatchNorm2d(4), (3, 15, 12)),
+        (conv(4, 4, 3, groups=4), nn.BatchNorm2d(4, affine=False), (4, 9, 8)),
+        (conv(4, 6, 3, groups=2, padding="same"), nn.BatchNorm2d(6), (4, 9, 8)),
+        (conv(3, 4, 3, padding=1, padding_mode="reflect"), nn.BatchNorm2d(4), IMAGE),
+        (nn.ConvTranspose2d(3, 4, 3, 2, 1, 1), nn.BatchNorm2d(4), IMAGE),
+        (nn.ConvTranspose2d(4, 6, (3, 2), 2, groups=2), nn.BatchNorm2d(6, 1e-2), (4, 5, 6)),
+        (nn.ConvTranspose2d(4, 4, 3, groups=4, bias=False), nn.BatchNorm2d(4), (4, 5, 6)),
+        (nn.Conv1d(3, 4, 3, bias=False), nn.BatchNorm1d(4), (3, 10)),
+        (nn.Linear(7, 4, bias=False), nn.BatchNorm1d(4), (7,)),
+    ],
+)
+def test_batch_norm_is_folded(layer: nn.Module, bn: nn.Module, shape: tuple[int, ...]) -> None:
+    assert made(nn.Sequential(layer, bn), *shape) == [type(layer).__name__]
+
+
+@pytest.mark.parametrize("groups", [1, 2, 4])
+def test_folded_weights_by_numpy_order(groups: int) -> None:
+    """The scale of output channel o multiplies exactly the weights that make channel o."""
+    layer = nn.ConvTranspose2d(4, 8, 3, groups=groups)
+    bn = randomise(nn.BatchNorm2d(8), 3)
+    new = folded(layer, bn)
+    s = (bn.weight / (bn.running_var + bn.eps).sqrt()).detach()
+    for i in range(4):
+        for j in range(8 // groups):
+            out = (i // (4 // groups)) * (8 // groups) + j
+            torch.testing.assert_close(new.weight[i, j], layer.weight[i, j] * s[out])
+
+
+@pytest.mark.parametrize(
+    ("function", "norms"),
+    [
+        (lambda s, x: s.conv(s.first(x)), 1),  # before the convolution
+        (lambda s, x: s.bn(torch.cat([s.conv(x), s.conv2(x)], 1)[:, :4]), 1),
+        (lambda s, x: s.bn(F.relu(s.conv(x))), 1),
+        (lambda s, x: (lambda y: s.bn(y) + y)(s.conv(x)), 1),  # the convolution feeds two
+    ],
+)
+def test_lone_batch_norm_stays(function, norms: int) -> None:
+    model = Forward(
+        function, conv=conv(), conv2=conv(), bn=nn.BatchNorm2d(4), first=nn.BatchNorm2d(3)
+    )
+    assert made(model).count("BatchNorm2d") == norms
+
+
+def test_batch_norm_over_tokens_is_not_folded_into_linear() -> None:
+    """(N, L, C): the batch norm's channels are L, and L = C would let a wrong folding pass unseen."""
+    assert made(nn.Sequential(nn.Linear(6, 5), nn.BatchNorm1d(5)), 5, 6) == ["Linear", "BatchNorm1d"]
+
+
+def test_batch_norm_without_statistics_is_left_alone() -> None:
+    bn = nn.BatchNorm2d(4, track_running_stats=False)
+    model = randomise(nn.Sequential(conv(), bn))
+    gm = graph.trace(model, torch.randn(2, *IMAGE))
+    assert kinds(gm) == ["Conv2d", "BatchNorm2d"]
+
+
+def test_shared_convolution_with_two_batch_norms() -> None:
+    """A head shared by levels with a batch norm for each: torch's own fuse corrupts this."""
+
+    def heads(self, x):
+        return self.bn_a(self.conv(x)), self.bn_b(self.conv(F.max_pool2d(x, 2)))
+
+    model = Forward(heads, conv=conv(), bn_a=nn.BatchNorm2d(4), bn_b=nn.BatchNorm2d(4))
+    gm = traced(randomise(model), IMAGE)
+    assert kinds(gm).count("Conv2d") == 2
+    assert "BatchNorm2d" not in kinds(gm)
+    assert [layer_name(n) for n in layers(gm)] == ["conv", "conv"]
+
+
+# ------------------------------------------------------------------------------ shared modules
+
+
+def test_modules_called_twice_are_copied() -> None:
+    def twice(self, x):
+        return self.act(self.conv(self.act(self.conv(x))))
+
+    gm = traced(randomise(Forward(twice, conv=conv(3, 3, 3, padding=1), act=nn.ReLU())), IMAGE)
+    a, b = (module_of(gm, n) for n in layers(gm))
+    assert a is not b
+    assert a.weight.data_ptr() != b.weight.data_ptr()
+    assert torch.equal(a.weight, b.weight)
+
+
+def test_one_module_under_two_names() -> None:
+    shared = conv(3, 3, 3, padding=1)
+    gm = traced(randomise(nn.Sequential(shared, nn.ReLU(), shared)), IMAGE)
+    assert len(layers(gm)) == 2
+
+
+def test_tied_weights() -> None:
+    a, b = conv(3, 3, 3, padding=1), conv(3, 3, 3, padding=1)
+    b.weight = a.weight
+    gm = traced(randomise(nn.Sequential(a, nn.BatchNorm2d(3), nn.ReLU(), b)), IMAGE)
+    first, second = (module_of(gm, n) for n in layers(gm))
+    assert not torch.equal(first.weight, second.weight)  # folding must not reach the other
+
+
+def test_dropout_shared_and_identity() -> None:
+    def function(self, x):
+        return self.drop(self.conv(self.drop(self.none(x))))
+
+    model = Forward(function, conv=conv(), drop=nn.Dropout(0.5), none=nn.Identity())
+    assert made(model) == ["Conv2d"]
+    training = Forward(lambda s, x: F.dropout(s.conv(x), 0.5, s.training), conv=conv())
+    assert made(training) == ["Conv2d"]
+
+
+# ----------------------------------------------------------------------------------- shapes
+
+
+def shuffle(self, x):
+    x = self.conv(x)
+    n, c, h, w = x.shape
+    assert c % self.groups == 0
+    x = x.view(n, self.groups, c // self.groups, h, w)
+    x = torch.transpose(x, 1, 2).contiguous()
+    return x.view(n, -1, h, w)
+
+
+def frames(self, x):
+    b, t, c, h, w = x.shape
+    y = self.conv(x.view(b * t, c, h, w))
+    y = F.adaptive_avg_pool2d(y, 1).flatten(1)
+    y = y.view(b, t, -1)
+    return [y[:, i] for i in range(t)], y.mean(1)
+
+
+def loop_over_time(self, x):
+    outs = []
+    for i in range(x.size(1)):
+        outs.append(self.conv(x[:, i]))
+    return torch.stack(outs, dim=1)
+
+
+def parts(self, x):
+    a, b = self.conv(x).chunk(2, 1)
+    c, d, e = torch.split(a + b, [1, 0, 1], dim=-3)
+    f = torch.unbind(self.conv(x), 1)
+    return torch.cat([c, d, e, f[-1][:, None], f[0].unsqueeze(1)], 1)
+
+
+def tokens(self, x):
+    y = self.conv(x).flatten(2).transpose(1, 2)
+    cls = self.token.expand(y.shape[0], -1, -1)
+    y = torch.cat((cls, y), dim=1)
+    b, n, c = y.shape
+    return y.reshape(b, n, 2, c // 2).permute(2, 0, 1, 3).reshape(2, b, -1)
+
+
+def with_checks(self, x):
+    assert isinstance(x, Tensor)
+    assert x.ndim == 4, "four dimensions"
+    assert x.shape[0] > 0
+    torch._assert(x.shape[1] == 3, "three channels")
+    if x.size(2) > 5 and x.dtype == torch.float32 and not x.is_cuda and len(x.shape) == 4:
+        x = self.conv(x)
+    if hasattr(x, "no_such_attribute") or not torch.is_floating_point(x):
+        x = x * 100
+    return x.reshape(len(x), -1) if False else x.view((x.size(0), -1))
+
+
+def made_by_size(self, x):
+    b = x.size(0)
+    zeros = torch.zeros(b, 4, 1, 1, device=x.device)
+    y = self.conv(x) + zeros + torch.full((b, 4, 1, 1), 0.5)
+    grid = torch.arange(y.shape[-1], dtype=y.dtype, device=y.device)
+    return y + grid + y.new_ones(b, 1, 1, 1)
+
+
+@pytest.mark.parametrize(
+    ("function", "shape"),
+    [
+        (shuffle, IMAGE),
+        (frames, (5, 3, 8, 7)),
+        (loop_over_time, (4, 3, 8, 7)),
+        (parts, IMAGE),
+        (tokens, IMAGE),
+        (with_checks, IMAGE),
+        (made_by_size, IMAGE),
+        (lambda s, x: s.conv(x).view(x.size(0), 4, -1), IMAGE),
+        (lambda s, x: s.conv(x).view(x.shape[0], -1, 2)[..., 0], IMAGE),
+        (lambda s, x: s.conv(x).reshape(-1, 4 * 9 * 7), IMAGE),
+        (lambda s, x: torch.reshape(s.conv(x), (x.shape[0], -1)), IMAGE),
+        (lambda s, x: s.conv(x).unflatten(1, (2, 2)).sum(2), IMAGE),
+        (lambda s, x: s.conv(x)[:, :2].unsqueeze(-1).squeeze(-1), IMAGE),
+        (lambda s, x: nn.Flatten(2)(s.conv(x)).max(-1)[0], IMAGE),
+        (lambda s, x: torch.max(s.conv(x), dim=1, keepdim=True).values, IMAGE),
+    ],
+)
+def test_shapes(function, shape) -> None:
+    model = Forward(function, conv=conv(), groups=2, token=nn.Parameter(torch.randn(1, 1, 4)))
+    gm = traced(randomise(model), *shape)
+    for node in gm.graph.nodes:
+        if node.op == "call_method" and node.target == "reshape":
+            assert sum(s == -1 for s in node.args[1:]) == 1
+
+
+def test_sizes_leave_the_graph() -> None:
+    gm = traced(randomise(Forward(shuffle, conv=conv(), groups=2)), IMAGE)
+    assert kinds(gm) == ["Conv2d", "reshape", "transpose", "reshape"]
+    gm = traced(randomise(Forward(frames, conv=conv())), 5, 3, 8, 7)
+    assert "size" not in kinds(gm)
+
+
+def test_squeeze_keeps_the_batch() -> None:
+    model = Forward(lambda s, x: F.adaptive_avg_pool2d(s.conv(x), 1).squeeze(), conv=conv())
+    gm = traced(randomise(model), IMAGE, sizes=(3,))
+    assert gm(torch.randn(1, *IMAGE)).shape == (1, 4)
+
+
+def test_transposed_convolution_with_output_size() -> None:
+    def function(self, x):
+        return self.up(self.down(x), output_size=x.size()[2:])
+
+    model = Forward(function, down=conv(3, 4, 3, stride=2, padding=1), up=nn.ConvTranspose2d(4, 3, 3, 2, 1))
+    gm = traced(randomise(model), 3, 12, 9)
+    assert module_of(gm, layers(gm)[1]).output_padding == (1, 0)
+
+
+# ------------------------------------------------------------------------- classes and names
+
+
+class OwnConv(nn.Conv2d):
+    """Padding computed from the input's size, as TensorFlow has it."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        h, w = x.shape[-2:]
+        ph, pw = (max((-(-s // 2) - 1) * 2 + 3 - s, 0) for s in (h, w))
+        x = F.pad(x, [pw // 2, pw - pw // 2, ph // 2, ph - ph // 2])
+        return F.conv2d(x, self.weight, self.bias, self.stride)
+
+
+class OwnReLU(nn.ReLU):
+    pass
+
+
+def test_subclasses_become_the_plain_class() -> None:
+    model = nn.Sequential(OwnConv(3, 4, 3, 2), nn.BatchNorm2d(4), OwnReLU(), nn.Hardtanh(0, 6))
+    gm = traced(randomise(model), IMAGE)
+    assert kinds(gm) == ["ZeroPad2d", "Conv2d", "ReLU", "ReLU6"]
+    assert [layer_name(n) for n in layers(gm)] == ["0"]
+    up = nn.Sequential(conv(), nn.UpsamplingBilinear2d(scale_factor=2), nn.UpsamplingNearest2d(20))
+    assert made(up) == ["Conv2d", "Upsample", "Upsample"]
+
+
+def test_names_are_the_users_own() -> None:
+    gm = traced(network(10), 3, 19, 17)
+    found = {layer_name(n): n.name for n in layers(gm)}
+    for name, node in found.items():
+        assert name in dict(network(10).named_modules())
+        assert node == name.replace(".", "_")
+
+
+@pytest.mark.parametrize("old", [True, False])
+@pytest.mark.filterwarnings("ignore::FutureWarning")
+def test_weight_normalisation(old: bool) -> None:
+    apply = nn.utils.weight_norm if old else nn.utils.parametrizations.weight_norm
+    model = nn.Sequential(apply(conv()), nn.BatchNorm2d(4), nn.ReLU())
+    gm = traced(randomise(model), IMAGE)
+    assert kinds(gm) == ["Conv2d", "ReLU"]
+    assert not gm.meta["opaque"]
+
+
+def test_spectral_normalisation() -> None:
+    model = nn.Sequential(nn.utils.parametrizations.spectral_norm(conv()), nn.ReLU())
+    assert made(model) == ["Conv2d", "ReLU"]
+
+
+# ------------------------------------------------------------------------------ planted faults
+
+
+def test_a_wrong_folding_does_not_pass(monkeypatch: pytest.MonkeyPatch) -> None:
+    def careless(layer, bn):
+        new = folded(layer, bn)
+        new.bias = nn.Parameter(torch.roll(new.bias.data, 1), requires_grad=False)
+        return new
+
+    monkeypatch.setattr("rewriter.fold.folded", careless)
+    with pytest.raises(graph.TraceError, match="output 0 of the traced graph differs"):
+        graph.trace(randomise(nn.Sequential(conv(), nn.BatchNorm2d(4))), torch.randn(2, *IMAGE))
+
+
+def test_forgotten_in_place_does_not_pass(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("rewriter.tracer._read_what_was_overwritten", lambda graph: None)
+    model = Forward(read_after_relu, conv=conv(), relu=nn.ReLU(inplace=True))
+    with pytest.raises(graph.TraceError, match="differs"):
+        graph.trace(randomise(model), torch.randn(2, *IMAGE))
