@@ -107,6 +107,7 @@ def canonicalise(gm: fx.GraphModule) -> fx.GraphModule:
     plain_dimensions(gm)
     gm.graph.eliminate_dead_code()
     gm.delete_all_unused_submodules()
+    _drop_unused_tensors(gm)
     gm.recompile()
     gm.eval()
     propagate_shapes(gm)
@@ -182,7 +183,7 @@ def _use_modules(gm: fx.GraphModule) -> None:
         stack = list((node.meta.get("nn_module_stack") or {}).values())
         owner = str(stack[-1][0]) if stack else ""
         plain = isinstance(module, (*LAYER_TYPES, *_BATCH_NORMS)) and _free(gm, owner, node)
-        target = owner if plain else add_module(gm, f"{owner}.{word}" if owner else word, module)
+        target = owner if plain else add_module(gm, _path_for(gm, owner, word), module)
         if plain:
             gm.set_submodule(owner, module)
         with gm.graph.inserting_before(node):
@@ -194,6 +195,15 @@ def _use_modules(gm: fx.GraphModule) -> None:
         for parameter in parameters:
             if not parameter.users:
                 gm.graph.erase_node(parameter)
+
+
+def _path_for(gm: fx.GraphModule, owner: str, word: str) -> str:
+    """Inside the module whose forward made the call; beside it if that is a layer itself."""
+    if not owner:
+        return word
+    module = dict(gm.named_modules()).get(owner)  # gone where nothing of it is used
+    layer = module is not None and next(module.parameters(recurse=False), None) is not None
+    return f"{owner}_{word}" if layer else f"{owner}.{word}"
 
 
 def _free(gm: fx.GraphModule, path: str, node: fx.Node) -> bool:
@@ -292,6 +302,19 @@ def _flatten_by_function(gm: fx.GraphModule) -> None:
             node.target = torch.flatten if flatten else "unflatten"
             last = (m.start_dim, m.end_dim) if flatten else (m.dim, m.unflattened_size)
             node.args = (node.args[0], *last)
+
+
+def _drop_unused_tensors(gm: fx.GraphModule) -> None:
+    """Parameters and buffers that a functional call left behind are no part of the network."""
+    called = tuple(f"{n.target}." for n in gm.graph.nodes if n.op == "call_module")
+    used = {str(n.target) for n in gm.graph.nodes if n.op == "get_attr"}
+    for path, module in gm.named_modules():
+        if f"{path}.".startswith(called):
+            continue
+        for tensors in (module._parameters, module._buffers):
+            for name in list(tensors):
+                if (f"{path}.{name}" if path else name) not in used:
+                    del tensors[name]
 
 
 def _name_opaque(gm: fx.GraphModule) -> None:

@@ -7,8 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
+from rewriter.component import POINTWISE
 from rewriter.graph import is_call, module_of
-from rewriter.split import POINTWISE
 
 
 def is_pointwise(gm: fx.GraphModule, node: Any) -> bool:
@@ -32,8 +32,8 @@ def follow(gm: fx.GraphModule, layer: fx.Node) -> tuple[list[fx.Node], fx.Node |
     """From a layer through at most one activation to the next layer.
 
     Returns:
-        The nodes passed (the layer and the activation), the convolution behind them or None, and what
-        stands in the way, "" if nothing does.
+        The nodes passed (the layer and the activation), the convolution behind them or None, and
+        what stands in the way, "" if nothing does.
     """
     passed = [layer]
     for _ in range(2):

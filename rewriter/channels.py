@@ -10,7 +10,6 @@ something inhomogeneous reads are fixed at 1.
 from __future__ import annotations
 
 import operator
-from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -218,28 +217,44 @@ def rescale(gm: fx.GraphModule, channels: Channels, scales: Tensor) -> None:
         scales: (V,) positive, 1 where the variable is fixed.
     """
     for node in gm.graph.nodes:
-        made = scales[channels.of[node.name]] if node.name in channels.of else None
-        if made is None:
+        if node.name not in channels.of:
             continue
-        for part, (low, high) in _ranges(node).items():
-            node.meta[part] = (low * made.to(low), high * made.to(high))
-        if not is_call(gm, node, nn.Conv1d, nn.Conv2d, nn.Linear):
-            continue
-        source = node.args[0]
-        assert isinstance(source, fx.Node)
-        m = module_of(gm, node)
-        weight = m.weight.detach().double()
-        if source.name in channels.of:
-            weight = weight / _inner(m, scales[channels.of[source.name]].double(), weight)
-        outer = made.double()
-        weight = weight * outer.view(-1, *[1] * (weight.ndim - 1))
-        m.weight = nn.Parameter(weight.to(m.weight.dtype), requires_grad=False)
-        if m.bias is not None:
-            m.bias = nn.Parameter((m.bias.detach().double() * outer).to(m.bias.dtype), requires_grad=False)
+        made = scales[channels.of[node.name]].double()
+        source = node.args[0] if node.args else None
+        read = None
+        if is_call(gm, node, nn.Conv1d, nn.Conv2d, nn.Linear) and isinstance(source, fx.Node):
+            read = scales[channels.of[source.name]].double() if source.name in channels.of else None
+            _rescale_layer(module_of(gm, node), made, read)
+        _rescale_meta(node, made, read)
 
 
-def _ranges(node: fx.Node) -> dict[str, Any]:
-    return {k: node.meta[k] for k in ("channel_range",) if k in node.meta}
+def _rescale_layer(layer: Any, made: Tensor, read: Tensor | None) -> None:
+    """Multiply the outputs of a layer by ``made`` (C_out,), its inputs being multiplied by ``read`` (C_in,)."""
+    weight = layer.weight.detach().double()
+    if read is not None:
+        weight = weight / _inner(layer, read, weight)
+    weight = weight * made.view(-1, *[1] * (weight.ndim - 1))
+    layer.weight = nn.Parameter(weight.to(layer.weight.dtype), requires_grad=False)
+    if layer.bias is not None:
+        bias = layer.bias.detach().double() * made
+        layer.bias = nn.Parameter(bias.to(layer.bias.dtype), requires_grad=False)
+
+
+def _rescale_meta(node: fx.Node, made: Tensor, read: Tensor | None) -> None:
+    """What is known of the value is true of the scaled one too."""
+    if "channel_range" in node.meta:
+        low, high = node.meta["channel_range"]
+        node.meta["channel_range"] = (low * made.to(low), high * made.to(high))
+    known = node.meta.get("influence")
+    if known is not None and known.shape == made.shape:
+        node.meta["influence"] = known / made**2
+    known = node.meta.get("weight_influence")
+    if known is not None and known.shape[0] == made.shape[0]:
+        known = known / made[:, None] ** 2
+        if read is not None:
+            rows = read.view(-1, known.shape[1])
+            known = known * rows.repeat_interleave(len(known) // len(rows), 0) ** 2
+        node.meta["weight_influence"] = known
 
 
 def _inner(m: nn.Module, scale: Tensor, weight: Tensor) -> Tensor:
@@ -247,10 +262,3 @@ def _inner(m: nn.Module, scale: Tensor, weight: Tensor) -> Tensor:
     groups: Any = getattr(m, "groups", 1)
     rows = scale.view(groups, -1).repeat_interleave(weight.shape[0] // groups, 0)
     return rows.view(*rows.shape, *[1] * (weight.ndim - 2))
-
-
-def scaled_layers(gm: fx.GraphModule, channels: Channels) -> Iterator[fx.Node]:
-    """Layers whose output channels are free."""
-    for node in gm.graph.nodes:
-        if is_call(gm, node, nn.Conv1d, nn.Conv2d, nn.Linear) and node.name in channels.of and bool((~channels.fixed[channels.of[node.name]]).any()):
-            yield node

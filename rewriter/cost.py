@@ -9,12 +9,13 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import fx, nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from rewriter.graph import RECURRENT_TYPES, is_call, layers, module_of
+from rewriter.graph import RECURRENT_TYPES, layers, module_of
 
 
 @dataclass(frozen=True)
@@ -29,13 +30,37 @@ class Cost:
 def cost(gm: fx.GraphModule) -> Cost:
     """The cost of a canonical graph for one input of the shape it was traced with."""
     zeros = [torch.zeros(1, *shape) for shape in gm.meta["example"]]
+    calls: list[tuple[nn.Module, Any]] = []
+    hooks = [
+        m.register_forward_hook(lambda m, args, _: calls.append((m, args[0])))
+        for m in gm.modules()
+        if isinstance(m, RECURRENT_TYPES)
+    ]
+    try:
+        macs = _counted(gm, *zeros)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    macs += sum(_recurrent_macs(m, x) - _counted(m, x) for m, x in calls)
+    params = sum(p.numel() for p in gm.parameters())
+    kept = [module_of(gm, n).weight for n in layers(gm) if not n.meta.get("keep_float")]
+    int8 = sum({id(w): w.numel() for w in kept}.values())  # a weight may have two layers
+    return Cost(macs, params, int8 + 4 * (params - int8))
+
+
+def _counted(module: nn.Module, *inputs: Any) -> int:
+    """What torch sees of the multiply-accumulates."""
     counter = FlopCounterMode(display=False)
     with torch.no_grad(), counter:
-        gm(*zeros)
-    macs = counter.get_total_flops() // 2 + _recurrent_macs(gm)
-    params = sum(p.numel() for p in gm.parameters())
-    int8 = sum(module_of(gm, n).weight.numel() for n in layers(gm) if not n.meta.get("keep_float"))
-    return Cost(macs, params, int8 + 4 * (params - int8))
+        module(*inputs)
+    return counter.get_total_flops() // 2
+
+
+def _recurrent_macs(module: nn.Module, x: Any) -> int:
+    """Each step multiplies with every weight once; torch does not see it where the kernel is fused."""
+    rows = x.data if isinstance(x, nn.utils.rnn.PackedSequence) else x
+    steps = rows.numel() // rows.shape[-1]
+    return steps * sum(p.numel() for name, p in module.named_parameters() if "weight" in name)
 
 
 def layer_macs(gm: fx.GraphModule) -> dict[str, int]:
@@ -50,16 +75,3 @@ def layer_macs(gm: fx.GraphModule) -> dict[str, int]:
             channels = m.out_features if isinstance(m, nn.Linear) else m.out_channels
             found[node.name] = math.prod(shape) // channels * m.weight.numel()
     return found
-
-
-def _recurrent_macs(gm: fx.GraphModule) -> int:
-    """The flop counter does not see inside the fused RNN kernels: count their matrix products here."""
-    total = 0
-    for node in gm.graph.nodes:
-        if is_call(gm, node, *RECURRENT_TYPES):
-            m = module_of(gm, node)
-            source = node.args[0].meta["shape"]
-            steps = math.prod(source[:-1])
-            weights = [p.numel() for name, p in m.named_parameters() if "weight" in name]
-            total += steps * sum(weights)
-    return total

@@ -1,17 +1,20 @@
-"""Fit one new layer so that the whole network answers as before: Gauss-Newton on the damage at the outputs.
+"""Fit one new layer so that the whole network answers as before: natural-gradient steps.
 
-The closed form makes the layer's values right in the mean square, but the network does not need all of them equally. With
-w the layer's weights, D the mean damage (KL divergence for class scores, relative squared error for other outputs), J the
-derivatives of random projections of the answers, one row for each input and draw (so that J'J / n is the Gauss-Newton matrix of D),
-and A = x'x / n of the closed form, a step solves
+The closed form makes the layer's values right in the mean square, but the network does not need
+all of them equally. With w the layer's weights, D the mean damage (KL divergence for class scores,
+relative squared error for other outputs), J the derivatives of random projections of the answers,
+one row for each input and draw (so that J'J is the Gauss-Newton matrix of D), and A = x'x / n of
+the closed form, a step of a few inputs solves
 
-    (J'J / n + mu A) d = -(grad D + mu A (w - w_closed))
+    (J'J + mu A) d = -(grad D + mu A (w - w_closed))        w <- w + rate d
 
-through the n rows of J (Woodbury), so that a layer of any size costs one n x n solution. mu and the number of
-steps are those with the least damage on inputs held out. The layer's input is rounded to int8 all the while; its weights are not: their rounding is
-a step of its own, and here it would drown the differences between one step and the next.
-A few hundred forward passes do what some thousand of Adam do, and nothing has to be tuned.
-Source: Martens, 2010 (ICML, Hessian-free optimization); Schraudolph, 2002 (doi:10.1162/08997660260028683).
+through the rows of J (Woodbury), so that a layer of any size costs one n x n solution. The
+weights' mean over an epoch counts, and the epoch with the least damage on inputs held out wins;
+the closed form stays where none is better. The layer's input is rounded to int8 all the while; its
+weights are not: their rounding is a step of its own, and here it would drown the differences
+between one step and the next.
+Source: Amari, 1998 (doi:10.1162/089976698300017746); Schraudolph, 2002
+(doi:10.1162/08997660260028683); Polyak and Juditsky, 1992.
 """
 
 from __future__ import annotations
@@ -39,17 +42,16 @@ from rewriter.least_squares import NormalEquations, unfold
 log = logging.getLogger(__name__)
 Batches = Sequence[Tensor | tuple[Tensor, ...]]
 
-EPOCHS = 4
-RATE = float(__import__("os").environ.get("RATE", "0.3"))
+EPOCHS = 3
+RATE = 0.3
 ROWS = 400
 # The rows of J are kept in this many numbers at most.
 NUMBERS = 4e7
-DAMPING = float(__import__("os").environ.get("DAMP", "10"))
-# A step must take away this share of the damage, or it was the last.
-LEAST_GAIN = 0.01
+DAMPING = 10.0
 # Inputs in one backward pass.
 PIECE = 10
-# Each image is seen as it is, and in this many views in all: mirrored and enlarged by up to a half.
+# Each image is seen as it is, and in this many views in all: mirrored and enlarged by up to a
+# half.
 VIEWS = 4
 
 
@@ -68,8 +70,10 @@ class _Student:
         assert isinstance(layer, nn.Conv2d)
         return layer
 
-    def run(self, inputs: tuple[Tensor, ...], differentiate: bool) -> tuple[list[Tensor], Tensor, Tensor]:
-        """The answers, the layer's input as it reads it, and its output (a leaf if ``differentiate``)."""
+    def run(
+        self, inputs: tuple[Tensor, ...], differentiate: bool
+    ) -> tuple[list[Tensor], Tensor, Tensor]:
+        """The answers, the layer's input as it reads it, and its output."""
         values: dict[fx.Node, Any] = {}
         feed = iter(inputs)
         x = z = torch.empty(0)
@@ -79,7 +83,9 @@ class _Student:
                     source = node.args[0]
                     assert isinstance(source, fx.Node)
                     with torch.no_grad():
-                        x = fake_quantize(values[source], *self.input_scale, self.scheme.activations)
+                        x = fake_quantize(
+                            values[source], *self.input_scale, self.scheme.activations
+                        )
                         z = self.layer(x)
                     z.requires_grad_(differentiate)
                     values[node] = z
@@ -88,7 +94,7 @@ class _Student:
         return [values[n] for n in outputs(self.gm)], x, z
 
     def gradients(self, x: Tensor, g: Tensor) -> Tensor:
-        """(N, groups, K, O / groups) derivative of each input's score by the weights, the bias last in K."""
+        """(N, groups, K, O / groups) derivative of each score by the weights, the bias last."""
         groups = self.layer.groups
         patches = unfold(self.layer, x).unflatten(1, (groups, -1))
         patches = F.pad(patches, (0, 0, 0, 1), value=1.0)
@@ -100,16 +106,20 @@ class _Damage:
 
     def __init__(self, reference: list[Tensor]) -> None:
         self.classes = is_class_output(reference)
-        self.groups: list[OutputGroups] = [] if self.classes else [output_groups(r) for r in reference]
+        self.groups: list[OutputGroups] = (
+            [] if self.classes else [output_groups(r) for r in reference]
+        )
 
     def __call__(self, answers: list[Tensor], reference: list[Tensor]) -> Tensor:
-        """(N,)"""
+        """(N,) damage of each input."""
         if self.classes:
             return kl_divergence(answers[0], reference[0])
         return relative_error(answers, reference, self.groups)
 
-    def score(self, answers: list[Tensor], reference: list[Tensor], generator: torch.Generator) -> Tensor:
-        """A number whose gradient has the Gauss-Newton matrix of the damage as its second moment."""
+    def score(
+        self, answers: list[Tensor], reference: list[Tensor], generator: torch.Generator
+    ) -> Tensor:
+        """A number whose gradient's second moment is the Gauss-Newton matrix of the damage."""
         if self.classes:
             log_p = answers[0].log_softmax(1)
             drawn = torch.multinomial(log_p.detach().exp(), 1, generator=generator)
@@ -178,7 +188,9 @@ def distil(
         if found < least:
             best, least, kept = mean, found, done
     equations.set_weights(best)
-    log.info("%s: damage on held-out inputs %.4g -> %.4g in %d steps", node.name, first, least, kept)
+    log.info(
+        "%s: damage on held-out inputs %.4g -> %.4g in %d steps", node.name, first, least, kept
+    )
     return kept
 
 
@@ -270,10 +282,8 @@ def _answers(gm: fx.GraphModule, inputs: tuple[Tensor, ...]) -> list[Tensor]:
     return [values[n] for n in outputs(gm)]
 
 
-def _views(
-    pieces: Iterator[tuple[Tensor, ...]], seed: int
-) -> Iterator[tuple[Tensor, ...]]:
-    """Every piece ``VIEWS`` times: as it is, then mirrored and cut out at random if it is one of images."""
+def _views(pieces: Iterator[tuple[Tensor, ...]], seed: int) -> Iterator[tuple[Tensor, ...]]:
+    """Every piece ``VIEWS`` times: as it is, then (if of images) mirrored and cut out."""
     generator = torch.Generator().manual_seed(seed)
     for inputs in pieces:
         yield inputs

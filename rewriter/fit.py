@@ -1,9 +1,11 @@
 """Weights for approximate rewrites, without labels, from a few hundred unlabelled inputs.
 
-First in closed form, to give the values that the replaced layers gave (``rewriter.least_squares``); then by a few steps of
-Gauss-Newton so that the *network* gives what it gave (``rewriter.distil``).
+First in closed form, to give the values that the replaced layers gave
+(``rewriter.least_squares``); then by a few steps of Gauss-Newton so that the *network* gives what
+it gave (``rewriter.distil``).
 
-Each approximate step is fitted alone, against the original network, so that a fit belongs to a (site, rule) and
+Each approximate step is fitted alone, against the original network, so that a fit belongs to a
+(site, rule) and
 not to a plan: a plan with ten such steps is assembled from ten fits, in whatever combination.
 """
 
@@ -45,7 +47,8 @@ class FitReport:
 
     Args:
         step: ``rule@anchor``.
-        error_float: squared error of the new layer relative to the variance of the values it replaces.
+        error_float: squared error of the new layer relative to the variance of the values it
+            replaces.
         error_int8: the same with its weights and its input in int8.
         images: number of inputs it was fitted on.
         steps: steps of Gauss-Newton that were kept, 0 for the closed form alone.
@@ -79,7 +82,7 @@ def fit(
     seed: int = 0,
     distilled: bool = True,
 ) -> Fits:
-    """Weights for every approximate step of a plan; ``rewrite(gm, plan, fits.weights)`` then uses them.
+    """Weights for every approximate step of a plan, for ``rewrite(gm, plan, fits.weights)``.
 
     Args:
         gm: canonical graph of the original network, the teacher; it is not touched.
@@ -159,7 +162,7 @@ def _fit_step(
 
 
 def fitted_layer(gm: fx.GraphModule, step: Step) -> fx.Node:
-    """The layer of a rewritten graph that an approximate step made; it is called as in the original graph.
+    """The layer of a rewritten graph that an approximate step made.
 
     Raises:
         PlanError: there is none.

@@ -11,75 +11,63 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable
-from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
 
-from rewriter.graph import is_call, layers, module_of, outputs, run_node
+from rewriter.fidelity import is_class_output
+from rewriter.graph import LAYER_TYPES, module_of, outputs, run_node
+
+# The answers of this many inputs are enough: the sums are over thousands of positions and weights.
+INPUTS = 64
+# Inputs in one backward pass; bounds the memory.
+ROWS = 8
 
 
-@dataclass
-class Influence:
-    """Sums over calibration inputs, divided by their number; by node name.
-
-    Args:
-        values: (C,) sum of g^2 over the positions of each channel of a value.
-        weights: (C_out, C_in / groups) of a layer: sum over a filter's weights of the squared gradient, when the bias follows
-            (so that the mean of what an error adds is taken out).
-        power: (C,) mean square of each channel of a value.
-        mean: (C,) mean of each channel of a value.
-        samples: number of inputs.
-    """
-
-    values: dict[str, Tensor] = field(default_factory=dict[str, Tensor])
-    weights: dict[str, Tensor] = field(default_factory=dict[str, Tensor])
-    power: dict[str, Tensor] = field(default_factory=dict[str, Tensor])
-    mean: dict[str, Tensor] = field(default_factory=dict[str, Tensor])
-    samples: int = 0
-
-
-def measure_influence(
+def weigh(
     gm: fx.GraphModule,
     batches: Iterable[Tensor | tuple[Tensor, ...]],
-    draws: int = 1,
-    rows: int = 10,
+    inputs: int = INPUTS,
     seed: int = 0,
-) -> Influence:
-    """The influence of every channel of every value and of every weight of a float graph.
+) -> None:
+    """Write the influence of every channel and of every filter into the nodes' meta, in place.
+
+    ``node.meta["influence"]``: (C,) sum of g^2 over the positions of each channel of a value, mean over inputs.
+    ``node.meta["weight_influence"]``: (C_out, C_in / groups) of a layer: sum over a filter's weights of the squared gradient, when
+    the bias follows (so that the mean of what an error adds is taken out), mean over inputs.
 
     Args:
-        gm: canonical graph.
+        gm: canonical graph; its weights are not changed.
         batches: inputs (N, ...), or a tuple with one tensor for each input.
-        draws: how many answers are drawn for each input.
-        rows: inputs in one backward pass; bounds the memory.
-        seed: of the draws.
+        inputs: how many of them are used.
+        seed: of the answers drawn.
     """
-    found = Influence()
     generator = torch.Generator().manual_seed(seed)
+    sums: dict[tuple[fx.Node, str], Tensor] = {}
     flags = [(p, p.requires_grad) for p in gm.parameters()]
     for p, _ in flags:
         p.requires_grad_(False)
+    done = 0
     try:
         for batch in batches:
-            inputs = batch if isinstance(batch, tuple) else (batch,)
-            for part in zip(*(x.split(rows) for x in inputs), strict=True):
-                _accumulate(gm, part, found, draws, generator)
+            whole = batch if isinstance(batch, tuple) else (batch,)
+            for part in zip(*(x.split(ROWS) for x in whole), strict=True):
+                kept = tuple(x[: inputs - done] for x in part)
+                if len(kept[0]):
+                    _accumulate(gm, kept, sums, generator)
+                    done += len(kept[0])
     finally:
         for p, flag in flags:
             p.requires_grad_(flag)
-    for table in (found.values, found.weights, found.power, found.mean):
-        for name in table:
-            table[name] /= found.samples
-    return found
+    for (node, name), total in sums.items():
+        node.meta[name] = total / done
 
 
 def _accumulate(
     gm: fx.GraphModule,
     inputs: tuple[Tensor, ...],
-    found: Influence,
-    draws: int,
+    sums: dict[tuple[fx.Node, str], Tensor],
     generator: torch.Generator,
 ) -> None:
     values: dict[fx.Node, Any] = {}
@@ -88,36 +76,19 @@ def _accumulate(
         for node in gm.graph.nodes:
             if node.op != "output":
                 values[node] = run_node(gm, node, values, feed)
+        score = _score([values[n] for n in outputs(gm)], generator)
     watched = [n for n, v in values.items() if isinstance(v, Tensor) and v.requires_grad]
-    for node in watched:
-        x = values[node].detach()
-        if x.ndim >= 2:
-            places = x[0, 0].numel()
-            _add(found.power, node.name, _squares(x) / places)
-            _add(found.mean, node.name, x.sum([d for d in range(x.ndim) if d != 1]) / places)
-    answers = [values[n] for n in outputs(gm)]
-    for draw in range(draws):
-        score = _score(answers, generator)
-        gradients = torch.autograd.grad(
-            score,
-            [values[n] for n in watched],
-            retain_graph=draw < draws - 1,
-            allow_unused=True,
-        )
-        of = {n: g for n, g in zip(watched, gradients, strict=True) if g is not None}
-        for node, g in of.items():
-            if g.ndim >= 2:
-                _add(found.values, node.name, _squares(g) / draws)
-        for node in layers(gm):
-            if node in of:
-                x = values[node.args[0]].detach()
-                square = _weight_gradients(module_of(gm, node), x, of[node])
-                _add(found.weights, node.name, square / draws)
-    found.samples += len(inputs[0])
-
-
-def _add(table: dict[str, Tensor], name: str, value: Tensor) -> None:
-    table[name] = table[name] + value if name in table else value
+    found = torch.autograd.grad(score, [values[n] for n in watched], allow_unused=True)
+    for node, g in zip(watched, found, strict=True):
+        if g is None or g.ndim < 2:
+            continue
+        new = {"influence": _squares(g)}
+        if node.op == "call_module" and isinstance(module_of(gm, node), LAYER_TYPES):
+            x = values[node.args[0]].detach()  # type: ignore[index]
+            new["weight_influence"] = _weight_gradients(module_of(gm, node), x, g)
+        for name, value in new.items():
+            key = (node, name)
+            sums[key] = sums[key] + value if key in sums else value
 
 
 def _squares(x: Tensor) -> Tensor:
@@ -128,9 +99,8 @@ def _squares(x: Tensor) -> Tensor:
 
 def _score(answers: list[Tensor], generator: torch.Generator) -> Tensor:
     """A number whose gradient has the Gauss-Newton matrix of the damage as its second moment."""
-    if is_class_scores(answers):
-        (logits,) = answers
-        log = logits.log_softmax(1)
+    if is_class_output(answers):
+        log = answers[0].log_softmax(1)
         drawn = torch.multinomial(log.detach().exp(), 1, generator=generator)
         return log.gather(1, drawn).sum()
     total = answers[0].new_zeros(())
@@ -143,11 +113,6 @@ def _score(answers: list[Tensor], generator: torch.Generator) -> Tensor:
         # damage is the squared error relative to the output, averaged over outputs; 2 for the half in 1/2 g^2
         total = total + (rows * signs / size).sum() * (2 / len(answers)) ** 0.5
     return total
-
-
-def is_class_scores(answers: list[Tensor]) -> bool:
-    """Whether a network's answer is one row of class scores, (N, K) with K > 1."""
-    return len(answers) == 1 and answers[0].ndim == 2 and answers[0].shape[1] > 1
 
 
 def _weight_gradients(layer: nn.Module, x: Tensor, g: Tensor) -> Tensor:

@@ -1,8 +1,9 @@
 """Closed-form weights of a convolution: ridge least squares on unfolded patches, streaming.
 
-With x the patches of the input, a column of ones appended, (rows, K) with K = C_in / groups * k * k + 1, and y the teacher's
-values (rows, O / groups), the weights that minimise |y - x W|^2 + ridge |W - W0|^2 solve the normal equations
-(x'x + ridge) (W - W0) = x'(y - x W0). Only x'x and x'y are kept, in float64: memory does not grow with the data.
+With x the patches of the input, a column of ones appended, (rows, K) with K = C_in / groups * k *
+k + 1, and y the teacher's values (rows, O / groups), the weights that minimise |y - x W|^2 + ridge
+|W - W0|^2 solve the normal equations (x'x + ridge) (W - W0) = x'(y - x W0). Only x'x and x'y are
+kept, in float64: memory does not grow with the data.
 """
 
 from __future__ import annotations
@@ -11,7 +12,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-# Multiply-adds that accumulating x'x may cost; beyond it rows are left out at random (seconds on two cores).
+# Multiply-adds that accumulating x'x may cost; beyond it rows are left out at random (seconds on
+# two cores).
 BUDGET = 4e9
 # Patches are unfolded for as many values at a time as stay in this many float64 numbers.
 CHUNK = 2**22
@@ -40,7 +42,7 @@ class NormalEquations:
         self.generator = torch.Generator().manual_seed(seed)
 
     def add(self, x: Tensor, y: Tensor, importance: Tensor | None = None) -> None:
-        """Add inputs x (N, C, H, W), the values y (N, O, h, w) they should give, and weights (N, h, w) of the places."""
+        """Add inputs (N, C, H, W), the values (N, O, h, w) they should give, and weights (N, h, w)."""
         step = max(1, CHUNK // max(1, y[0, 0].numel() * self.xx.shape[0] * self.xx.shape[1]))
         for i in range(0, len(x), step):
             part = None if importance is None else importance[i : i + step]
@@ -78,7 +80,7 @@ class NormalEquations:
         self.set_weights(w)
 
     def error(self) -> float:
-        """Squared error of the layer's present weights relative to the variance of the wanted values."""
+        """Squared error of the present weights relative to the variance of the wanted values."""
         w = self.weights()
         squared = self.yy - 2 * (w * self.xy).sum(1) + (w * (self.xx @ w)).sum(1)
         total = self.xx[:, -1, -1, None].clamp_min(1e-300)

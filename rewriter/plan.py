@@ -1,4 +1,4 @@
-"""A plan is a set of steps, each one rule at one place; it is one line of text, and it rewrites a graph."""
+"""A plan is a set of steps, each one rule at one place; it is a line of text and rewrites a graph."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import copy
 import difflib
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 from torch import Tensor, fx
 
@@ -27,7 +28,7 @@ class Step:
 
 @dataclass(frozen=True)
 class Plan:
-    """A set of steps, sorted and unique; ``str(plan)`` and ``Plan.parse`` are inverse. The empty plan is ``""``."""
+    """A set of steps, sorted and unique; ``str`` and ``Plan.parse`` are inverse, ``""`` is empty."""
 
     steps: tuple[Step, ...] = ()
 
@@ -72,20 +73,27 @@ def find_sites(gm: fx.GraphModule) -> list[Site]:
 
 
 def rewrite(
-    gm: fx.GraphModule, plan: Plan, weights: Mapping[str, Mapping[str, Tensor]] | None = None
+    gm: fx.GraphModule,
+    plan: Plan,
+    weights: Mapping[str, Mapping[str, Tensor]] | None = None,
+    facts: Mapping[str, Any] | None = None,
 ) -> fx.GraphModule:
     """A copy of the graph with every step of the plan applied, in the order of the catalogue.
 
     Args:
         gm: canonical graph; it is not touched.
         plan: what to do.
-        weights: fitted tensors of the layer that an approximate step makes, by ``str(step)``. They are put in
-            before the next step is applied, so that an exact rule divides or scales the fitted layer.
+        weights: fitted tensors of the layer that an approximate step makes, by ``str(step)``. They
+            are put in before the next step is applied, so that an exact rule divides or scales the
+            fitted layer.
+        facts: what the rules of the whole model may read in the copy's meta ("scheme": the
+            target).
 
     Raises:
         PlanError: a step has no site, its site is blocked, or two steps exclude each other.
     """
     gm = copy_graph(gm)
+    gm.meta.update(facts or {})
     taken: dict[tuple[str, str], Step] = {}
     for rule in RULES:
         steps = [s for s in plan.steps if s.rule == rule.name]
@@ -140,7 +148,7 @@ def _site(
 
 
 def copy_graph(gm: fx.GraphModule) -> fx.GraphModule:
-    """A deep copy with the same node names and meta; tensors are copied, so nothing is shared with gm."""
+    """A deep copy with the same node names and meta; no tensor is shared with gm."""
     new = copy.deepcopy(gm)
     for a, b in zip(gm.graph.nodes, new.graph.nodes, strict=True):
         b.meta = dict(a.meta)

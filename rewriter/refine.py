@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -18,7 +18,7 @@ from torch import Tensor, fx, nn
 
 from rewriter.graph import is_call, module_of, run_node
 from rewriter.int8.annotate import annotation, is_layer
-from rewriter.int8.calibrate import Calibration, input_scale
+from rewriter.int8.calibrate import input_scale
 from rewriter.int8.rounding import MomentSums, best_scale, patches, reproducing, round_weights
 from rewriter.int8.scheme import (
     TINY,
@@ -35,23 +35,15 @@ MEMORY = 3 * 2**30
 RIDGE = 0.02
 
 
-@dataclass(frozen=True)
-class Repairs:
-    """Which repairs to make at each layer."""
-
-    rounding: bool = False
-    biases: bool = True
-
-
 def refine(
-    quantized: Quantized, batches: Sequence[Tensor | tuple[Tensor, ...]], repairs: Repairs
+    quantized: Quantized, batches: Sequence[Tensor | tuple[Tensor, ...]], repairs: frozenset[str]
 ) -> Quantized:
     """Repair every int8 layer in the order in which they run.
 
     Args:
         quantized: annotated graph and its ranges; it is not touched.
         batches: unlabelled calibration inputs, each (N, ...), or a tuple with one tensor for each input.
-        repairs: what to do.
+        repairs: what to do: "rounding", "biases".
 
     Returns:
         A copy with new weights (on their grid where they were rounded), biases and weight scales.
@@ -62,13 +54,13 @@ def refine(
         quantized, gm=gm, calibration=replace(quantized.calibration, weights=scales)
     )
     inputs = _affordable(quantized.gm, batches)
-    pairs = zip(quantized.gm.graph.nodes, gm.graph.nodes, strict=True)
+    twins = dict(zip(quantized.gm.graph.nodes, gm.graph.nodes, strict=True))
     last = _last_uses(quantized.gm)
     exact: list[dict[fx.Node, Any]] = [{} for _ in inputs]
     rounded: list[dict[fx.Node, Any]] = [{} for _ in inputs]
     feeds = [(iter(x), iter(x)) for x in inputs]
     with torch.no_grad():
-        for node, twin in pairs:
+        for node, twin in twins.items():
             if node.op == "output":
                 break
             for values, feed in zip(exact, feeds, strict=True):
@@ -78,27 +70,24 @@ def refine(
             else:
                 for values, feed in zip(rounded, feeds, strict=True):
                     values[twin] = run_node(gm, twin, _as_read(result, twin, values), feed[1])
-            for used, used_twin in last.get(node, ()):
-                for e, r in zip(exact, rounded, strict=True):
-                    del e[used]
-                    del r[_twin(gm, used_twin)]
+            for used in last.get(node, ()):
+                for values in exact:
+                    del values[used]
+                for values in rounded:
+                    del values[twins[used]]
     return result
 
 
-def _twin(gm: fx.GraphModule, name: str) -> fx.Node:
-    cache = gm.meta.setdefault("_by_name", {n.name: n for n in gm.graph.nodes})
-    return cache[name]
-
-
-def _last_uses(gm: fx.GraphModule) -> dict[fx.Node, list[tuple[fx.Node, str]]]:
+def _last_uses(gm: fx.GraphModule) -> dict[fx.Node, list[fx.Node]]:
+    """The values that no node after this one reads, by node."""
     last: dict[fx.Node, fx.Node] = {}
     for node in gm.graph.nodes:
         last[node] = node
         for used in node.all_input_nodes:
             last[used] = node
-    dying: dict[fx.Node, list[tuple[fx.Node, str]]] = {}
+    dying: dict[fx.Node, list[fx.Node]] = {}
     for used, user in last.items():
-        dying.setdefault(user, []).append((used, used.name))
+        dying.setdefault(user, []).append(used)
     return dying
 
 
@@ -110,7 +99,7 @@ def _affordable(
     for node in gm.graph.nodes:
         live += _size(node)
         peak = max(peak, live)
-        live -= sum(_size(n) for n, _ in dying.get(node, ()))
+        live -= sum(_size(n) for n in dying.get(node, ()))
     left = max(1, MEMORY // (8 * peak))  # two networks, 4 bytes
     chosen: list[tuple[Tensor, ...]] = []
     for batch in batches:
@@ -151,7 +140,7 @@ def _repair(
     original: fx.Node,
     exact: list[dict[fx.Node, Any]],
     rounded: list[dict[fx.Node, Any]],
-    repairs: Repairs,
+    repairs: frozenset[str],
 ) -> None:
     """Choose the layer's int8 weights and bias, and run it."""
     layer: Any = module_of(quantized.gm, node)
@@ -159,13 +148,13 @@ def _repair(
     source = node.args[0]
     assert spec is not None and isinstance(source, fx.Node)
     inputs = [_as_read(quantized, node, values)[source] for values in rounded]
-    if repairs.rounding and is_call(quantized.gm, node, nn.Conv2d, nn.Linear):
+    if "rounding" in repairs and is_call(quantized.gm, node, nn.Conv1d, nn.Conv2d, nn.Linear):
         wanted = [values[original.args[0]] for values in exact]  # type: ignore[index]
         _round(quantized, node, layer, spec, wanted, inputs)
     scale = quantized.calibration.weights[node.name]
     weight = dequantized_weight(layer.weight, scale, spec, channel_axis(layer, spec))
     made = [torch.func.functional_call(layer, {"weight": weight}, (x,)) for x in inputs]
-    if repairs.biases:
+    if "biases" in repairs:
         axis = made[0].ndim - 1 if isinstance(layer, nn.Linear) else 1
         shift = _mean([values[original] for values in exact], axis) - _mean(made, axis)
         old = layer.bias.double() if layer.bias is not None else 0.0
@@ -225,6 +214,3 @@ def _least_scale(quantized: Quantized, node: fx.Node, layer: Any, axis: int | No
         return torch.zeros(rows if axis is not None else (), dtype=torch.float64)
     bias = layer.bias.detach().abs().double()
     return (bias if axis is not None else bias.amax()) / (step * 2.0**30)
-
-
-__all__ = ["Calibration", "Repairs", "refine"]

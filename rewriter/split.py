@@ -1,185 +1,41 @@
-"""Split values of a graph by channel: the values that must be split alike, and the surgery that does it.
-
-A *component* is a set of values with the same channels: the outputs of some dense layers (its *entries*) and all that
-channel-wise operations (activations, depthwise convolutions, pooling, sums and products of two such values) make of them. It ends at
-operations that mix channels: a dense layer becomes a sum over the groups, conv(x) = sum_g conv_g(x_g); anything else reads the channels put
-together again in float.
-"""
+"""Split the values of a component (``rewriter.component``) into groups of channels, in place."""
 
 from __future__ import annotations
 
 import copy
 import operator
-from dataclasses import dataclass, field
+from collections.abc import Collection
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
 
-from rewriter.graph import add_module, is_call, module_of
+from rewriter.component import Component, channels_of, is_dense
+from rewriter.graph import add_module, module_of
 
 Groups = list[list[int]]
 
-POINTWISE = (
-    nn.ReLU,
-    nn.ReLU6,
-    nn.Hardtanh,
-    nn.LeakyReLU,
-    nn.PReLU,
-    nn.SiLU,
-    nn.Hardswish,
-    nn.Hardsigmoid,
-    nn.Sigmoid,
-    nn.Tanh,
-    nn.GELU,
-    nn.ELU,
-    nn.Mish,
-    nn.Softplus,
-)
-_SPATIAL = (
-    nn.MaxPool2d,
-    nn.AvgPool2d,
-    nn.AdaptiveAvgPool2d,
-    nn.AdaptiveMaxPool2d,
-    nn.ZeroPad2d,
-    nn.Upsample,
-    nn.BatchNorm2d,
-)
-_ARITHMETIC = (operator.add, operator.sub, operator.mul, operator.truediv)
-
-
-@dataclass
-class Component:
-    """Values that must be split by the same channels.
-
-    Args:
-        channels: how many there are.
-        entries: dense layers that make the first values, in graph order.
-        inside: channel-wise operations on the values, in graph order.
-        exits: (reader, value) where a value is read by something that is not channel-wise.
-        blocked: why it cannot be split, "" if it can.
-    """
-
-    channels: int
-    entries: list[fx.Node] = field(default_factory=list[fx.Node])
-    inside: list[fx.Node] = field(default_factory=list[fx.Node])
-    exits: list[tuple[fx.Node, fx.Node]] = field(default_factory=list[tuple[fx.Node, fx.Node]])
-    blocked: str = ""
-
-
-# ------------------------------------------------------------------------------ finding
-
-
-def channels_of(node: fx.Node) -> int:
-    """Number of channels (dimension 1) of the value a node makes; 0 if it has none."""
-    shape = node.meta.get("shape")
-    plain = isinstance(shape, tuple) and len(shape) >= 2 and isinstance(shape[1], int)
-    return shape[1] if plain else 0  # type: ignore[index]
-
-
-def is_dense(gm: fx.GraphModule, node: Any) -> bool:
-    """Whether a node is a layer in which every output channel reads every input channel (dimension 1)."""
-    if is_call(gm, node, nn.Linear):
-        return len(node.meta["shape"]) == 2
-    return is_call(gm, node, nn.Conv2d, nn.ConvTranspose2d) and module_of(gm, node).groups == 1
-
-
-def component_of(gm: fx.GraphModule, entry: fx.Node) -> Component:
-    """The component that the output of a dense layer belongs to."""
-    found = Component(channels_of(entry))
-    values = {entry}
-    queue = [entry]
-    inside: set[fx.Node] = set()
-
-    def join(value: fx.Node) -> None:
-        if value not in values:
-            values.add(value)
-            queue.append(value)
-
-    while queue:
-        value = queue.pop()
-        if _keeps_channels(gm, value, found.channels):
-            inside.add(value)
-            for source in value.all_input_nodes:
-                if channels_of(source) == found.channels and source.op != "get_attr":
-                    join(source)
-        elif is_dense(gm, value):
-            found.entries.append(value)
-        elif not found.blocked:
-            found.blocked = f"{value.name}, which is no dense layer's output, has the same channels"
-        for user in value.users:
-            if _keeps_channels(gm, user, found.channels):
-                join(user)
-            elif (user, value) not in found.exits:
-                found.exits.append((user, value))
-    order = {n: i for i, n in enumerate(gm.graph.nodes)}
-    found.entries.sort(key=order.__getitem__)
-    found.inside = sorted(inside, key=order.__getitem__)
-    found.exits.sort(key=lambda e: (order[e[0]], order[e[1]]))
-    return found
-
-
-def _keeps_channels(gm: fx.GraphModule, node: fx.Node, channels: int) -> bool:
-    """Whether channel i of what a node makes depends on channel i of what it reads, and on nothing else."""
-    if channels_of(node) != channels:
-        return False
-    if node.op == "call_module":
-        if is_call(gm, node, nn.Conv2d):
-            m = module_of(gm, node)
-            return m.groups == m.in_channels == m.out_channels == channels and channels > 1
-        source = node.args[0]
-        same = isinstance(source, fx.Node) and channels_of(source) == channels
-        return same and is_call(gm, node, *POINTWISE, *_SPATIAL)
-    if node.op != "call_function":
-        return False
-    if node.target in _ARITHMETIC:
-        rank = len(node.meta["shape"])
-        return rank >= 2 and all(_fits(n, rank, channels) for n in node.all_input_nodes)
-    source = node.args[0] if node.args else None
-    if not isinstance(source, fx.Node) or channels_of(source) != channels:
-        return False
-    if node.target is torch.mean:
-        axes = node.kwargs.get("dim", node.args[1] if len(node.args) > 1 else None)
-        axes = axes if isinstance(axes, (tuple, list)) else (axes,)
-        rank = len(source.meta["shape"])
-        return all(isinstance(a, int) and a % rank > 1 for a in axes)
-    return node.target is torch.flatten and len(node.meta["shape"]) == 2
-
-
-def _fits(node: fx.Node, rank: int, channels: int) -> bool:
-    """Whether an argument of an element-wise operation can be split, or be read whole by every group."""
-    if node.op == "get_attr":
-        return False
-    shape = node.meta.get("shape")
-    return isinstance(shape, tuple) and len(shape) == rank and shape[1] in (channels, 1)
-
-
-def int8_values(gm: fx.GraphModule, component: Component) -> list[fx.Node]:
-    """Values of a component that exist in int8: all but those that only an activation reads."""
-    found: list[fx.Node] = []
-    for node in (*component.entries, *component.inside):
-        users = list(node.users)
-        if not (len(users) == 1 and is_call(gm, users[0], *POINTWISE)):
-            found.append(node)
-    return found
-
-
-# ------------------------------------------------------------------------------ surgery
-
 
 def split_component(
-    gm: fx.GraphModule, component: Component, groups: Groups, made_by: str
+    gm: fx.GraphModule,
+    component: Component,
+    groups: Groups,
+    made_by: str,
+    joined: Collection[fx.Node] = (),
 ) -> None:
     """Split every value of a component into ``groups`` of channels; edits gm in place.
 
-    The nodes that are there become those of the first group, under their old names; the other groups' nodes
-    and the sums are new.
+    The nodes that are there become those of the first group, under their old names; the other
+    groups' nodes and the sums are new.
 
     Args:
         gm: canonical graph.
         component: what to split, not blocked.
         groups: channel indices of each group; together each channel once.
         made_by: written to ``meta["rewritten_by"]`` of what is changed.
+        joined: values whose dense readers read a concatenation of the groups instead of summing
+            over them.
     """
     parts: dict[fx.Node, list[fx.Node]] = {}
     readers: dict[fx.Node, list[fx.Node]] = {}  # an entry that reads the component too has several
@@ -188,9 +44,18 @@ def split_component(
     for node in component.inside:
         parts[node] = _split_inside(gm, node, groups, parts)
     restored: dict[fx.Node, fx.Node] = {}
+    together: dict[fx.Node, fx.Node] = {}
     for user, value in component.exits:
         for reader in readers.get(user, [user]):
-            if is_dense(gm, reader):
+            if is_dense(gm, reader) and value in joined:
+                if value not in together:
+                    together[value] = _concatenate(gm, parts[value], value, made_by)
+                order = [c for group in groups for c in group]
+                part = input_part(module_of(gm, reader), order, bias=True)
+                gm.set_submodule(str(reader.target), part)
+                reader.args = (together[value], *reader.args[1:])
+                reader.meta["rewritten_by"] = made_by
+            elif is_dense(gm, reader):
                 total = sum_over_groups(gm, reader, parts[value], groups, made_by)
                 for found in parts.values():  # what is split further on is the sum
                     found[:] = [total if v is reader else v for v in found]
@@ -229,7 +94,7 @@ def _split_inside(
             if part is not None:
                 gm.set_submodule(str(node.target), part)
             continue
-        args = fx.node.map_arg(node.args, lambda a, i=i: parts[a][i] if a in parts else a)
+        args = fx.map_arg(node.args, partial(_part_of_argument, parts, i))
         with gm.graph.inserting_after(made[-1]):
             if part is not None:
                 target = add_module(gm, f"{node.target}_group{i}", part)
@@ -238,6 +103,12 @@ def _split_inside(
                 made.append(gm.graph.call_function(node.target, args, dict(node.kwargs)))  # type: ignore[arg-type]
     _describe(made, groups, node)
     return made
+
+
+def _part_of_argument(
+    parts: dict[fx.Node, list[fx.Node]], group: int, argument: fx.Node
+) -> fx.Node:
+    return parts[argument][group] if argument in parts else argument
 
 
 def _describe(made: list[fx.Node], groups: Groups, original: fx.Node) -> None:
@@ -252,7 +123,7 @@ def _describe(made: list[fx.Node], groups: Groups, original: fx.Node) -> None:
 def sum_over_groups(
     gm: fx.GraphModule, reader: fx.Node, sources: list[fx.Node], groups: Groups, made_by: str
 ) -> fx.Node:
-    """Replace a dense layer by one for each group of its input channels, and the sum of them; edits gm in place.
+    """Replace a dense layer by one for each group of its input channels, and their sum, in place.
 
     Args:
         gm: canonical graph.
@@ -299,23 +170,32 @@ def join_parts(
     gm: fx.GraphModule, made: list[fx.Node], groups: Groups, original: fx.Node, made_by: str
 ) -> fx.Node:
     """The whole value in the old channel order, put together in float."""
-    meta = {k: v for k, v in original.meta.items() if k not in ("shape", "channel_range", "int8")}
-    channels = sum(map(len, groups))
-    shape = (original.meta["shape"][0], channels, *original.meta["shape"][2:])
+    joined = _concatenate(gm, made, original, made_by)
     order = torch.argsort(torch.tensor([c for group in groups for c in group]))
     index = f"{original.name}_order"
     gm.register_buffer(index, order)
-    last = max(made, key={n: i for i, n in enumerate(gm.graph.nodes)}.__getitem__)
-    with gm.graph.inserting_after(last):
-        joined = gm.graph.call_function(torch.cat, (list(made), 1))
     with gm.graph.inserting_after(joined):
         order_node = gm.graph.get_attr(index)
     with gm.graph.inserting_after(order_node):
         restored = gm.graph.call_function(torch.index_select, (joined, 1, order_node))
-    for new in (joined, restored):
-        new.meta = {**meta, "shape": shape, "keep_float": True, "rewritten_by": made_by}
-    order_node.meta = {"shape": (channels,), "dtype": torch.int64}
+    joined.meta["keep_float"] = True
+    restored.meta = dict(joined.meta)
+    order_node.meta = {"shape": (len(order),), "dtype": torch.int64}
     return restored
+
+
+def _concatenate(
+    gm: fx.GraphModule, made: list[fx.Node], original: fx.Node, made_by: str
+) -> fx.Node:
+    """The groups one behind the other."""
+    meta = {k: v for k, v in original.meta.items() if k not in ("channel_range", "int8")}
+    shape = original.meta["shape"]
+    channels = sum(channels_of(n) for n in made)
+    last = max(made, key={n: i for i, n in enumerate(gm.graph.nodes)}.__getitem__)
+    with gm.graph.inserting_after(last):
+        joined = gm.graph.call_function(torch.cat, (list(made), 1))
+    joined.meta = {**meta, "shape": (shape[0], channels, *shape[2:]), "rewritten_by": made_by}
+    return joined
 
 
 # ------------------------------------------------------------------------------ weights
@@ -323,12 +203,12 @@ def join_parts(
 
 def output_part(layer: nn.Module, channels: list[int]) -> Any:
     """The dense layer that computes only these output channels."""
-    return _part(layer, channels, None, layer.bias is not None)
+    return _part(layer, channels, None, isinstance(layer.bias, Tensor))
 
 
 def input_part(layer: nn.Module, channels: list[int], bias: bool) -> Any:
     """The dense layer that reads only these input channels."""
-    return _part(layer, None, channels, bias and layer.bias is not None)
+    return _part(layer, None, channels, bias and isinstance(layer.bias, Tensor))
 
 
 def _part(
@@ -340,8 +220,7 @@ def _part(
         weight = weight[:, outputs] if transposed else weight[outputs]
     if inputs is not None:
         weight = weight[inputs] if transposed else weight[:, inputs]
-    part = copy.copy(layer)  # stride, padding and the rest stay as they are
-    part._parameters = dict(layer._parameters)
+    part: Any = copy.deepcopy(layer)  # stride, padding and the rest stay as they are
     part.weight = nn.Parameter(weight.clone(), requires_grad=False)
     values: Tensor | None = layer.bias if bias else None  # type: ignore[assignment]
     if values is not None:
@@ -349,7 +228,9 @@ def _part(
         part.bias = nn.Parameter(chosen.clone(), requires_grad=False)
     else:
         part.bias = None
-    sizes = (weight.shape[0], weight.shape[1]) if transposed else (weight.shape[1], weight.shape[0])
+    sizes = (
+        (weight.shape[0], weight.shape[1]) if transposed else (weight.shape[1], weight.shape[0])
+    )
     names = ("in_features", "out_features")
     names = names if isinstance(layer, nn.Linear) else ("in_channels", "out_channels")
     for name, size in zip(names, sizes, strict=True):

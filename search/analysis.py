@@ -24,7 +24,7 @@ LARGEST = 1000  # samples: the order of the layers is settled long before
 
 @dataclass(frozen=True)
 class Layer:
-    """One weighted layer as ``sensitivity.json`` has it; see ``rewriter.sensitivity.LayerDamage``."""
+    """One weighted layer, as `rewriter.sensitivity.LayerDamage` has more fully."""
 
     layer: str
     node: str
@@ -41,7 +41,7 @@ class Layer:
 
 @dataclass(frozen=True)
 class Sensitivity:
-    """The layers of a network, most harmful first, and the baseline that they are compared with."""
+    """The layers of a network, most harmful first, and what they are compared with."""
 
     target: str
     metric: str
@@ -63,7 +63,7 @@ def analyze(
     exact: bool = False,
     tick: Tick = lambda done, total: None,
 ) -> Sensitivity:
-    """Rank a network's layers and write ``sensitivity.json``; a killed analysis goes on where it was.
+    """Rank the layers and write ``sensitivity.json``; a killed analysis goes on where it was.
 
     Args:
         evaluator: Of the run.
@@ -80,7 +80,7 @@ def analyze(
         evaluator.scheme,
         evaluator.calibration,
         inputs,
-        targets=None if metric is None else targets[: len(inputs)],
+        targets=None if metric is None or targets is None else targets[: len(inputs)],
         metric=metric,
         metric_name=evaluator.task.metric,
         higher_is_better=evaluator.task.higher_is_better,
@@ -156,7 +156,8 @@ def _per_sample(evaluator: RewriteEvaluator) -> Callable[[list[Tensor], Any], Te
     """Each sample's contribution to the metric; None where the metric is no mean."""
     task = evaluator.task
     outputs = [o[:1] for o in evaluator.reference()]
-    if task.per_sample(outputs, evaluator.samples.targets[:1]) is None:
+    targets: Any = evaluator.samples.targets
+    if task.per_sample(outputs, targets[:1]) is None:
         return None
 
     def values(outputs: list[Tensor], targets: Any) -> Tensor:

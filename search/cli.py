@@ -37,7 +37,7 @@ GOAL_NOT_MET, BAD_INPUT, INTERRUPTED = 1, 2, 130
 
 app = typer.Typer(
     name="quantfix",
-    help="Find the layers of a vision network that int8 breaks, rewrite the architecture around them, and ship the result.",
+    help="Find the layers of a vision network that int8 breaks, and rewrite around them.",
     no_args_is_help=True,
     add_completion=False,
     rich_markup_mode=None,
@@ -60,6 +60,12 @@ Timeout = Annotated[
     float | None, typer.Option(min=0, metavar="SECONDS", help="Begin no plan after so long.")
 ]
 Workers = Annotated[int | None, typer.Option(min=1, help="Processes that search.")]
+MaxDrop = Annotated[
+    float | None, typer.Option(min=0, metavar="POINTS", help="Largest loss against float.")
+]
+MaxMacs = Annotated[
+    float | None, typer.Option(min=0, metavar="RATIO", help="Largest cost; 1: as it is.")
+]
 Storage = Annotated[
     str | None,
     typer.Option(metavar="URL", help="Optuna storage; default: a journal in the run directory."),
@@ -67,7 +73,7 @@ Storage = Annotated[
 
 
 def main() -> None:
-    """Entry point: exit code 0, 1 (goal not met), 2 (bad input, one message), 130 (interrupted)."""
+    """Run a command; exit 0, 1 (goal not met), 2 (bad input, one message) or 130 (interrupted)."""
     logging.basicConfig(
         level=logging.WARNING,
         format="%(message)s",
@@ -97,33 +103,26 @@ def check(config: ConfigPath, quiet: Quiet = False) -> None:
     """
     cfg = load_config(config)
     network = load_network(cfg, _progress(quiet))
-    spent = cost(network.gm)
-    gm = network.gm
-    sizes = (
-        f"{len(network.data.calibration)} calibration, {len(network.data.evaluation)} evaluation"
-    )
-    facts = {
-        "config": str(cfg.path),
-        "network": f"{type(gm).__name__}, inputs {', '.join(map(str, gm.meta['example']))}",
-        "cost": f"{spent.macs / 1e6:.2f} M MACs per input, {spent.params / 1e6:.3f} M parameters"
-        " (convolutions, linear layers, matrix products; batch norm is not counted)",
-        "samples": sizes,
-        "target": cfg.target,
-    }
-    if not quiet:
-        for name, fact in facts.items():
-            _say(f"{name:>10}  {fact}")
-    for part in gm.meta["opaque"]:
-        out.print(
-            f"    opaque  {part.name} ({part.kind}): {part.reason} {part.line}",
-            markup=False,
-            highlight=False,
-        )
-    blocked = [s for s in find_sites(gm) if s.blocked]
-    if not quiet:
-        out.print(
-            f"     sites  {len(find_sites(gm)) - len(blocked)}, and {len(blocked)} near misses (quantfix sites)"
-        )
+    if quiet:
+        return
+    gm, data = network.gm, network.data
+    spent, found = cost(gm), find_sites(gm)
+    near = sum(bool(s.blocked) for s in found)
+    facts = [
+        ("config", str(cfg.path)),
+        ("network", f"{type(gm).__name__}, inputs {', '.join(map(str, gm.meta['example']))}"),
+        ("cost", f"{spent.macs / 1e6:.2f} M MACs, {spent.params / 1e6:.3f} M parameters"),
+        ("", "convolutions, linear layers, matrix products; batch norm is not counted"),
+        ("samples", f"{len(data.calibration)} calibration, {len(data.evaluation)} evaluation"),
+        ("target", cfg.target),
+        ("sites", f"{len(found) - near}, and {near} near misses (quantfix sites)"),
+    ]
+    facts += [
+        ("opaque", f"{part.name} ({part.kind}): {part.reason} {part.line}")
+        for part in gm.meta["opaque"]
+    ]
+    for name, fact in facts:
+        _say(f"{name:>10}  {fact}")
 
 
 @app.command()
@@ -148,8 +147,7 @@ def analyze(
 
 @app.command()
 def sites(config: ConfigPath, quiet: Quiet = False) -> None:
-    """Every place where a rule may act, with the MACs that it would cost, and near misses with
-    the reason.
+    """Every place where a rule may act, what it would cost, and near misses with the reason.
 
     Example: quantfix sites configs/digits.yaml
     """
@@ -167,9 +165,15 @@ def sites(config: ConfigPath, quiet: Quiet = False) -> None:
 
 @app.command()
 def run(
-    config: ConfigPath, out_dir: Out = None, trials: Trials = None, timeout: Timeout = None, workers: Workers = None,
-    storage: Storage = None, quiet: Quiet = False, seed: Seed = None,
-) -> None:  # fmt: skip
+    config: ConfigPath,
+    out_dir: Out = None,
+    trials: Trials = None,
+    timeout: Timeout = None,
+    workers: Workers = None,
+    storage: Storage = None,
+    quiet: Quiet = False,
+    seed: Seed = None,
+) -> None:
     """The whole job: check, analyze, fit, search, report. The same command again resumes.
 
     Example: quantfix run configs/digits.yaml --trials 30
@@ -191,8 +195,7 @@ def demo(trials: Trials = None, out_dir: Out = None, quiet: Quiet = False) -> No
 
 @app.command()
 def worker(folder: RunFolder, storage: Storage = None, quiet: Quiet = False) -> None:
-    """One more worker for a running search, on this or another machine that sees the run
-    directory.
+    """Be one more worker of a running search, wherever its run directory is seen.
 
     Example: quantfix worker runs/digits
     """
@@ -200,7 +203,8 @@ def worker(folder: RunFolder, storage: Storage = None, quiet: Quiet = False) -> 
     options = facts.get("options")
     if options is None or not (folder / "sensitivity.json").exists():
         raise RunError(
-            f"{folder}: no search is running there: start one with quantfix run {facts.get('config', 'CONFIG')}"
+            f"{folder}: no search is running there: "
+            f"start one with quantfix run {facts.get('config', 'CONFIG')}"
         )
     outcome = work(Path(facts["config"]), folder, options, storage or facts.get("storage"))
     if not quiet:
@@ -244,13 +248,17 @@ def export(
 @app.command()
 def fix(
     config: ConfigPath,
-    max_drop: Annotated[float | None, typer.Option(min=0, metavar="POINTS", help="Largest loss against float.")] = None,
-    max_macs: Annotated[float | None, typer.Option(min=0, metavar="RATIO", help="Largest cost; 1 is the network as it is.")] = None,
-    out_dir: Out = None, trials: Trials = None, timeout: Timeout = None, workers: Workers = None,
-    storage: Storage = None, quiet: Quiet = False, seed: Seed = None,
-) -> None:  # fmt: skip
-    """The cheapest plan that meets both goals, exported to DIR/fixed. Exit 1, with the best so
-    far, where none does.
+    max_drop: MaxDrop = None,
+    max_macs: MaxMacs = None,
+    out_dir: Out = None,
+    trials: Trials = None,
+    timeout: Timeout = None,
+    workers: Workers = None,
+    storage: Storage = None,
+    quiet: Quiet = False,
+    seed: Seed = None,
+) -> None:
+    """The cheapest plan that meets both goals, in DIR/fixed; exit 1 and the best if none does.
 
     Example: quantfix fix configs/digits.yaml --max-drop 1 --max-macs 1.1
     """
@@ -287,7 +295,7 @@ def fix(
 
 def _run(
     cfg: Config, folder: Path, storage: str | None, quiet: bool, max_drop: float | None = None
-) -> tuple[Job, Results]:  # fmt: skip
+) -> tuple[Job, Results]:
     """Analyse and search; whatever ends it, the front of what is scored is on disk."""
     progress = _progress(quiet)
     job = open_job(cfg, folder, progress)

@@ -1,5 +1,4 @@
-"""From a plan to its score: rewrite, fit, quantize, run on the target's kernels, compare with
-float.
+"""From a plan to its score: rewrite, fit, quantize, run on the target's kernels, compare.
 
 The images are decoded once, the float outputs are computed once, and a plan is scored once:
 scores live in the run directory under a fingerprint of all that they depend on.
@@ -46,7 +45,7 @@ Tick = Callable[[int, int], None]
 
 @runtime_checkable
 class Resampled(Protocol):
-    """A task whose metric is no mean over samples, but can be resampled without running the network again."""
+    """A task whose metric is no mean over samples, but can be resampled from stored matches."""
 
     def matches(self, outputs: Sequence[Tensor], targets: Sequence[Any]) -> Any: ...
 
@@ -161,7 +160,7 @@ class RewriteEvaluator:
     def measure(self, plan: Plan) -> tuple[Score, Samples | None]:
         """Score a plan whether or not it is known; nothing is stored."""
         start = time.perf_counter()
-        self.float_metric()  # what is wrong with the float network or the user's code is not the plan's fault
+        self.float_metric()  # what is wrong with the user's own code is not the plan's fault
         macs = cost(self.gm).macs
         try:
             assembled = assemble(
@@ -197,7 +196,7 @@ class RewriteEvaluator:
         return score, samples
 
     def score_outputs(self, plan: Plan, outputs: list[Tensor], engine: str) -> Score:
-        """Score outputs that another program computed for a plan, such as a file that is about to ship."""
+        """Score outputs computed elsewhere for a plan, such as by a file that is about to ship."""
         known = self(plan)
         measured, _ = self._compare(outputs)
         return replace(
@@ -246,7 +245,7 @@ class RewriteEvaluator:
         return lambda x: _flat(simulated(x.to(self.device)))
 
     def _run(self, runner: Callable[[Tensor], list[Tensor]]) -> list[Tensor]:
-        """Outputs over all samples; what the data set raises passes, what the candidate raises is marked as its own."""
+        """Outputs over all samples; what the candidate raises, not the data set, is marked."""
         found: list[list[Tensor]] = []
         done = 0
         with torch.no_grad():
@@ -272,7 +271,7 @@ class RewriteEvaluator:
         return [torch.cat(parts) for parts in zip(*found, strict=True)]
 
     def _metric_in_float(self, plan: Plan, gm: fx.GraphModule) -> float | None:
-        """Metric of the rewritten network in float; that of the original where every step keeps the function."""
+        """Metric of the rewritten network in float: the original's where no step changes it."""
         if self.samples.targets is None:
             return None
         if all(rule_named(step.rule).contract != "approximate" for step in plan.steps):
@@ -286,7 +285,7 @@ class RewriteEvaluator:
         return self._metric(self._run(_session_runner(session)))
 
     def _compare(self, outputs: list[Tensor]) -> tuple[Score, Samples]:
-        """Metric, interval and damage of int8 outputs; what is the plan's own is filled in by the caller."""
+        """Metric, interval and damage of int8 outputs; the caller fills in the rest."""
         damage = self.task.damage(self.reference(), outputs).double().cpu().numpy()
         score = Score(plan="", macs=0, damage=float(damage.mean()), samples=self.samples.count)
         baseline, reference = self.float_metric()
@@ -330,7 +329,7 @@ class RewriteEvaluator:
 
 
 def extra_macs(gm: fx.GraphModule, plans: Sequence[Plan]) -> dict[str, int]:
-    """What each plan adds to the multiply-accumulates of a network, by its text; plans that do not apply are left out."""
+    """MACs that each plan adds, by its text; plans that do not apply are left out."""
     before = cost(gm).macs
     found: dict[str, int] = {}
     for plan in plans:

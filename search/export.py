@@ -1,4 +1,4 @@
-"""Ship a plan: the int8 file, the float network as source and weights, and what was changed and measured."""
+"""Ship a plan: the int8 file, the float network as source and weights, and what changed."""
 
 from __future__ import annotations
 
@@ -97,7 +97,7 @@ def measure_file(evaluator: RewriteEvaluator, plan: Plan, file: Path) -> Score:
 
 
 def ranges(quantized: Quantized) -> dict[str, Any]:
-    """Every int8 value's range, scale and zero point, and every int8 weight's scales, by node name."""
+    """Range, scale and zero point of every int8 value, and all weight scales, by node name."""
     values: dict[str, Any] = {}
     for node in quantized.gm.graph.nodes:
         note = node.meta["int8"]
@@ -126,8 +126,13 @@ def ranges(quantized: Quantized) -> dict[str, Any]:
 
 
 def changes(
-    evaluator: RewriteEvaluator, plan: Plan, assembled: Assembled, source: Source, score: Score, searched: Score | None
-) -> str:  # fmt: skip
+    evaluator: RewriteEvaluator,
+    plan: Plan,
+    assembled: Assembled,
+    source: Source,
+    score: Score,
+    searched: Score | None,
+) -> str:
     """The text of ``CHANGES.md``."""
     gm = assembled.quantized.gm
     base = evaluator.baseline()
@@ -142,16 +147,19 @@ def changes(
         "| | MACs | " + evaluator.task.metric + " | 95 % interval | damage |",
         "|---|---|---|---|---|",
         f"| float, as it was | {base.macs / 1e6:.2f} M | {_number(base.float)} | | 0 |",
-        f"| int8, as it was | {base.macs / 1e6:.2f} M | {_number(base.int8)} | {_interval(base.interval)} | {_number(base.damage)} |",
-        f"| int8, this file | {score.macs / 1e6:.2f} M ({score.macs_ratio - 1:+.1%}) | {_number(score.metric)} | {_interval(score.interval)} |"
-        f" {_number(score.damage)} |",
+        f"| int8, as it was | {base.macs / 1e6:.2f} M | {_number(base.int8)} "
+        f"| {_interval(base.interval)} | {_number(base.damage)} |",
+        f"| int8, this file | {score.macs / 1e6:.2f} M ({score.macs_ratio - 1:+.1%}) "
+        f"| {_number(score.metric)} | {_interval(score.interval)} | {_number(score.damage)} |",
         "",
-        f"Intervals are paired with float on the same samples. {score.float_layers} weighted layers are in float.",
+        "Intervals are paired with float on the same samples. "
+        f"{score.float_layers} weighted layers are in float.",
         f"Weights: {score.weight_bytes / 1e6:.2f} MB; {score.params} parameters.",
     ]
     if searched is not None and searched.engine != "onnxruntime":
         lines.append(
-            f"The search scored this plan by {searched.engine}: {_number(searched.metric)}, damage {_number(searched.damage)}."
+            f"The search scored this plan by {searched.engine}: {_number(searched.metric)}, "
+            f"damage {_number(searched.damage)}."
         )
     lines += [
         "",
@@ -166,8 +174,9 @@ def changes(
     ]
     if source.opaque:
         lines += [
-            "These parts are your own modules and are passed in by name: " + ", ".join(source.opaque) + ".", ""
-        ]  # fmt: skip
+            f"These parts are your own modules, passed in by name: {', '.join(source.opaque)}.",
+            "",
+        ]
     return "\n".join(lines)
 
 
@@ -178,8 +187,8 @@ def _said(rule: str, anchor: str, fits: tuple[FitReport, ...]) -> str:
     fitted = ""
     if report is not None:
         fitted = (
-            f" Fitted on {report.images} images, {report.steps} steps: relative error {report.error_float:.3g} in float,"
-            f" {report.error_int8:.3g} in int8."
+            f" Fitted on {report.images} images, {report.steps} steps: relative error "
+            f"{report.error_float:.3g} in float, {report.error_int8:.3g} in int8."
         )
     return f"- `{rule}@{anchor}` ({found.contract}): {summary}{fitted}"
 

@@ -1,4 +1,4 @@
-"""Identity of everything that a score depends on, so that a stored score is used only where it is true."""
+"""Identity of all that a score depends on: a stored score is used only where it is true."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ def model_digest(gm: fx.GraphModule) -> str:
 
 
 def source_digest(*objects: object) -> str:
-    """Hash of the source files in which the classes of `objects`, or the functions themselves, are written."""
+    """Hash of the source files that define `objects`, functions or instances of classes."""
     files = set[str]()
     texts: list[str] = []
     for item in objects:

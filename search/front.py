@@ -1,5 +1,4 @@
-"""The Pareto front of compute against int8 quality, with the noise of a finite set of samples
-taken seriously.
+"""The Pareto front of compute against int8 quality, with noise taken seriously.
 
 On a few hundred images a metric moves by one or two points for nothing. Two plans are therefore
 compared on the same samples: one is better in the metric only where the paired 95 % interval of
@@ -117,8 +116,7 @@ def compare(metric: Array, damage: Array, error: Array) -> NDArray[np.int8]:
 
 
 def undominated(macs: Array, better: NDArray[np.int8], order: NDArray[np.intp]) -> list[int]:
-    """Indices that none of the others kept beats: cheaper or equal in cost, and better or equal
-    in quality.
+    """Indices that none of the others kept beats in cost and quality.
 
     "Better" by paired tests is not transitive (a beats b beats c beats a can happen at equal
     cost); each point is therefore judged against those already kept, so that something is always
@@ -139,8 +137,7 @@ def undominated(macs: Array, better: NDArray[np.int8], order: NDArray[np.intp]) 
 
 
 def metric_error(samples: Sequence[Samples | None]) -> Array:
-    """(k, k) standard errors of the paired metric differences; 0 where a plan has no per-sample
-    values.
+    """(k, k) standard errors of paired metric differences; 0 without per-sample values.
 
     Where few samples differ, the plain variance is too small: four images more and none less
     would count as proof. One more image of disagreement is added, as for matched proportions.
@@ -166,7 +163,7 @@ def metric_error(samples: Sequence[Samples | None]) -> Array:
 
 @lru_cache(maxsize=4)
 def resampled_indices(n: int, resamples: int = RESAMPLES, seed: int = 0) -> NDArray[np.intp]:
-    """(resamples, n) bootstrap samples of n samples; the same for every plan, which is what pairs them."""
+    """(resamples, n) bootstrap samples; the same for every plan, which is what pairs them."""
     return np.random.default_rng(seed).integers(0, n, (resamples, n))
 
 
@@ -182,13 +179,14 @@ def resampled_means(values: Array, resamples: int = RESAMPLES, seed: int = 0) ->
 def paired_interval(
     int8: Array, reference: Array, baseline: float, resamples: int = RESAMPLES, seed: int = 0
 ) -> tuple[float, float]:
-    """95 % interval of the int8 metric, paired with float: the interval of (int8 - float) added
-    to the float metric.
+    """95 % interval of the int8 metric: that of (int8 - float), added to the float metric.
 
     Args:
         int8: (n,) contribution of each sample to the int8 metric.
         reference: (n,) the same for the float network.
         baseline: The float metric.
+        resamples: Bootstrap samples.
+        seed: Of their choice.
 
     Source: Efron and Tibshirani 1993, An Introduction to the Bootstrap, percentile interval.
     """
@@ -197,7 +195,7 @@ def paired_interval(
 
 
 def replicate_interval(int8: Array, reference: Array, baseline: float) -> tuple[float, float]:
-    """The interval of `paired_interval` where the metric is no mean: both are (r,) metrics on shared resamples."""
+    """`paired_interval` where the metric is no mean, from (r,) metrics on shared resamples."""
     low, high = np.quantile(int8 - reference, (0.025, 0.975))
     return float(baseline + low), float(baseline + high)
 
@@ -221,10 +219,10 @@ def hypervolume(macs: Array, value: Array, reference: tuple[float, float]) -> fl
 
 
 def knee(macs: Array, value: Array) -> int:
-    """Index of the point after which more compute buys little: farthest above the line between
-    the extremes.
+    """Index of the point after which more compute buys little.
 
-    Both axes are scaled to the extent of the front. Of one or two points it is the cheaper one.
+    It lies farthest above the line between the extremes, both axes scaled to the extent of the
+    front. Of one or two points it is the cheaper one.
 
     Source: Das 1999, On characterizing the knee of the Pareto curve, doi:10.1007/BF01195985.
     """

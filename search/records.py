@@ -1,5 +1,4 @@
-"""The run directory: what is known about each plan, on disk, in a form that a killed run cannot
-break.
+"""The run directory: what is known about each plan, on disk, safe from a kill.
 
 ``run.json`` says of which model, data and target the directory speaks; ``scores.jsonl`` holds one
 line per scored plan and is only ever appended to; ``samples/KEY.npz`` holds the per-sample values
@@ -162,7 +161,7 @@ class Records:
             return Samples(**{name: stored[name] for name in stored.files})
 
     def add(self, score: Score, samples: Samples | None = None) -> None:
-        """Store a score for good: its samples first, then its line, both on disk before this returns."""
+        """Store a score for good: its samples, then its line, on disk before this returns."""
         if samples is not None:
             with replacing(self._samples_path(score.plan), "wb") as file:
                 np.savez_compressed(file, allow_pickle=False, **samples.arrays())
@@ -190,7 +189,7 @@ class Records:
 
 @contextmanager
 def replacing(path: Path, mode: str = "w") -> Generator[IO[Any]]:
-    """Write a file beside `path` and put it there only when complete: readers see the old file or the new one."""
+    """Write a file that readers see only when it is complete; until then they see the old one."""
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(f".{path.name}.{os.getpid()}.part")
     try:
@@ -287,8 +286,8 @@ def open_run(folder: Path, parts: Mapping[str, str], about: Mapping[str, Any]) -
         ]
         if other:
             raise RunError(
-                f"{folder}: holds a run of another {' and '.join(other)}: choose another directory with --out,"
-                f" or remove this one"
+                f"{folder}: holds a run of another {' and '.join(other)}: "
+                "choose another directory with --out, or remove this one"
             )
     elif folder.exists() and any(folder.iterdir()) and not (folder / "scores.jsonl").exists():
         known = {"sensitivity.json", "fits"}
@@ -297,7 +296,8 @@ def open_run(folder: Path, parts: Mapping[str, str], about: Mapping[str, Any]) -
         )
         if strange:
             raise RunError(
-                f"{folder}: not empty and not a run directory: {strange[0]}: choose another with --out"
+                f"{folder}: not empty and not a run directory: {strange[0]}: "
+                "choose another with --out"
             )
     known = read_json(path) if path.exists() else {}
     write_json(path, {**known, "format": 1, **about, "parts": dict(parts)})

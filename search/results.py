@@ -60,7 +60,7 @@ class Results:
         if which in ("best", "knee"):
             if not self.front.points:
                 raise RunError(
-                    f"{self.folder}: no plan is scored yet: run quantfix run {self.facts['config']}"
+                    f"{self.folder}: no plan is scored yet: quantfix run {self.facts['config']}"
                 )
             return pick(
                 self.front, which, objective=self.objective, higher_is_better=self.higher_is_better
@@ -83,23 +83,26 @@ class Results:
         )
 
     def drop(self, score: Score) -> float | None:
-        """Loss against the float network in points of the metric; negative where int8 is better."""
+        """Loss against float in points of the metric; negative where int8 is better."""
         if self.baseline.float is None or score.metric is None:
             return None
         lost = self.baseline.float - score.metric
         return 100 * (lost if self.higher_is_better else -lost)
 
     def cheapest(self, max_drop: float, max_macs: float) -> Score | None:
-        """The cheapest plan that loses at most so many points at so many times the MACs; None
-        where none does.
+        """The cheapest plan that loses at most so many points at so many times the MACs.
 
         Of plans with equal MACs the one with fewer float layers, then the one with less damage.
         """
         meeting = [
-            s for s in self.scores
-            if s.error is None and self.within_limits(s) and s.macs_ratio <= max_macs
-            and (drop := self.drop(s)) is not None and drop <= max_drop
-        ]  # fmt: skip
+            s
+            for s in self.scores
+            if s.error is None
+            and self.within_limits(s)
+            and s.macs_ratio <= max_macs
+            and (drop := self.drop(s)) is not None
+            and drop <= max_drop
+        ]
         return min(meeting, key=lambda s: (s.macs, s.float_layers, s.damage or 0.0), default=None)
 
     def front_dict(self) -> dict[str, Any]:
@@ -132,9 +135,13 @@ class Results:
     def advice(self) -> str:
         """What to do now, in one sentence."""
         best, empty = self.best(), next(s for s in self.scores if not s.plan)
-        on = f"on {self.facts['samples']} samples ({self.facts['engine']}, target {self.facts['target']})"
+        facts = self.facts
+        on = f"on {facts['samples']} samples ({facts['engine']}, target {facts['target']})"
         if not best.plan:
-            return f"Ship the network as it is: no rewrite within the limits is better than plain int8, {self._said(empty)} {on}."
+            return (
+                "Ship the network as it is: no rewrite within the limits beats plain int8, "
+                f"{self._said(empty)} {on}."
+            )
         cost = "no more compute" if best.macs_ratio <= 1 else f"{best.macs_ratio - 1:+.1%} MACs"
         kept = f" and {best.float_layers} layers in float" if best.float_layers else ""
         return (
@@ -157,7 +164,7 @@ class Results:
         return score.metric if self.higher_is_better else -score.metric
 
     def _quality_of_empty(self) -> float:
-        """The reference point of the hypervolume: the quality of plain int8, which every front has to beat."""
+        """The quality of plain int8, which every front has to beat."""
         return next((self._quality(s) for s in self.scores if not s.plan and s.error is None), 0.0)
 
 
@@ -171,7 +178,8 @@ def load_results(folder: Path) -> Results:
     missing = [key for key in ("parts", "baseline", "objective", "limits") if key not in facts]
     if missing:
         raise RunError(
-            f"{folder}: no plan is scored yet (run.json has no {missing[0]}): quantfix run {facts.get('config', 'CONFIG')}"
+            f"{folder}: no plan is scored yet (run.json has no {missing[0]}): "
+            f"quantfix run {facts.get('config', 'CONFIG')}"
         )
     records = Records(folder, fingerprint(facts["parts"]))
     return results_of(folder, facts, records)

@@ -1,9 +1,10 @@
-"""The steps of a run: analyse, lay out the space, try what is promising, search, alone or with helpers."""
+"""The steps of a run: analyse, lay out the space, try what is promising, search."""
 
 from __future__ import annotations
 
 import hashlib
 import logging
+import math
 import multiprocessing
 import os
 from collections.abc import Callable, Generator, Mapping
@@ -35,6 +36,8 @@ from search.study import Outcome, Settings, search
 
 log = logging.getLogger(__name__)
 
+LEAST_LEFT = 0.02  # no step is trusted to take away more than 98 % of the damage
+
 
 def sensitivity_of(job: Job, progress: Progress = silent, *, exact: bool = False) -> Sensitivity:
     """The analysis of a run: the one in its directory, or a new one."""
@@ -59,7 +62,7 @@ def note_run(job: Job, storage: str | None = None) -> None:
 
 
 def budget_of(job: Job) -> Budget:
-    """The limits of the config; by default one layer in twenty may stay in float, and one always may."""
+    """The limits of the config; by default 1 layer in 20, at least 1, may stay in float."""
     limit = job.cfg.search.max_float_layers
     if limit is None:
         limit = max(1, len(layers(job.gm)) // 20)
@@ -69,35 +72,46 @@ def budget_of(job: Job) -> Budget:
 
 def space_of(job: Job, sensitivity: Sensitivity) -> Space:
     """The search space of a run."""
-    sites = find_sites(job.gm)
-    steps = [Step(s.rule, s.nodes[0]) for s in sites if not s.blocked]
-    added = extra_macs(job.gm, [Plan((step,)) for step in steps])
-    known = {step: added[str(step)] for step in steps if str(step) in added}
-    usable = [s for s in sites if not s.blocked and Step(s.rule, s.nodes[0]) in known]
-    baseline = job.evaluator.baseline()
-    return make_space(usable, sensitivity.damage_by_node(), known, baseline.macs, budget_of(job))
+    macs = job.evaluator.baseline().macs
+
+    def price(step: Step) -> int | None:
+        return extra_macs(job.gm, [Plan((step,))]).get(str(step))
+
+    damage = sensitivity.damage_by_node()
+    return make_space(find_sites(job.gm), damage, price, macs, budget_of(job))
 
 
 def worth_trying(
-    space: Space, sensitivity: Sensitivity
+    space: Space, sensitivity: Sensitivity, trials: int
 ) -> Callable[[Mapping[str, Score]], list[Plan]]:
-    """What to score before any search: references, each answer alone, then what these predict to be best."""
+    """What to score first: references, each answer alone, then what these predict to be best.
+
+    A step is taken to multiply the damage by the factor that it has alone: so the prediction never
+    falls below zero, and the logarithm is additive. A layer in float that was not scored alone
+    takes away what it does alone.
+
+    Args:
+        space: Choices and costs.
+        sensitivity: Damage of each layer.
+        trials: Plans that will be scored in all; a third of them are single answers.
+    """
     first = reference_plans([d.node for d in sensitivity.layers], space)
-    singles = single_plans(space)
+    singles = single_plans(space, max(6, trials // 3))
     alone = {Step(KEEP_FLOAT, d.node): d.damage for d in sensitivity.layers}
 
     def worth(scores: Mapping[str, Score]) -> list[Plan]:
         plans = [*first, *singles]
         empty = scores.get("")
-        if empty is None or empty.damage is None or any(str(p) not in scores for p in plans):
+        if empty is None or not empty.damage or any(str(p) not in scores for p in plans):
             return plans
-        gain = dict(alone)
+        gain: dict[Step, float] = {}
         for step in space.steps():
             score = scores.get(str(step))
-            if score is not None:
-                gain[step] = -1.0 if score.damage is None else empty.damage - score.damage
-        known = {step: g for step, g in gain.items() if step in space.nodes}
-        return plans + [plan for plan, _ in predicted_front(space, known, empty.damage)]
+            left = empty.damage - alone.get(step, 0.0) if score is None else score.damage
+            if left is not None:
+                gain[step] = -math.log(max(left / empty.damage, LEAST_LEFT))
+        found = predicted_front(space, gain, math.log(empty.damage))
+        return plans + [plan for plan, _ in found]
 
     return worth
 
@@ -121,11 +135,12 @@ def run_search(
     """
     space = space_of(job, sensitivity)
     if space.dropped:
+        damage = sensitivity.damage_by_node()
         log.warning(
-            "%d of %d anchors searched: the damage of the others is at most %.2g",
-            len(space.choices), len(space.choices) + len(space.dropped),
-            max((sensitivity.damage_by_node().get(a, 0.0) for a in space.dropped), default=0.0),
-        )  # fmt: skip
+            "%d places are not searched: the damage of each is at most %.2g",
+            len(space.dropped),
+            max(damage.get(anchor, 0.0) for anchor in space.dropped),
+        )
     options = job.cfg.search
     settings = Settings(
         name=_study_name(job, space),
@@ -136,7 +151,7 @@ def run_search(
         higher_is_better=job.evaluator.task.higher_is_better,
     )
     place = storage_at(storage or str(job.folder / "journal.log"))
-    worth = worth_trying(space, sensitivity)
+    worth = worth_trying(space, sensitivity, options.trials)
     enough = _meets(job, max_drop)
     return search(job.evaluator, job.records, space, worth, settings, place, told, enough)
 
@@ -148,14 +163,16 @@ def _meets(job: Job, max_drop: float | None) -> Callable[[Score], bool]:
     sign = 1.0 if job.evaluator.task.higher_is_better else -1.0
     least = sign * baseline.float - max_drop / 100
     return lambda score: (
-        score.metric is not None and sign * score.metric >= least
-        and score.macs <= baseline.macs and score.float_layers == 0
-    )  # fmt: skip
+        score.metric is not None
+        and sign * score.metric >= least
+        and score.macs <= baseline.macs
+        and score.float_layers == 0
+    )
 
 
 @contextmanager
 def helpers(cfg: Config, folder: Path, storage: str | None) -> Generator[None]:
-    """Further worker processes of a run, as many as the config asks for beside this one; they end with the search."""
+    """The config's other worker processes beside this one; they end with the search."""
     context = multiprocessing.get_context("spawn")
     options = cfg.search.model_dump()
     share = max(1, (os.cpu_count() or 1) // cfg.search.workers)
@@ -177,9 +194,13 @@ def helpers(cfg: Config, folder: Path, storage: str | None) -> Generator[None]:
 
 
 def work(
-    path: Path, folder: Path, options: Mapping[str, Any], storage: str | None = None, threads: int = 1,
+    path: Path,
+    folder: Path,
+    options: Mapping[str, Any],
+    storage: str | None = None,
+    threads: int = 1,
     told: Told = lambda score, count: None,
-) -> Outcome:  # fmt: skip
+) -> Outcome:
     """Be one more worker of a run whose analysis is done."""
     torch.set_num_threads(threads)
     cfg = with_options(load_config(path), **options)
@@ -196,7 +217,13 @@ def with_options(cfg: Config, **options: Any) -> Config:
 
 def _study_name(job: Job, space: Space) -> str:
     """One study per space, objective and seed: a changed space would not fit the old trials."""
-    text = repr((
-        job.records.fingerprint, sorted(space.choices.items()), space.budget, job.objective, job.cfg.search.seed,
-    ))  # fmt: skip
+    text = repr(
+        (
+            job.records.fingerprint,
+            sorted(space.choices.items()),
+            space.budget,
+            job.objective,
+            job.cfg.search.seed,
+        )
+    )
     return f"{job.cfg.path.stem}-{hashlib.sha256(text.encode()).hexdigest()[:12]}"

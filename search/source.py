@@ -1,4 +1,4 @@
-"""A rewritten network as plain PyTorch source that can be read, edited and loaded without this package."""
+"""A rewritten network as plain PyTorch source, to be read, edited and loaded by itself."""
 
 from __future__ import annotations
 
@@ -87,7 +87,7 @@ def source_of(gm: fx.GraphModule, class_name: str, note: str = "") -> Source:
         *body,
         "",
         "",
-        f"def load(weights: str{', opaque: dict[str, nn.Module]' if writer.opaque else ''}) -> {name}:",
+        f"def load(weights: str{arguments.removeprefix('self')}) -> {name}:",
         '    """The network with its trained weights, in eval mode."""',
         "    from safetensors.torch import load_file",
         "",
@@ -108,7 +108,8 @@ class _Writer:
         self.names: dict[fx.Node, str] = {}
         self.modules: dict[str, str] = {}
         self.constants: dict[str, str] = {}
-        self.used = {"self", "torch", "nn", "F", "Tensor", "load", "opaque", "operator"}
+        self.locals = {"self", "torch", "nn", "functional", "operator"}
+        self.attributes = {"opaque", *dir(nn.Module)}
         self.functional = False
         self.torch = False
         self.operator = False
@@ -116,19 +117,19 @@ class _Writer:
     def imports(self) -> list[str]:
         head = ["import operator", ""] if self.operator else []
         head += ["import torch"] if self.torch else []
-        head += ["import torch.nn.functional as F"] if self.functional else []
+        head += ["import torch.nn.functional as functional"] if self.functional else []
         return [*head, "from torch import Tensor, nn"]
 
     def statement(self, node: fx.Node) -> list[str]:
         if node.op == "placeholder":
-            self.names[node] = self._fresh(node.name)
+            self.names[node] = _fresh(node.name, self.locals)
             return []
         if node.op == "output":
             return [f"{_INDENT}return {self._text(node.args[0])}"]
         if node.op == "get_attr":
             self.names[node] = f"self.{self._constant(str(node.target))}"
             return []
-        self.names[node] = self._fresh(node.name)
+        self.names[node] = _fresh(node.name, self.locals)
         made = node.meta.get("rewritten_by")
         remark = f"  # {made}" if made else ""
         return [f"{_INDENT}{self.names[node]} = {self._call(node)}{remark}"]
@@ -141,12 +142,13 @@ class _Writer:
             return f"self.{self._module(node)}({', '.join(args)})"
         if node.op == "call_method":
             return f"{args[0]}.{node.target}({', '.join(args[1:])})"
-        if node.target in _OPERATORS and not node.kwargs:
+        target: Any = node.target
+        if target in _OPERATORS and not node.kwargs:
             shown = [
-                self._index(node.args[1]) if node.target is operator.getitem and i else f"{a}"
+                self._index(node.args[1]) if target is operator.getitem and i else f"{a}"
                 for i, a in enumerate(args)
             ]
-            return _OPERATORS[node.target].format(*shown)
+            return _OPERATORS[target].format(*shown)
         return f"{self._function(node)}({', '.join(args)})"
 
     def _function(self, node: fx.Node) -> str:
@@ -159,7 +161,7 @@ class _Writer:
             return f"torch.{name}"
         if getattr(functional, name, None) is target:
             self.functional = True
-            return f"F.{name}"
+            return f"functional.{name}"
         if getattr(operator, name, None) is target:
             self.operator = True
             return f"operator.{name}"
@@ -170,7 +172,7 @@ class _Writer:
         if path in self.modules:
             return self.modules[path]
         module = self.gm.get_submodule(path)
-        name = self._fresh(_identifier(path))
+        name = _fresh(_identifier(path), self.attributes)
         self.modules[path] = name
         constructor = construct(module)
         if constructor is None:
@@ -187,7 +189,7 @@ class _Writer:
         if path in self.constants:
             return self.constants[path]
         value: Any = operator.attrgetter(path)(self.gm)
-        name = self._fresh(_identifier(path))
+        name = _fresh(_identifier(path), self.attributes)
         self.constants[path] = name
         self.torch = True
         shape, kind = tuple(value.shape), value.dtype
@@ -202,7 +204,8 @@ class _Writer:
         if isinstance(value, fx.Node):
             return self.names[value]
         if isinstance(value, slice):
-            return f"slice({self._text(value.start)}, {self._text(value.stop)}, {self._text(value.step)})"
+            parts = (value.start, value.stop, value.step)
+            return f"slice({', '.join(self._text(p) for p in parts)})"
         if isinstance(value, tuple):
             inner = ", ".join(self._text(v) for v in value)
             return f"({inner},)" if len(value) == 1 else f"({inner})"
@@ -234,18 +237,9 @@ class _Writer:
                 shown.append("..." if part is Ellipsis else self._text(part))
         return ", ".join(shown) + ("," if isinstance(index, tuple) and len(parts) == 1 else "")
 
-    def _fresh(self, name: str) -> str:
-        name = _identifier(name) or "x"
-        unique, number = name, 1
-        while unique in self.used:
-            unique, number = f"{name}_{number}", number + 1
-        self.used.add(unique)
-        return unique
-
 
 def construct(module: nn.Module) -> str | None:
-    """The expression that makes an equal module of ``torch.nn``; None for a class of somebody
-    else.
+    """The expression that makes an equal module of ``torch.nn``; None for any other class.
 
     The settings are the module's own attributes, by the names of its constructor's parameters.
     """
@@ -296,3 +290,13 @@ def _identifier(text: str) -> str:
     if name and name[0].isdigit():
         name = f"x{name}"
     return f"{name}_" if keyword.iskeyword(name) else name
+
+
+def _fresh(name: str, used: set[str]) -> str:
+    """`name`, or the next free name like it; edits `used`."""
+    name = _identifier(name) or "x"
+    unique, number = name, 1
+    while unique in used:
+        unique, number = f"{name}_{number}", number + 1
+    used.add(unique)
+    return unique

@@ -1,5 +1,4 @@
-"""The search space: one categorical choice per anchor, "keep" or one of the answers that a rule
-has for it.
+"""The search space: one categorical choice per place, "keep" or a rule that acts there.
 
 Also what is worth trying before any search: the network as it is, the most harmful layers left in
 float, every single answer for them, and the plans that an additive model of the damage predicts
@@ -9,9 +8,8 @@ to be best.
 from __future__ import annotations
 
 import itertools
-import logging
 import math
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -21,17 +19,15 @@ from rewriter.plan import Plan, Step, rule_named
 from rewriter.rules import Site
 from search.records import Array
 
-log = logging.getLogger(__name__)
-
 KEEP = "keep"
 KEEP_FLOAT = "keep_float"
 CUMULATIVE = (1, 2, 3, 5, 8)
-LIMIT = 24  # anchors: with two answers each, 3**24 plans: TPE has seen spaces of this size do well within 100 trials
+LIMIT = 24  # anchors; what is less harmful than the first 24 is not worth a trial
 
 
 @dataclass(frozen=True)
 class Budget:
-    """Upper bounds that a plan must meet to be proposed or to be on the front; None where there is none."""
+    """Upper bounds that a plan must meet to be proposed or on the front; None: no bound."""
 
     macs: float | None = None
     float_layers: int | None = None
@@ -47,7 +43,7 @@ class Space:
     """Every plan that the search may propose.
 
     Attributes:
-        choices: Per anchor, most harmful first: ``keep`` and the names of the rules that may act
+        choices: Per slot, most harmful first: ``keep`` and the names of the rules that may act
             there.
         nodes: Per step, the names of all nodes that it needs for itself; none where its rule
             shares them.
@@ -66,7 +62,7 @@ class Space:
     _rank: Mapping[str, int] = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "_rank", {anchor: i for i, anchor in enumerate(self.choices)})
+        object.__setattr__(self, "_rank", {slot: i for i, slot in enumerate(self.choices)})
 
     @property
     def product(self) -> int:
@@ -74,19 +70,19 @@ class Space:
         return math.prod(len(answers) for answers in self.choices.values())
 
     def steps(self) -> list[Step]:
-        return [Step(r, anchor) for anchor, rules in self.choices.items() for r in rules[1:]]
+        return [_step(slot, rule) for slot, rules in self.choices.items() for rule in rules[1:]]
 
     def predicted_macs(self, plan: Plan) -> int:
         return self.macs + sum(self.extra_macs.get(step, 0) for step in plan.steps)
 
     def plan(self, choice: Mapping[str, str]) -> Plan:
-        """The valid plan for a choice per anchor.
+        """The valid plan for a choice per slot.
 
         Steps are taken in the order of the harm that their layers do; a step that needs a node of
         one taken before, or that goes over the budget, is left out. So each choice has one plan,
         whatever order it is written in.
         """
-        wanted = [Step(choice[a], a) for a in self.choices if choice.get(a, KEEP) != KEEP]
+        wanted = [_step(s, choice[s]) for s in self.choices if choice.get(s, KEEP) != KEEP]
         return self.repair(wanted)
 
     def repair(self, wanted: Iterable[Step]) -> Plan:
@@ -96,7 +92,7 @@ class Space:
         used: set[str] = set()
         macs, floats = self.macs, 0
         for step in sorted(
-            set(wanted), key=lambda s: (self._rank.get(s.anchor, last), s.rule, s.anchor)
+            set(wanted), key=lambda s: (self._rank.get(slot_of(s), last), s.rule, s.anchor)
         ):
             needs = self.nodes.get(step)
             if needs is None or needs & used:
@@ -111,12 +107,13 @@ class Space:
         return Plan(tuple(taken))
 
     def choice(self, plan: Plan) -> dict[str, str] | None:
-        """The choice per anchor that stands for a plan, None where the plan is not in the space."""
+        """The choice per slot that stands for a plan, None where it is not in the space."""
         result = dict.fromkeys(self.choices, KEEP)
         for step in plan.steps:
-            if step.rule not in self.choices.get(step.anchor, ()):
+            slot = slot_of(step)
+            if step.rule not in self.choices.get(slot, ()) or result[slot] != KEEP:
                 return None
-            result[step.anchor] = step.rule
+            result[slot] = step.rule
         return result
 
     def all_plans(self, limit: int) -> list[Plan] | None:
@@ -130,10 +127,22 @@ class Space:
         return list(dict.fromkeys(plans))
 
 
+def slot_of(step: Step) -> str:
+    """Name of the choice that a step belongs to.
+
+    At one anchor the rules of one stage exclude each other and share a slot; a rule that excludes
+    no other has a slot of its own.
+    """
+    rule = rule_named(step.rule)
+    if not rule.exclusive:
+        return f"{step.anchor}/{rule.name}"
+    return step.anchor if rule.stage == "replace" else f"{step.anchor}/{rule.stage}"
+
+
 def make_space(
     sites: Sequence[Site],
     damage: Mapping[str, float],
-    extra_macs: Mapping[Step, int],
+    price: Callable[[Step], int | None],
     macs: int,
     budget: Budget | None = None,
     limit: int = LIMIT,
@@ -145,46 +154,42 @@ def make_space(
         damage: Damage of quantizing each weighted layer alone, by node name. A site counts with
             the sum over its nodes; a site of which no node is known (a rule on the whole network)
             is always kept.
-        extra_macs: What each step adds.
+        price: MACs that a step adds, None where it does not apply after all. Asked only for the
+            anchors that are kept.
         macs: Cost of the network as it is.
         budget: Steps that alone exceed it are left out.
         limit: Anchors kept at most.
     """
     budget = budget or Budget()
-    free = [s for s in sites if not s.blocked]
-    steps = {Step(s.rule, s.nodes[0]): frozenset(s.nodes) for s in free}
-    shared = {step for step in steps if not rule_named(step.rule).exclusive}
-    usable = {
-        step: nodes
-        for step, nodes in steps.items()
-        if budget.meets(macs + extra_macs.get(step, 0), int(step.rule == KEEP_FLOAT))
-    }
-    rules: dict[str, list[str]] = {}
+    places: dict[str, list[Site]] = {}
     harm: dict[str, float] = {}
-    for step, nodes in usable.items():
-        rules.setdefault(step.anchor, []).append(step.rule)
-        known = [damage[n] for n in nodes if n in damage]
-        harm[step.anchor] = max(
-            harm.get(step.anchor, -math.inf), sum(known) if known else math.inf
-        )
-    ranked = sorted(rules, key=lambda a: -harm[a])  # stable: graph order among equals
-    kept, dropped = ranked[:limit], tuple(ranked[limit:])
-    if dropped:
-        log.info(
-            "space: %d of %d anchors kept; left out: those whose damage is at most %.3g",
-            len(kept), len(ranked), harm[dropped[0]],
-        )  # fmt: skip
+    for site in sites:
+        if not site.blocked:
+            anchor = site.nodes[0]
+            places.setdefault(anchor, []).append(site)
+            known = [damage[n] for n in site.nodes if n in damage]
+            here = sum(known) if known else math.inf
+            harm[anchor] = max(harm.get(anchor, -math.inf), here)
+    ranked = sorted(places, key=lambda a: -harm[a])  # stable: graph order among equals
+    choices: dict[str, list[str]] = {}
+    nodes: dict[Step, frozenset[str]] = {}
+    extra: dict[Step, int] = {}
+    for site in (site for anchor in ranked[:limit] for site in places[anchor]):
+        step = Step(site.rule, site.nodes[0])
+        added = price(step)
+        if added is None or not budget.meets(macs + added, int(site.rule == KEEP_FLOAT)):
+            continue
+        rule = rule_named(site.rule)
+        extra[step] = added
+        nodes[step] = frozenset(f"{rule.stage}:{n}" for n in site.nodes if rule.exclusive)
+        choices.setdefault(slot_of(step), [KEEP]).append(site.rule)
     return Space(
-        choices={a: (KEEP, *rules[a]) for a in kept},
-        nodes={
-            step: frozenset() if step in shared else nodes
-            for step, nodes in usable.items()
-            if step.anchor in set(kept)
-        },
-        extra_macs={s: extra_macs.get(s, 0) for s in usable},
+        choices={slot: tuple(rules) for slot, rules in choices.items()},
+        nodes=nodes,
+        extra_macs=extra,
         macs=macs,
         budget=budget,
-        dropped=dropped,
+        dropped=tuple(ranked[limit:]),
     )
 
 
@@ -205,11 +210,19 @@ def reference_plans(
     return list(dict.fromkeys(plans))
 
 
-def single_plans(space: Space, top: int = 8) -> list[Plan]:
-    """Each single answer, other than leaving it in float, for the most harmful anchors."""
-    anchors = [a for a, rules in space.choices.items() if set(rules) - {KEEP, KEEP_FLOAT}][:top]
-    steps = [Step(r, a) for a in anchors for r in space.choices[a] if r not in (KEEP, KEEP_FLOAT)]
-    return [plan for plan in (space.repair([s]) for s in steps) if plan.steps]
+def single_plans(space: Space, most: int = 12) -> list[Plan]:
+    """Single answers other than leaving a layer in float.
+
+    First those for the whole network, then those for single places: of the most harmful slots the
+    first answers, then their second answers together with the first of the next slots, and so on.
+    """
+    ranked = [
+        (rank + i if space.nodes[_step(slot, rule)] else -1, rank, _step(slot, rule))
+        for rank, (slot, rules) in enumerate(space.choices.items())
+        for i, rule in enumerate(r for r in rules if r not in (KEEP, KEEP_FLOAT))
+    ]
+    plans = [space.repair([step]) for _, _, step in sorted(ranked, key=lambda r: r[:2])]
+    return [plan for plan in plans if plan.steps][:most]
 
 
 def predicted_front(
@@ -236,11 +249,16 @@ def predicted_front(
     columns = np.array([[space.macs, 0.0, total]])
     taken: list[tuple[Step, ...]] = [()]
     for group in _groups(space, {s for s, g in gain.items() if g > 0}):
-        more = np.array([
-            [sum(space.extra_macs.get(s, 0) for s in steps), sum(s.rule == KEEP_FLOAT for s in steps),
-             -sum(gain[s] for s in steps)]
-            for steps in group
-        ])  # fmt: skip
+        more = np.array(
+            [
+                [
+                    sum(space.extra_macs.get(s, 0) for s in steps),
+                    sum(s.rule == KEEP_FLOAT for s in steps),
+                    -sum(gain[s] for s in steps),
+                ]
+                for steps in group
+            ]
+        )
         grown = (columns[:, None] + more).reshape(-1, 3)
         kept = _unbeaten(grown, space.budget)
         taken = [(*taken[i // len(group)], *group[i % len(group)]) for i in kept.tolist()]
@@ -250,37 +268,40 @@ def predicted_front(
     best = order[np.append(True, lowest[1:] < lowest[:-1])]
     if len(best) > most:
         best = best[np.unique(np.linspace(0, len(best) - 1, most).round().astype(int))]
-    return [(Plan(taken[i]), max(float(columns[i, 2]), 0.0)) for i in best.tolist()]
+    return [(Plan(taken[i]), float(columns[i, 2])) for i in best.tolist()]
 
 
 def _groups(space: Space, steps: set[Step]) -> Iterator[list[tuple[Step, ...]]]:
-    """Valid combinations of the steps of each set of anchors that exclude each other, the empty one first."""
-    by_anchor: dict[str, list[Step]] = {}
+    """Valid combinations of steps of each set of anchors that exclude each other."""
+    by_slot: dict[str, list[Step]] = {}
     for step in space.steps():
         if step in steps:
-            by_anchor.setdefault(step.anchor, []).append(step)
-    anchors = list(by_anchor)
-    touched = {a: frozenset().union(*(space.nodes[s] for s in by_anchor[a])) for a in anchors}
+            by_slot.setdefault(slot_of(step), []).append(step)
+    slots = list(by_slot)
+    touched = {a: frozenset().union(*(space.nodes[s] for s in by_slot[a])) for a in slots}
     seen: set[str] = set()
-    for anchor in anchors:
-        if anchor in seen:
+    for slot in slots:
+        if slot in seen:
             continue
-        group, frontier = [], [anchor]
-        seen.add(anchor)
+        group, frontier = [], [slot]
+        seen.add(slot)
         while frontier:
             here = frontier.pop()
             group.append(here)
-            near = [a for a in anchors if a not in seen and touched[a] & touched[here]]
+            near = [a for a in slots if a not in seen and touched[a] & touched[here]]
             seen.update(near)
             frontier.extend(near)
-        group.sort(key=anchors.index)
-        # A group too large to enumerate keeps its most harmful anchors; the search itself covers
-        # the rest.
-        while math.prod(1 + len(by_anchor[a]) for a in group) > 4096:
+        group.sort(key=slots.index)
+        # A group too large to enumerate keeps its most harmful slots; the search covers the rest.
+        while math.prod(1 + len(by_slot[a]) for a in group) > 4096:
             group.pop()
-        combinations = itertools.product(*([None, *by_anchor[a]] for a in group))
+        combinations = itertools.product(*([None, *by_slot[a]] for a in group))
         picked = (tuple(s for s in values if s is not None) for values in combinations)
         yield [values for values in picked if _apart([space.nodes[s] for s in values])]
+
+
+def _step(slot: str, rule: str) -> Step:
+    return Step(rule, slot.partition("/")[0])
 
 
 def _apart(needs: Sequence[frozenset[str]]) -> bool:
@@ -288,7 +309,7 @@ def _apart(needs: Sequence[frozenset[str]]) -> bool:
 
 
 def _unbeaten(columns: Array, budget: Budget, most: int = 4000) -> NDArray[np.intp]:
-    """Rows of (MACs, float layers, damage) in the budget that no other beats; thinned evenly where there are too many."""
+    """Rows of (MACs, float layers, damage) in the budget that no other beats, at most `most`."""
     macs, floats, damage = columns.T
     allowed = np.ones(len(columns), dtype=bool)
     if budget.macs is not None:

@@ -1,4 +1,4 @@
-"""Where a study is kept, and who is at work on it: locks of the kernel, which a killed process cannot leave behind."""
+"""Where a study is kept, and who is at work on it: locks that a killed process cannot leave."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def storage_at(place: str) -> BaseStorage:
 
 @contextmanager
 def working(folder: Path) -> Generator[str]:
-    """Name of this worker; a lock on a file of that name is held while it lives and falls when it dies."""
+    """Name of this worker; the lock on a file of that name falls when it dies."""
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / f"{socket.gethostname()}-{os.getpid()}-{uuid.uuid4().hex[:8]}"
     with path.open("w") as file:
@@ -59,7 +59,7 @@ def is_held(path: Path) -> bool:
 
 
 class _FileLock(JournalFileOpenLock):
-    """A lock of the kernel on a file beside the journal: it cannot outlive its process, as a lock file can."""
+    """The kernel's lock on a file beside the journal: unlike a lock file it dies with us."""
 
     def __init__(self, path: Path) -> None:
         super().__init__(str(path))

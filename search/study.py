@@ -1,5 +1,4 @@
-"""The search: an Optuna study over the space, in which no plan is scored twice and no kill loses
-anything.
+"""The search: an Optuna study in which no plan is scored twice and no kill loses anything.
 
 One loop, the same for one worker or many: take the first plan that is worth trying and not yet
 known, else let TPE propose one; claim it as a running trial; score it; tell. The next proposal
@@ -72,7 +71,7 @@ class Settings:
 
 @dataclass(frozen=True)
 class Outcome:
-    """Why a search ended: ``trials``, ``timeout``, ``exhausted`` (every plan of the space is scored) or ``goal``."""
+    """Why a search ended, and how many plans it has scored; ``exhausted``: every plan there is."""
 
     reason: Literal["trials", "timeout", "exhausted", "goal"]
     plans: int
@@ -88,8 +87,7 @@ def search(
     told: Callable[[Score, int], None] = lambda score, count: None,
     enough: Callable[[Score], bool] = lambda score: False,
 ) -> Outcome:
-    """Score plans until the budget, the time or the space is used up; the same call again goes on
-    from there.
+    """Score plans until budget, time or space is used up; the same call again goes on.
 
     Args:
         evaluate: Gives the score of a plan and stores it in `records`; a plan that cannot be
@@ -139,9 +137,14 @@ def search(
 
 
 def _next(
-    space: Space, worth: Worth, records: Records, trials: Sequence[FrozenTrial], seen: set[str],
-    settings: Settings, seed: int,
-) -> Plan | None:  # fmt: skip
+    space: Space,
+    worth: Worth,
+    records: Records,
+    trials: Sequence[FrozenTrial],
+    seen: set[str],
+    settings: Settings,
+    seed: int,
+) -> Plan | None:
     """The plan to try next, None where all are known."""
     for plan in worth({s.plan: s for s in records.scores()}):
         if str(plan) not in seen and space.choice(plan) is not None:
@@ -198,10 +201,19 @@ def _propose(
 
 
 def _try(
-    study: optuna.Study, plan: Plan, evaluate: Evaluator, records: Records, space: Space, settings: Settings,
+    study: optuna.Study,
+    plan: Plan,
+    evaluate: Evaluator,
+    records: Records,
+    space: Space,
+    settings: Settings,
     worker: str,
-) -> tuple[Score, bool] | None:  # fmt: skip
-    """Claim a plan, score it and tell; the score and whether it counts, None where another worker was faster."""
+) -> tuple[Score, bool] | None:
+    """Claim a plan, score it and tell.
+
+    Returns:
+        The score and whether it counts, None where another worker was faster.
+    """
     choice = space.choice(plan)
     study.enqueue_trial(choice or {}, user_attrs={"plan": str(plan), "worker": worker})
     trial = study.ask(_distributions(space))

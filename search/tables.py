@@ -29,8 +29,9 @@ def sensitivity_table(sensitivity: Sensitivity, rows: int = 15) -> Table:
     """The most harmful layers for the terminal."""
     base = sensitivity.baseline
     title = (
-        f"{sensitivity.metric} float {percent(base.float)}, int8 {percent(base.int8)} on {sensitivity.target}; each layer"
-        f" alone in int8, {sensitivity.samples} samples, {sensitivity.engine}"
+        f"{sensitivity.metric} float {percent(base.float)}, int8 {percent(base.int8)} on "
+        f"{sensitivity.target}; each layer alone in int8, {sensitivity.samples} samples, "
+        f"{sensitivity.engine}"
     )
     return _rich_table(title, *layer_rows(sensitivity, rows))
 
@@ -53,12 +54,17 @@ def score_rows(scores: Sequence[Score]) -> tuple[list[str], list[list[str]]]:
     names = ["plan", "MACs", "int8", "95 % interval", "float", "damage", "float layers", "engine"]
     rows = [
         [
-            s.plan or "(as it is)", f"{s.macs / 1e6:.1f} M {s.macs_ratio - 1:+.1%}", percent(s.metric),
-            "" if s.interval is None else f"{s.interval[0]:.2%} to {s.interval[1]:.2%}", percent(s.metric_float),
-            "" if s.damage is None else f"{s.damage:.4g}", str(s.float_layers), s.engine,
+            s.plan or "(as it is)",
+            f"{s.macs / 1e6:.1f} M {s.macs_ratio - 1:+.1%}",
+            percent(s.metric),
+            "" if s.interval is None else f"{s.interval[0]:.2%} to {s.interval[1]:.2%}",
+            percent(s.metric_float),
+            "" if s.damage is None else f"{s.damage:.4g}",
+            str(s.float_layers),
+            s.engine,
         ]
         for s in scores
-    ]  # fmt: skip
+    ]
     return names, rows
 
 
@@ -66,12 +72,17 @@ def layer_rows(sensitivity: Sensitivity, count: int) -> tuple[list[str], list[li
     names = ["layer", "kind", "MACs", "damage", "drop", "SQNR", "causes", "answers"]
     rows = [
         [
-            d.layer, d.kind, f"{d.macs / 1e6:.2f} M", f"{d.damage:.4g}", "" if d.drop is None else f"{100 * d.drop:.2f}",
-            "" if d.sqnr_db is None else f"{d.sqnr_db:.1f} dB", ", ".join(d.causes),
+            d.layer,
+            d.kind,
+            f"{d.macs / 1e6:.2f} M",
+            f"{d.damage:.4g}",
+            "" if d.drop is None else f"{100 * d.drop:.2f}",
+            "" if d.sqnr_db is None else f"{d.sqnr_db:.1f} dB",
+            ", ".join(d.causes),
             ", ".join(a.partition("@")[0] for a in d.answers),
         ]
         for d in sensitivity.layers[:count]
-    ]  # fmt: skip
+    ]
     return names, rows
 
 
@@ -86,7 +97,8 @@ def _rich_table(title: str, names: Sequence[str], rows: Sequence[Sequence[str]])
 
 
 def _how(results: Results) -> str:
-    return f"{results.facts['samples']} samples, {results.facts['engine']}, 95 % intervals paired with float"
+    facts = results.facts
+    return f"{facts['samples']} samples, {facts['engine']}, 95 % intervals paired with float"
 
 
 def percent(value: float | None) -> str:

@@ -602,6 +602,20 @@ def test_subclasses_become_the_plain_class() -> None:
     assert made(up) == ["Conv2d", "Upsample", "Upsample"]
 
 
+def test_names_of_functional_layers_and_what_follows_them() -> None:
+    """An activation inside a functional layer must not become a part of the layer, which rules replace."""
+
+    class Fused(FunctionalConv):
+        def forward(self, x: Tensor) -> Tensor:
+            return F.relu(super().forward(F.pad(x, (1, 1, 1, 1))))
+
+    gm = traced(randomise(nn.Sequential(Fused(3, 4, 3), Fused(4, 4, 3))), IMAGE)
+    assert [n.name for n in layers(gm)] == ["_0", "_1"]
+    assert all(not list(module_of(gm, n).children()) for n in layers(gm))
+    gm = traced(randomise(nn.Sequential(OwnConv(3, 4, 3, 2))), IMAGE)
+    assert [n.name for n in layers(gm)] == ["_0"]
+
+
 def test_names_are_the_users_own() -> None:
     gm = traced(network(10), 3, 19, 17)
     found = {layer_name(n): n.name for n in layers(gm)}

@@ -10,9 +10,9 @@ from typing import Any
 
 import onnx
 import torch
-from torch import fx, nn
+from torch import fx
 
-from rewriter.graph import is_call, layers, module_of
+from rewriter.graph import layers, module_of
 from rewriter.int8.annotate import annotation
 from rewriter.int8.scheme import channel_axis, weight_scale
 from rewriter.int8.simulate import Quantized
@@ -45,9 +45,9 @@ def lint(quantized: Quantized, model: onnx.ModelProto) -> list[Finding]:
     """Look through an int8 graph and the ONNX model made of it.
 
     Returns:
-        Findings in this order: dead channels whose bias forced a coarser weight scale, ranges that
-        a concatenation merges, saturation on this processor, layers that run in float, and pairs of
-        quantizers that split what one kernel could compute.
+        Findings in this order: dead channels whose bias forced a coarser weight scale, ranges
+        that a concatenation merges, saturation on this processor, layers that run in float, and
+        pairs of quantizers that split what one kernel could compute.
     """
     view = _View(model)
     return [
@@ -85,18 +85,14 @@ def _bias_overflows(quantized: Quantized) -> Iterator[Finding]:
         layer: Any = module_of(gm, node)
         used = quantized.calibration.weights[node.name]
         axis = channel_axis(layer, spec) if used.ndim else None
-        # both as they would be stored: weights that are nearly zero have a scale that is, too
-        raised = used > weight_scale(layer.weight, spec, axis) * (1 + 1e-4)
-        bound = layer.weight.detach().abs().amax() / spec.qmax
-        coarser = raised & (layer.bias is not None) & (used > 0)
-        count, total = int(coarser.sum()), max(int(used.numel()), 1)
-        if count:
-            dead = int((used > bound).sum())
+        ratio = (used / weight_scale(layer.weight, spec, axis)).reshape(-1)
+        count = int((ratio > 1 + 1e-4).sum())
+        if layer.bias is not None and count:
             yield Finding(
                 "bias_overflow",
                 node.name,
-                f"{count} of {total} weight scales are coarser than their weights need, or the bias "
-                f"would not fit int32; {dead} of them lie above every weight of the layer",
+                f"{count} of {len(ratio)} weight scales are up to {float(ratio.max()):.3g} times "
+                "coarser than their weights need, or the bias would not fit int32",
             )
 
 
@@ -177,15 +173,15 @@ def _float_layers(quantized: Quantized, view: _View) -> Iterator[Finding]:
     names = {n.name: n for n in layers(gm)}
     kinds = ("Conv", "ConvTranspose", "Gemm", "MatMul")
     for made in view.nodes:
-        node = names.get(made.name.rsplit(".", 1)[0])
+        node = names.get(_node_of(made))
         if node is None or made.op_type not in kinds:
             continue
-        reason = _why_float(gm, node, made, view)
+        reason = _why_float(node, made, view)
         if reason:
             yield Finding("float_layer", node.name, reason)
 
 
-def _why_float(gm: fx.GraphModule, node: fx.Node, made: onnx.NodeProto, view: _View) -> str:
+def _why_float(node: fx.Node, made: onnx.NodeProto, view: _View) -> str:
     if node.meta.get("keep_float"):
         return "kept in float, as asked"
     if view.made_by(made.input[1]) != "DequantizeLinear":
@@ -197,21 +193,31 @@ def _why_float(gm: fx.GraphModule, node: fx.Node, made: onnx.NodeProto, view: _V
     if made.op_type in ("MatMul", "Gemm"):
         return ""  # these kernels exist with a float output as well
     readers = view.readers.get(made.output[0], [])
-    if made.output[0] in view.returned:
+    clip = readers[0] if len(readers) == 1 and readers[0].op_type in _CLIPS else None
+    end = made if clip is None else clip
+    floats = {
+        _node_of(r) for r in view.readers.get(end.output[0], []) if r.op_type != "QuantizeLinear"
+    }
+    if end.output[0] in view.returned:
         return "its output is returned in float"
-    if len(readers) == 1 and readers[0].op_type == "QuantizeLinear":
+    if not floats and clip is None:
         return ""
-    names = ", ".join(sorted({r.name.rsplit(".", 1)[0] for r in readers}))
-    if (
-        len(readers) == 1
-        and readers[0].op_type in _CLIPS
-        and is_call(gm, next(iter(node.users)), nn.ReLU, nn.ReLU6, nn.Hardtanh)
-    ):
-        return f"the clip behind it ({names}) is tighter than the int8 range of its output"
-    if any(r.op_type == "QuantizeLinear" for r in readers):
-        floats = {r.name.rsplit(".", 1)[0] for r in readers if r.op_type != "QuantizeLinear"}
-        return f"its output is read in float by {', '.join(sorted(floats))}"
-    return f"no int8 kernel computes {readers[0].op_type if readers else 'it'} with it ({names})"
+    if not floats:
+        return f"its clip ({_node_of(end)}) is tighter than the int8 range of its output"
+    if clip is None and len(readers) <= 2 and _is_fused(node):
+        kinds = ", ".join(sorted({r.op_type for r in readers}))
+        return f"no int8 kernel computes {kinds} ({', '.join(sorted(floats))}) with it"
+    return f"its output is read in float by {', '.join(sorted(floats))}"
+
+
+def _is_fused(node: fx.Node) -> bool:
+    """Whether the one reader of a value is an activation that the scheme fuses with it."""
+    users = list(node.users)
+    return len(users) == 1 and not annotation(users[0]).reads and users[0].op == "call_module"
+
+
+def _node_of(made: onnx.NodeProto) -> str:
+    return made.name.rsplit(".", 1)[0]
 
 
 def _split_patterns(view: _View) -> Iterator[Finding]:
@@ -220,15 +226,14 @@ def _split_patterns(view: _View) -> Iterator[Finding]:
         if q.op_type != "QuantizeLinear" or view.made_by(q.input[0]) == "":
             continue
         before = view.maker[q.input[0]]
-        owner = q.name.rsplit(".", 1)[0]
+        owner = _node_of(q)
         if before.op_type == "DequantizeLinear":
             yield Finding("split_pattern", owner, "an int8 value is only given another range here")
         elif before.op_type in _CLIPS and view.made_by(before.input[0]) == "DequantizeLinear":
             source = view.maker[before.input[0]].input[0]
             made = view.maker[source].input[0] if source in view.maker else ""
             if view.made_by(made) in ("Conv", "Gemm", "Add"):
+                layer = _node_of(view.maker[made])
                 yield Finding(
-                    "split_pattern",
-                    owner,
-                    f"a quantizer lies between {view.maker[made].name.rsplit('.', 1)[0]} and its clip",
+                    "split_pattern", owner, f"a quantizer lies between {layer} and its clip"
                 )

@@ -134,7 +134,7 @@ def _attention(e: Emission, node: fx.Node) -> Value:
         raise UnsupportedError("causal or grouped attention")
     q, k, v = _operands(e, node, *node.args[:3])
     width = first(node).meta["shape"][-1]
-    scale = node.kwargs.get("scale") or 1 / math.sqrt(width)
+    scale: Any = node.kwargs.get("scale") or 1 / math.sqrt(width)
     last = rank(first(node)) - 1
     turned = e.op("Transpose", k, perm=[*range(last - 1), last, last - 1])
     scores = e.op("Mul", e.op("MatMul", q, turned), e.scalar(scale))

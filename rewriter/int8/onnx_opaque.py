@@ -56,7 +56,7 @@ class _Place:
 
 
 def _replaced(tree: Any, kind: type, new: Callable[[Any], Any]) -> Any:
-    """``tree`` with plain containers, which pickle knows, and ``new`` of every leaf of one kind."""
+    """``tree`` in plain containers, which pickle knows, with ``new`` of each leaf of a kind."""
     if isinstance(tree, kind):
         return new(tree)
     if isinstance(tree, slice):

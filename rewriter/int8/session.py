@@ -37,6 +37,9 @@ class Session:
         options.intra_op_num_threads = threads
         options.inter_op_num_threads = 1
         options.log_severity_level = 3
+        # otherwise int8 values are turned into uint8, except those with several readers, whose
+        # neighbours then have two types and no kernel
+        options.add_session_config_entry("session.qdqisint8allowed", "1")
         level = ort.GraphOptimizationLevel
         options.graph_optimization_level = (
             level.ORT_ENABLE_ALL if optimize else level.ORT_DISABLE_ALL

@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 from rewriter.rules._rule import Contract, RewriteRule, Site
+from rewriter.rules.correct_bias import CorrectBias
 from rewriter.rules.densify_depthwise import DensifyDepthwise
+from rewriter.rules.equalize import Equalize
+from rewriter.rules.float_tail import FloatTail
 from rewriter.rules.fuse_expand import FuseExpand
 from rewriter.rules.keep_float import KeepFloat
 from rewriter.rules.merge_separable import MergeLinearSeparable, MergeSeparable
+from rewriter.rules.refine_ranges import RefineRanges
 from rewriter.rules.replace_block import ReplaceBlock
+from rewriter.rules.round_weights import RoundWeights
 from rewriter.rules.split_cat import SplitCat
 from rewriter.rules.split_channels import SplitChannels
-from rewriter.rules.split_head import SplitHead
+from rewriter.rules.split_head import AUTO, SplitHead, SplitHeadNamed
 from rewriter.rules.split_range import SplitRange, SplitWeights
 
 RULES: tuple[RewriteRule, ...] = (
@@ -30,6 +35,13 @@ RULES: tuple[RewriteRule, ...] = (
     SplitHead(2),
     SplitHead(3),
     SplitHead(4),
+    Equalize(),
+    RefineRanges(),
+    CorrectBias(),
+    RoundWeights(),
+    SplitHead(AUTO),
+    SplitHeadNamed(),
+    FloatTail(),
     KeepFloat(),
 )
 

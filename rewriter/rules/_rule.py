@@ -9,18 +9,20 @@ from typing import ClassVar, Literal
 
 from torch import fx
 
-# exact: the float function is kept; approximate: it is kept only after fitting; annotation: only int8 changes.
+# exact: the float function is kept; approximate: it is kept only after fitting; annotation: only
+# int8 changes.
 Contract = Literal["exact", "approximate", "annotation"]
 
 
 @dataclass(frozen=True)
 class Site:
-    """One place where one rule may act; names, never nodes, so it survives a copy, a file and a new trace.
+    """One place where one rule may act; names, not nodes: it survives a copy and a new trace.
 
     Args:
         rule: the rule's name.
         nodes: names of the nodes the rule takes; the first is the anchor that a plan names.
-        blocked: why the rule may not act here, "" where it may: a near miss that is shown to the user.
+        blocked: why the rule may not act here, "" where it may: a near miss that is shown to the
+            user.
     """
 
     rule: str
@@ -35,8 +37,9 @@ class Site:
 class RewriteRule(ABC):
     """A rewrite of the architecture, or of what int8 does to it.
 
-    ``match`` only looks. ``apply`` edits the graph in place, only at a site that ``match`` gave for this very graph, and
-    keeps the names of the values that the rest of the graph reads. The caller recompiles.
+    ``match`` only looks. ``apply`` edits the graph in place, only at a site that ``match`` gave
+    for this very graph, and keeps the names of the values that the rest of the graph reads. The
+    caller recompiles.
 
     Attributes:
         name: how a plan calls it, verb_object.
@@ -44,8 +47,8 @@ class RewriteRule(ABC):
         version: raised when the result of ``apply`` changes, so that stored scores are not reused.
         exclusive: whether a node can take part in only one step with such a rule.
         free: whether it adds no MACs.
-        stage: rules of different stages may act on the same node, in the order of the catalogue: a layer that
-            one step replaced can be split by another.
+        stage: rules of different stages may act on the same node, in the order of the catalogue: a
+            layer that one step replaced can be split by another.
     """
 
     name: ClassVar[str]

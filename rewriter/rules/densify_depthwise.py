@@ -1,11 +1,13 @@
 """Depthwise convolution -> grouped convolution.
 
-Before: C groups of 1 channel        After: C / g groups of g channels, the old filters on the diagonal
+Before: C groups of 1 channel        After: C / g groups of g channels, the old filters on the
+diagonal
 
     W[c, c mod g] = D[c], all else 0   (C, g, k, k)      the same function; then fitted
 
-Why: as it starts it has the same ranges and so the same int8 error; what is gained comes from the fit (``rewriter.fit``), which
-may take away rounding errors with the help of neighbouring channels. MACs of the layer grow g times: g is the knob.
+Why: as it starts it has the same ranges and so the same int8 error; what is gained comes from the
+fit (``rewriter.fit``), which may take away rounding errors with the help of neighbouring channels.
+MACs of the layer grow g times: g is the knob.
 """
 
 from __future__ import annotations

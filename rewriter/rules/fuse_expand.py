@@ -6,8 +6,9 @@ After:  one k x k convolution (C -> E)
 It starts from the product that ignores the activation,
     W[e, c] = D[e] P[e, c]   (E, C, k, k)      b[e] = d[e] + p[e] sum(D[e])   (E,)
 and is then fitted (``rewriter.fit``).
-Why: the depthwise convolution with the worst int8 error is often the one behind the first expansion, and what it reads is an
-activation of very uneven channels; both are gone. MACs grow to k * k * C * E for each output pixel.
+Why: the depthwise convolution with the worst int8 error is often the one behind the first
+expansion, and what it reads is an activation of very uneven channels; both are gone. MACs grow to
+k * k * C * E for each output pixel.
 Source: Gupta and Tan, 2019, EfficientNet-EdgeTPU; Tan and Le, 2021 (arXiv:2104.00298).
 """
 

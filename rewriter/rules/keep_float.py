@@ -2,8 +2,9 @@
 
 Before: x -> Q -> int8 layer -> y          After: x -> float layer -> y
 
-The layer's weight is not quantized and it reads x before it is rounded; y is rounded only where an int8 operation
-reads it. Nothing in the graph changes: the runtime computes this layer, and the hand-over to it, in float.
+The layer's weight is not quantized and it reads x before it is rounded; y is rounded only where an
+int8 operation reads it. Nothing in the graph changes: the runtime computes this layer, and the
+hand-over to it, in float.
 Why: the yardstick for every other rule, and the answer where int8 cannot represent a layer at all.
 """
 

@@ -5,9 +5,11 @@ After:  one k x k convolution (C -> O)
 
 Without an activation in between both are linear and the product is exact:
     W[o, i] = P[o, i] * D[i]   (O, C, k, k)      b = P @ d + p   (O,)
-That is ``merge_linear_separable``. With an activation, ``merge_separable`` starts from the same product and is then fitted (``rewriter.fit``).
-Why: a depthwise layer has few weights per channel and channels of very different ranges, which one scale holds badly;
-a regular convolution adds over all of them. MACs grow by about k * k * C * O - k * k * C - C * O for each output pixel.
+That is ``merge_linear_separable``. With an activation, ``merge_separable`` starts from the same
+product and is then fitted (``rewriter.fit``).
+Why: a depthwise layer has few weights per channel and channels of very different ranges, which one
+scale holds badly; a regular convolution adds over all of them. MACs grow by about k * k * C * O -
+k * k * C - C * O for each output pixel.
 Source: the step back from Howard et al., 2017 (arXiv:1704.04861).
 """
 
@@ -19,6 +21,7 @@ from typing import ClassVar
 import torch
 from torch import fx, nn
 
+from rewriter.chains import bias_or_zero, convolution_like, is_depthwise, weight_of
 from rewriter.graph import find, is_call, module_of
 from rewriter.rules._rule import Contract, RewriteRule, Site, mark
 
@@ -37,7 +40,7 @@ ACTIVATIONS = (
 
 
 class MergeSeparable(RewriteRule):
-    """Sites with an activation between the depthwise and the pointwise convolution; needs fitting."""
+    """Sites with an activation between both convolutions; needs fitting."""
 
     name: ClassVar[str] = "merge_separable"
     contract: ClassVar[Contract] = "approximate"
@@ -71,14 +74,6 @@ class MergeLinearSeparable(MergeSeparable):
     name: ClassVar[str] = "merge_linear_separable"
     contract: ClassVar[Contract] = "exact"
     linear: ClassVar[bool] = True
-
-
-def is_depthwise(gm: fx.GraphModule, node: fx.Node) -> bool:
-    """A convolution with one filter for each input channel."""
-    if not is_call(gm, node, nn.Conv2d):
-        return False
-    m = module_of(gm, node)
-    return m.groups == m.in_channels and m.groups > 1
 
 
 def _chain(gm: fx.GraphModule, node: fx.Node) -> tuple[list[fx.Node], str]:
@@ -115,25 +110,8 @@ def _pointwise_problem(m: nn.Module) -> str:
 
 
 def merged_convolution(depthwise: nn.Module, pointwise: nn.Module) -> nn.Conv2d:
-    """The regular convolution that equals pointwise(depthwise(x)) without an activation between."""
-    merged = nn.Conv2d(
-        depthwise.in_channels,
-        pointwise.out_channels,
-        depthwise.kernel_size,
-        depthwise.stride,
-        depthwise.padding,
-        depthwise.dilation,
-        bias=True,
-    )
-    p = pointwise.weight.detach().double()[:, :, 0, 0]  # (O, C)
-    d = depthwise.weight.detach().double()[:, 0]  # (C, k, k)
-    bias = torch.zeros(p.shape[0], dtype=torch.float64)
-    if depthwise.bias is not None:
-        bias = p @ depthwise.bias.detach().double()
-    if pointwise.bias is not None:
-        bias = bias + pointwise.bias.detach().double()
-    dtype = depthwise.weight.dtype
-    weight = torch.einsum("oi,ihw->oihw", p, d)
-    merged.weight = nn.Parameter(weight.to(dtype), requires_grad=False)
-    merged.bias = nn.Parameter(bias.to(dtype), requires_grad=False)
-    return merged.eval()
+    """The regular convolution that equals pointwise(depthwise(x)) with nothing between."""
+    p = weight_of(pointwise)[:, :, 0, 0]  # (O, C)
+    d = weight_of(depthwise)[:, 0]  # (C, k, k)
+    bias = p @ bias_or_zero(depthwise) + bias_or_zero(pointwise)
+    return convolution_like(depthwise, torch.einsum("oi,ihw->oihw", p, d), bias)

@@ -6,8 +6,9 @@ After:  one k x k convolution (C -> O)
 It starts from the product that ignores the activations,
     W[o, c] = sum_e Q[o, e] D[e] P[e, c]   (O, C, k, k)      b = Q (d + p sum(D)) + q   (O,)
 and is then fitted (``rewriter.fit``).
-Why: the first block of a small network is thin (E is 8 or 16), so that one convolution costs little more and often less, and both int8
-tensors inside, the worst of the network in many, are gone.
+Why: the first block of a small network is thin (E is 8 or 16), so that one convolution costs
+little more and often less, and both int8 tensors inside, the worst of the network in many, are
+gone.
 """
 
 from __future__ import annotations

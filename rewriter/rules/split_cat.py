@@ -3,10 +3,12 @@
 Before: a, b -> concatenation (one int8 range) -> convolution
 After:  a -> convolution_a, b -> convolution_b -> sum
 
-    conv(cat(a, b)) = conv_a(a) + conv_b(b), W = [W_a, W_b] along the input channels     exact, no MACs added
+    conv(cat(a, b)) = conv_a(a) + conv_b(b), W = [W_a, W_b] along the input channels     exact, no
+    MACs added
 
-Why: a concatenation has one int8 range, that of its widest input; a narrow input keeps a few levels of it. With a path of
-its own each input keeps its own range. Readers other than dense layers go on reading the concatenation.
+Why: a concatenation has one int8 range, that of its widest input; a narrow input keeps a few
+levels of it. With a path of its own each input keeps its own range. Readers other than dense
+layers go on reading the concatenation.
 """
 
 from __future__ import annotations
@@ -17,13 +19,14 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, fx
 
+from rewriter.component import channels_of, is_dense, reader_gain
 from rewriter.graph import find
 from rewriter.ranges import rounding_error
 from rewriter.rules._rule import Contract, RewriteRule, Site
-from rewriter.split import channels_of, is_dense, sum_over_groups
+from rewriter.split import sum_over_groups
 
 # The split must take away at least this share of the rounding error.
-LEAST_GAIN = 0.3
+LEAST_GAIN = 0.1
 
 
 class SplitCat(RewriteRule):
@@ -61,10 +64,13 @@ def _problem(gm: fx.GraphModule, node: fx.Node) -> str:
         return "no calibrated channel ranges"
     ranges: list[tuple[Tensor, Tensor]] = [r for r in known if r is not None]
     low, high = (torch.cat([r[i] for r in ranges]) for i in (0, 1))
-    whole = rounding_error(low, high, [list(range(len(low)))])
-    left = rounding_error(low, high, _groups(sources))
+    gains = [reader_gain(gm, user) for user in node.users if is_dense(gm, user)]
+    weight = torch.stack([g / g.mean().clamp_min(1e-30) for g in gains]).sum(0)
+    whole = rounding_error(low, high, [list(range(len(low)))], weight)
+    left = rounding_error(low, high, _groups(sources), weight)
     if left > (1 - LEAST_GAIN) * whole:
-        return f"its inputs' ranges are alike: {left / max(whole, 1e-30):.0%} of the rounding error is left"
+        share = left / max(whole, 1e-30)
+        return f"its inputs' ranges are alike: {share:.0%} of the rounding error is left"
     return ""
 
 

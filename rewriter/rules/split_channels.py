@@ -4,9 +4,10 @@ Before: channel c in [-a, a]          After: c and its copy, both in [-a / 2, a 
 
     w x = w (x / 2) + w (x / 2)        exact; MACs grow by the share of channels that are copied
 
-Why: where one or a few channels stretch the range of a value, the halved channels let all others have twice the levels, in one tensor and
-without another kernel call. The halves must pass what stands between: only f(x / 2) = f(x) / 2 (ReLU, LeakyReLU, PReLU), and
-every reader must be a convolution or linear layer.
+Why: where one or a few channels stretch the range of a value, the halved channels let all others
+have twice the levels, in one tensor and without another kernel call. The halves must pass what
+stands between: only f(x / 2) = f(x) / 2 (ReLU, LeakyReLU, PReLU), and every reader must be a
+convolution or linear layer.
 Source: Zhao et al., 2019, outlier channel splitting (arXiv:1901.09504).
 """
 
@@ -19,10 +20,11 @@ from typing import ClassVar
 import torch
 from torch import Tensor, fx, nn
 
+from rewriter.component import Component, component_of, int8_values, is_dense
 from rewriter.graph import find, is_call, module_of
 from rewriter.ranges import width
 from rewriter.rules._rule import Contract, RewriteRule, Site
-from rewriter.split import Component, component_of, int8_values, is_dense, split_component
+from rewriter.split import split_component
 
 _HOMOGENEOUS = (
     nn.Conv2d,
@@ -83,7 +85,9 @@ def _problem(gm: fx.GraphModule, component: Component) -> str:
             n in component.entries or n in component.inside for n in node.all_input_nodes
         )
         moves = node.target in (torch.mean, torch.flatten)
-        if not (sums and len(node.all_input_nodes) == 2 or moves or is_call(gm, node, *_HOMOGENEOUS)):
+        if not (
+            (sums and len(node.all_input_nodes) == 2) or moves or is_call(gm, node, *_HOMOGENEOUS)
+        ):
             return f"half of {node.name}'s input does not give half of its output"
     for user, _ in component.exits:
         if not is_dense(gm, user):
@@ -99,7 +103,9 @@ def _problem(gm: fx.GraphModule, component: Component) -> str:
 
 def _widths(gm: fx.GraphModule, component: Component) -> Tensor | None:
     """(V, C) widths of the channels of each int8 value."""
-    known = [n.meta["channel_range"] for n in int8_values(gm, component) if "channel_range" in n.meta]
+    known = [
+        n.meta["channel_range"] for n in int8_values(gm, component) if "channel_range" in n.meta
+    ]
     known = [r for r in known if len(r[0]) == component.channels]
     return torch.stack([width(low, high) for low, high in known]) if known else None
 

@@ -1,37 +1,49 @@
-"""Last convolution before an output -> one convolution for each group of channels with similar ranges.
+"""Last convolution before an output -> one for each group of channels with similar ranges.
 
 Before: x -> convolution (O channels, one output range) -> moves, decoding -> output
-After:  x -> k convolutions, each with a range of its own -> concatenation and channel order in float -> the same
+After:  x -> k convolutions, each with a range of its own -> concatenation and channel order in
+float -> the same
 
     y = conv(x)  =  concat_g(W[g] x + b[g]) in the old order      exact, no MACs added
 
-Why: a detection head's channels mean different things (box, objectness, classes), and one int8 range for all
-of them spends its 256 levels on the widest. The concatenation must stay outside the quantized part, since one int8 tensor has
+Why: a detection head's channels mean different things (box, objectness, classes), and one int8
+range for all of them spends its 256 levels on the widest. The concatenation must stay outside the
+quantized part, since one int8 tensor has
 one range: it and all that follows up to the output is left in float.
-Groups: dynamic programming on calibrated channel ranges (``rewriter.ranges``).
+Groups: dynamic programming on calibrated channel ranges (``rewriter.ranges``), each channel's
+error relative to its own width, so that scores count as much as boxes. ``split_head_auto`` takes
+the fewest groups that leave little to gain; ``split_head_named`` takes the groups that the user
+named, ``gm.meta["head_groups"] = {node name: [[channels], ...]}``.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal
+from typing import ClassVar, Literal
 
 import torch
-from torch import fx, nn
+from torch import Tensor, fx, nn
 
-from rewriter.canonical import add_module
-from rewriter.graph import LAYER_TYPES, find, is_call, module_of
-from rewriter.ranges import group_by_range, rounding_error
+from rewriter.graph import LAYER_TYPES, add_module, find, is_call, module_of
+from rewriter.ranges import group_by_range, rounding_error, width
 from rewriter.rules._rule import Contract, RewriteRule, Site, mark
+from rewriter.split import output_part
 
-# A split that takes away less than this share of the rounding error is not worth its launch overhead.
+# A split that takes away less than this share of the rounding error is not worth its launch
+# overhead.
 LEAST_GAIN = 0.1
+# What ``auto`` is content with: this much of the rounding error that a range for each channel
+# would leave; and its most groups.
+ENOUGH = 2.0
+MOST_GROUPS = 6
+AUTO = 0
+EXPONENT = 2.0
 
 
 @dataclass(frozen=True)
 class SplitHead(RewriteRule):
-    """Split the last convolution or linear layer into ``groups`` by calibrated channel range."""
+    """Split the last layer into ``groups`` (``AUTO``: as few as do) by calibrated range."""
 
     groups: int = 3
     contract: ClassVar[Contract] = "exact"
@@ -40,7 +52,7 @@ class SplitHead(RewriteRule):
 
     @property
     def name(self) -> str:  # type: ignore[override]
-        return f"split_head_{self.groups}"
+        return f"split_head_{self.groups or 'auto'}"
 
     def match(self, gm: fx.GraphModule) -> Iterator[Site]:
         for node in gm.graph.nodes:
@@ -56,35 +68,77 @@ class SplitHead(RewriteRule):
         if isinstance(layer, nn.Conv2d) and layer.groups != 1:
             return f"the convolution has {layer.groups} groups"
         channels = layer.weight.shape[0]
-        if channels < 2 * self.groups:
-            return f"{channels} channels are too few for {self.groups} groups"
+        if channels < 2 * max(2, self.groups):
+            return f"{channels} channels are too few for {max(2, self.groups)} groups"
         if "channel_range" not in node.meta:
             return "no calibrated channel ranges"
         if isinstance(layer, nn.Linear) and len(node.meta["shape"]) != 2:
             return "the linear layer's features are not dimension 1"
         low, high = node.meta["channel_range"]
-        whole = rounding_error(low, high, [list(range(channels))])
-        left = rounding_error(low, high, group_by_range(low, high, self.groups))
+        weight = _importance(low, high)
+        whole = rounding_error(low, high, [list(range(channels))], weight)
+        groups = self._groups(gm, node)
+        left = rounding_error(low, high, groups, weight)
         if left > (1 - LEAST_GAIN) * whole:
-            return f"the channels' ranges are alike: {self.groups} ranges leave {left / max(whole, 1e-30):.0%} of the rounding error"
+            share = left / max(whole, 1e-30)
+            return f"the ranges are alike: {len(groups)} leave {share:.0%} of the rounding error"
         return ""
+
+    def _groups(self, gm: fx.GraphModule, node: fx.Node) -> list[list[int]]:
+        low, high = node.meta["channel_range"]
+        weight = _importance(low, high)
+        if self.groups != AUTO:
+            return group_by_range(low, high, self.groups, weight)
+        groups = [list(range(len(low)))]
+        for count in range(2, min(MOST_GROUPS, len(low)) + 1):
+            if rounding_error(low, high, groups, weight) <= ENOUGH:
+                break
+            groups = group_by_range(low, high, count, weight)
+        return groups
 
     def apply(self, gm: fx.GraphModule, site: Site) -> None:
         node = find(gm, site.anchor)
-        groups = group_by_range(*node.meta["channel_range"], self.groups)
-        split_layer(gm, node, groups, site)
+        split_layer(gm, node, self._groups(gm, node), site)
+
+
+@dataclass(frozen=True)
+class SplitHeadNamed(SplitHead):
+    """Split a head into the groups that the user named; no site where there are none."""
+
+    @property
+    def name(self) -> str:  # type: ignore[override]
+        return "split_head_named"
+
+    def match(self, gm: fx.GraphModule) -> Iterator[Site]:
+        named = gm.meta.get("head_groups", {})
+        yield from (site for site in super().match(gm) if site.anchor in named)
+
+    def _problem(self, gm: fx.GraphModule, node: fx.Node) -> str:
+        channels = sorted(c for group in self._groups(gm, node) for c in group)
+        if channels and channels != list(range(module_of(gm, node).weight.shape[0])):
+            return "the named groups do not hold each channel once"
+        return super()._problem(gm, node)
+
+    def _groups(self, gm: fx.GraphModule, node: fx.Node) -> list[list[int]]:
+        return [list(group) for group in gm.meta.get("head_groups", {}).get(node.name, [])]
+
+
+def _importance(low: Tensor, high: Tensor) -> Tensor:
+    """(C,) weight of each channel's squared error: one over its width squared, bounded."""
+    size = width(low, high).double()
+    return size.clamp_min(float(size.max()) * 1e-2 + 1e-30).pow(-EXPONENT)
 
 
 def split_layer(
     gm: fx.GraphModule, node: fx.Node, groups: list[list[int]], site: Site
 ) -> list[fx.Node]:
-    """Replace ``node`` by one layer for each group and a float concatenation in the old order; edits gm."""
+    """Replace ``node`` by a layer for each group and a float concatenation; edits gm in place."""
     layer = module_of(gm, node)
     parts: list[fx.Node] = []
     meta = {k: v for k, v in node.meta.items() if k not in ("channel_range", "shape")}
     with gm.graph.inserting_before(node):
         for i, group in enumerate(groups):
-            target = add_module(gm, f"{node.target}_group{i}", part_of(layer, group))
+            target = add_module(gm, f"{node.target}_group{i}", output_part(layer, group))
             part = gm.graph.call_module(target, node.args)
             part.meta = {**meta, "layer": f"{meta.get('layer', node.target)}_group{i}"}
             part.meta["shape"] = _with_channels(node.meta["shape"], len(group))
@@ -108,27 +162,6 @@ def split_layer(
         if later.op != "output":
             later.meta["keep_float"] = True
     return parts
-
-
-def part_of(layer: nn.Module, channels: list[int]) -> Any:
-    """The layer that computes only these output channels."""
-    if isinstance(layer, nn.Linear):
-        part: Any = nn.Linear(layer.in_features, len(channels), bias=layer.bias is not None)
-    else:
-        part = nn.Conv2d(
-            layer.in_channels,  # type: ignore[arg-type]
-            len(channels),
-            layer.kernel_size,  # type: ignore[arg-type]
-            layer.stride,  # type: ignore[arg-type]
-            layer.padding,  # type: ignore[arg-type]
-            layer.dilation,  # type: ignore[arg-type]
-            bias=layer.bias is not None,
-            padding_mode=layer.padding_mode,  # type: ignore[arg-type]
-        )
-    part.weight = nn.Parameter(layer.weight.detach()[channels].clone(), requires_grad=False)  # type: ignore[index]
-    if layer.bias is not None:
-        part.bias = nn.Parameter(layer.bias.detach()[channels].clone(), requires_grad=False)  # type: ignore[index]
-    return part.eval()
 
 
 def _with_channels(shape: tuple[int, ...], channels: int) -> tuple[int, ...]:

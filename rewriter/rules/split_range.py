@@ -1,15 +1,26 @@
 """Channels of very different ranges -> groups of channels, each a tensor with a range of its own.
 
 Before: x -> conv (C outputs) -> activation, depthwise, ... -> conv -> y
-After:  x -> k convs (C_1 + ... + C_k = C) -> the same on each group -> k convs that read one group each -> sum -> y
+After:  x -> k convs (C_1 + ... + C_k = C) -> the same on each group -> k convs that read one group
+each -> sum -> y
 
-    conv(x) = sum_g W[:, g] x[g] + b       exact, no MACs added, k - 1 additions at each dense reader
+    conv(x) = sum_g W[:, g] x[g] + b       exact, no MACs added, k - 1 additions at each dense
+    reader
 
-Why: one int8 tensor has one scale; where one channel reaches 125 and the others 0.2, the others are all zero. Scaling channels
-instead (equalization) stops at the first activation that is not homogeneous (SiLU, hardswish); a split passes all of them, and sums and
-products of two values when both are split alike. Where a value is read by what mixes channels otherwise, it is joined again in float.
-``split_weights_k`` groups by the size of the weights instead, for targets with one weight scale per layer.
-Groups: dynamic programming on calibrated ranges (``rewriter.ranges``) of all int8 values that are split together.
+Where the ranges have become alike on the way (behind a depthwise convolution), the groups are
+concatenated before the dense reader,
+whose input channels are reordered: cheaper than a sum, and one rounding instead of k.
+
+Why: one int8 tensor has one scale; where one channel reaches 125 and the others 0.2, the others
+are all zero. Scaling channels instead (equalization) stops at the first activation that is not
+homogeneous (SiLU, hardswish); a split passes all of them, and sums and products of two values when
+both are split alike. Where a value is read by what mixes channels otherwise, it is joined again in
+float. ``split_weights_k`` groups by the size of the weights instead, for targets with one weight
+scale per layer.
+Groups: dynamic programming on calibrated ranges (``rewriter.ranges``) of all int8 values that are
+split together, each channel's
+error weighed by what its readers make of it: a depthwise convolution amplifies the narrow channels
+it was trained to see.
 """
 
 from __future__ import annotations
@@ -21,17 +32,18 @@ from typing import ClassVar, Literal
 import torch
 from torch import Tensor, fx, nn
 
+from rewriter.component import (
+    Component,
+    component_of,
+    importance,
+    int8_values,
+    is_dense,
+    joined_values,
+)
 from rewriter.graph import find, is_call, module_of
 from rewriter.ranges import group_by_range, rounding_error
 from rewriter.rules._rule import Contract, RewriteRule, Site
-from rewriter.split import (
-    Component,
-    Groups,
-    component_of,
-    int8_values,
-    is_dense,
-    split_component,
-)
+from rewriter.split import Groups, split_component
 
 # A split must take away at least this share of the rounding error; each group costs a kernel call.
 LEAST_GAIN = 0.5
@@ -39,7 +51,7 @@ LEAST_GAIN = 0.5
 
 @dataclass(frozen=True)
 class SplitRange(RewriteRule):
-    """Split a component by the range of its values into ``groups``; one site at its first dense layer."""
+    """Split a component by the range of its values; one site, at its first dense layer."""
 
     groups: int = 2
     contract: ClassVar[Contract] = "exact"
@@ -63,7 +75,11 @@ class SplitRange(RewriteRule):
     def apply(self, gm: fx.GraphModule, site: Site) -> None:
         component = component_of(gm, find(gm, site.anchor))
         groups = self._groups(gm, component)
-        split_component(gm, component, groups, f"{site.rule}@{site.anchor}")
+        joined = self._joined(gm, component)
+        split_component(gm, component, groups, f"{site.rule}@{site.anchor}", joined)
+
+    def _joined(self, gm: fx.GraphModule, component: Component) -> set[fx.Node]:
+        return joined_values(gm, component, self.groups)
 
     def _problem(self, gm: fx.GraphModule, component: Component) -> str:
         if component.blocked:
@@ -74,27 +90,37 @@ class SplitRange(RewriteRule):
             is_call(gm, n, nn.Conv2d) for n in component.inside
         ):
             return "no convolution or linear layer reads the channels"
-        low, high = self._ranges(gm, component)
+        low, high, weight = self._ranges(gm, component)
         if low.numel() == 0:
-            return "no calibrated channel ranges"
-        whole = rounding_error(low, high, [list(range(component.channels))])
-        left = rounding_error(low, high, group_by_range(low, high, self.groups))
+            known = any("channel_range" in n.meta for n in component.entries)
+            return "no value's channels are uneven" if known else "no calibrated channel ranges"
+        whole = rounding_error(low, high, [list(range(component.channels))], weight)
+        groups = group_by_range(low, high, self.groups, weight)
+        left = rounding_error(low, high, groups, weight)
         if left > (1 - LEAST_GAIN) * whole:
             share = left / max(whole, 1e-30)
             return f"{self.groups} groups leave {share:.0%} of the rounding error"
         return ""
 
     def _groups(self, gm: fx.GraphModule, component: Component) -> Groups:
-        return group_by_range(*self._ranges(gm, component), self.groups)
+        low, high, weight = self._ranges(gm, component)
+        return group_by_range(low, high, self.groups, weight)
 
-    def _ranges(self, gm: fx.GraphModule, component: Component) -> tuple[Tensor, Tensor]:
-        """(V, C) ranges by which the channels are grouped."""
-        known = [n for n in int8_values(gm, component) if "channel_range" in n.meta]
+    def _ranges(
+        self, gm: fx.GraphModule, component: Component
+    ) -> tuple[Tensor, Tensor, Tensor | None]:
+        """(V, C) ranges by which the channels are grouped, and the importance of each."""
+        joined = self._joined(gm, component)  # these have one range again
+        known = [
+            n for n in int8_values(gm, component) if "channel_range" in n.meta and n not in joined
+        ]
         known = [n for n in known if len(n.meta["channel_range"][0]) == component.channels]
         if not known:
-            return torch.empty(0, 0), torch.empty(0, 0)
+            return torch.empty(0, 0), torch.empty(0, 0), None
         ranges = [n.meta["channel_range"] for n in known]
-        return torch.stack([r[0] for r in ranges]), torch.stack([r[1] for r in ranges])
+        weight = importance(gm, component)
+        low, high = (torch.stack([r[i] for r in ranges]) for i in (0, 1))
+        return low, high, torch.stack([weight[n] for n in known])
 
 
 @dataclass(frozen=True)
@@ -105,7 +131,12 @@ class SplitWeights(SplitRange):
     def name(self) -> str:  # type: ignore[override]
         return f"split_weights_{self.groups}"
 
-    def _ranges(self, gm: fx.GraphModule, component: Component) -> tuple[Tensor, Tensor]:
+    def _joined(self, gm: fx.GraphModule, component: Component) -> set[fx.Node]:
+        return set()  # each part of a reader has a weight scale of its own
+
+    def _ranges(
+        self, gm: fx.GraphModule, component: Component
+    ) -> tuple[Tensor, Tensor, Tensor | None]:
         sizes: list[Tensor] = []
         for node in (*component.entries, *component.inside):
             if is_call(gm, node, nn.Conv2d, nn.ConvTranspose2d, nn.Linear):
@@ -114,7 +145,7 @@ class SplitWeights(SplitRange):
                 rest = [d for d in range(layer.weight.ndim) if d != axis]
                 sizes.append(layer.weight.detach().abs().amax(rest))
         size = torch.stack(sizes)
-        return -size, size
+        return -size, size, None
 
 
 def _others(component: Component) -> list[fx.Node]:

@@ -1,8 +1,9 @@
 """The whole ranking for the cost of a few passes, and the reason for each layer.
 
-Every layer is screened (``screen``); the first ``top`` of that order are measured (``exact``), and more of them while a layer from
-the edge of what was measured turns out to belong among the most harmful. ``exact=True`` measures every layer, in blocks of
-samples, and stops with those that are clearly harmless.
+Every layer is screened (``screen``); the first ``top`` of that order are measured (``exact``), and
+more of them while a layer from the edge of what was measured turns out to belong among the most
+harmful. ``exact=True`` measures every layer, in blocks of samples, and stops with those that are
+clearly harmless.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from torch import Tensor, fx
 
 from rewriter.cost import cost, layer_macs
 from rewriter.errors import QuantizeError
-from rewriter.graph import layers
+from rewriter.graph import RECURRENT_TYPES, layers
 from rewriter.int8.annotate import annotation
 from rewriter.int8.scheme import QuantScheme
 from rewriter.int8.simulate import Quantized, quantize
@@ -34,12 +35,14 @@ from rewriter.sensitivity.screen import (
 from rewriter.sensitivity.summary import Measured, summarise
 
 Progress = Callable[[float, float], None]
-# Among how many layers the measured order has to be right before widening stops, and by how many it widens.
+# Among how many layers the measured order has to be right before widening stops, and by how many
+# it widens.
 LEADERS = 5
 STEP = 4
 # Screening costs about this many forward passes; only the progress bar depends on it.
 SCREEN_PASSES = 5.0
-# Racing: a layer stops when it is surely (this many standard errors) below this share of the last of the top.
+# Racing: a layer stops when it is surely (this many standard errors) below this share of the last
+# of the top.
 SURE = 3.0
 HARMLESS = 0.1
 # Projections for each part of the error that make the ranking steady.
@@ -75,13 +78,15 @@ def analyze(
         calibration_batches: unlabelled inputs, each (N, ...).
         evaluation_inputs: (n, ...) inputs on which damage is measured; no labels are needed.
         targets: n targets, for ``metric``.
-        metric: (flat outputs, targets) -> (N,) contribution of each sample; the metric is their mean.
-        metric_name, higher_is_better: what the metric is called and which way is good.
+        metric: (flat outputs, targets) -> (N,) contribution of each sample; the metric is their
+            mean.
+        metric_name: what the metric is called.
+        higher_is_better: which way of it is good.
         kind: whether the outputs are classes or values; None: decided from their shape.
         exact: measure every layer rather than the ``top`` of the screening.
         race: with ``exact``, stop early with layers that are clearly harmless.
-        interaction: for how many of the first layers all-but-one and the cumulative curve are measured and not
-            predicted; None: ``top`` with ``exact``, else none.
+        interaction: for how many of the first layers all-but-one and the cumulative curve are
+            measured and not predicted; None: ``top`` with ``exact``, else none.
         top: how many layers are measured at least, and explained.
         seed: of the random projections; the same seed gives the same result.
         journal: a file that makes a killed analysis go on where it was.
@@ -101,7 +106,7 @@ def analyze(
     forks = Forks(quantized)
     size = batch_size(forks)
     settings = (seed, size, kind, metric_name, [c.name for c in candidates])
-    key = fingerprint(quantized, evaluation_inputs, *settings) if journal else ""
+    key = fingerprint(quantized, evaluation_inputs, targets, *settings) if journal else ""
     with Journal(journal, key) as record:
         run = _Run(quantized, forks, evaluation_inputs, size, seed, record, progress, kind)
         run.targets, run.metric = targets, metric
@@ -121,9 +126,22 @@ def analyze(
         metric_name=metric_name or ("metric" if metric is not None else ""),
         higher_is_better=higher_is_better,
         macs=layer_macs(gm),
-        total_macs=cost(gm).macs,
+        total_macs=_network_macs(gm),
         top=top,
     )
+
+
+def _network_macs(gm: fx.GraphModule) -> int:
+    """``cost(gm).macs``; loading torch's counter takes seconds, which plain networks can do without."""
+    products = ("matmul", "mm", "einsum", "attention", "linear", "conv")
+    other = gm.meta.get("opaque") or any(
+        word in str(n.target).lower()
+        for n in gm.graph.nodes
+        if n.op in ("call_function", "call_method")
+        for word in products
+    )
+    recurrent = any(isinstance(m, RECURRENT_TYPES) for m in gm.modules())
+    return cost(gm).macs if other or recurrent else sum(layer_macs(gm).values())
 
 
 class _Run:
@@ -179,8 +197,8 @@ class _Run:
         exact: bool,
         race: bool,
     ) -> set[str]:
-        """Measure all layers, or the first ``top`` of ``order`` and more while the orders disagree."""
-        whole = {"float": {}, "*": int8_variant(self.gm)}
+        """Measure all layers, or the first of ``order``; more while the orders disagree."""
+        whole: dict[str, Variant] = {"float": {}, "*": int8_variant(self.gm)}
         if exact:
             self.total += 3.0
             self._measure({}, whole, self.blocks)

@@ -2,46 +2,56 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from torch import fx
 
 from rewriter.cost import layer_macs
+from rewriter.errors import RewriteError
 from rewriter.int8.simulate import Quantized
 from rewriter.plan import Plan, Step, find_sites, rewrite, rule_named
+from rewriter.rules import Site
+
+# A layer's answers: each step and the MACs it adds.
+Answers = tuple[tuple[str, int], ...]
 
 
-def find_answers(
-    quantized: Quantized, harmful: Sequence[fx.Node]
-) -> dict[str, tuple[tuple[str, int], ...]]:
-    """The steps that touch each layer, with the MACs each adds; free ones first, keeping it in float last.
+def find_answers(quantized: Quantized, harmful: Sequence[fx.Node]) -> dict[str, Answers]:
+    """The steps that touch each layer, free ones first, keeping the layer in float last.
 
     Args:
         quantized: the network; where it was not profiled, calibrated ranges stand in.
         harmful: the layers to answer.
     """
     gm = quantized.gm
-    borrowed = _lend_ranges(quantized)
+    lent = _lend_ranges(quantized)
     try:
-        sites = [s for s in find_sites(gm) if not s.blocked]
-        before = sum(layer_macs(gm).values())
-        costs: dict[tuple[str, str], int] = {}
-        found: dict[str, tuple[tuple[str, int], ...]] = {}
-        for node in harmful:
-            touching = [s for s in sites if node.name in s.nodes or s.anchor == "model"]
-            for s in touching:
-                key = (s.rule, s.anchor)
-                if key not in costs:
-                    costs[key] = _added_macs(gm, Step(*key), before)
-            ranked = sorted(
-                ((s.rule == "keep_float", costs[s.rule, s.anchor], s) for s in touching),
-                key=lambda t: t[:2],
-            )
-            found[node.name] = tuple((f"{s.rule}@{s.anchor}", macs) for _, macs, s in ranked)
-        return found
+        names = {n.name for n in harmful}
+        sites = [
+            s
+            for s in find_sites(gm)
+            if not s.blocked and (s.anchor == "model" or names.intersection(s.nodes))
+        ]
+        added = _added_macs(gm, sites)
     finally:
-        for node in borrowed:
+        for node in lent:
             del node.meta["channel_range"]
+
+    def rank(site: Site) -> tuple[bool, int]:
+        return site.rule == "keep_float", added[_step(site)]
+
+    return {
+        name: tuple(
+            (str(_step(s)), added[_step(s)])
+            for s in sorted(sites, key=rank)
+            if s.anchor == "model" or name in s.nodes
+        )
+        for name in (n.name for n in harmful)
+    }
+
+
+def _step(site: Site) -> Step:
+    return Step(site.rule, site.anchor)
 
 
 def _lend_ranges(quantized: Quantized) -> list[fx.Node]:
@@ -58,7 +68,48 @@ def _lend_ranges(quantized: Quantized) -> list[fx.Node]:
     return lent
 
 
-def _added_macs(gm: fx.GraphModule, step: Step, before: int) -> int:
-    if rule_named(step.rule).free:
-        return 0
-    return sum(layer_macs(rewrite(gm, Plan((step,)))).values()) - before
+def _added_macs(gm: fx.GraphModule, sites: Sequence[Site]) -> dict[Step, int]:
+    """What each step adds, from as few rewrites as there are steps that exclude each other."""
+    macs = layer_macs(gm)
+    found = {_step(s): 0 for s in sites}
+    left = [s for s in sites if not rule_named(s.rule).free]
+    while left:
+        together: list[Site] = []
+        taken: set[str] = set()
+        for site in left:
+            if not taken.intersection(site.nodes):
+                together.append(site)
+                taken.update(site.nodes)
+        found |= _added_together(gm, together, macs)
+        left = [s for s in left if s not in together]
+    return found
+
+
+def _added_together(
+    gm: fx.GraphModule, sites: Sequence[Site], macs: Mapping[str, int]
+) -> dict[Step, int]:
+    """What each of some steps adds that touch different nodes."""
+    steps = [_step(s) for s in sites]
+    try:
+        after = rewrite(gm, Plan(tuple(steps)))
+    except RewriteError:
+        if len(sites) == 1:
+            return {steps[0]: 0}
+        return {k: v for s in sites for k, v in _added_together(gm, [s], macs).items()}
+    total = layer_macs(after)
+    made = dict.fromkeys(map(str, steps), 0)
+    for node in after.graph.nodes:
+        step = str(node.meta.get("rewritten_by", ""))
+        if node.name in total and step in made:
+            made[step] += total[node.name]
+    found = {
+        step: made[str(step)] - sum(macs.get(n, 0) for n in site.nodes)
+        for step, site in zip(steps, sites, strict=True)
+    }
+    whole = sum(total.values()) - sum(macs.values())
+    if sum(found.values()) == whole:
+        return found
+    if len(sites) == 1:
+        return {steps[0]: whole}
+    # a rule that leaves a layer of its site in place, or does not mark what it made: one by one
+    return {k: v for s in sites for k, v in _added_together(gm, [s], macs).items()}

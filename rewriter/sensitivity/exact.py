@@ -1,7 +1,8 @@
 """The damage of quantizing one layer, measured: one layer at a time, and all but one.
 
-Everything that the variants have in common is computed once (``rewriter.sensitivity.forks``): with L equal layers one pass over all of them
-costs about L / 2 forward passes instead of L quantized ones, and nothing is prepared or converted for a layer.
+Everything that the variants have in common is computed once (``rewriter.sensitivity.forks``): with
+L equal layers one pass over all of them costs about L / 2 forward passes instead of L quantized
+ones, and nothing is prepared or converted for a layer.
 """
 
 from __future__ import annotations
@@ -19,15 +20,16 @@ from rewriter.sensitivity.objective import Objective
 
 # (flat outputs, targets) -> (N,) contribution of each sample; the metric is their mean
 Metric = Callable[[list[Tensor], Any], Tensor]
-# Outputs of all variants of a block are kept up to this many bytes until the float network's are there.
+# Outputs of all variants of a block are kept up to this many bytes until the float network's are
+# there.
 KEPT_OUTPUTS = 32 << 20
 
 
 def batch_size(forks: Forks, largest: int = 16) -> int:
     """Samples in a batch: as many as keep the widest value in one block that the allocator reuses.
 
-    A batch that leaves the cache costs more than its larger kernels save: on one CPU 16 samples took 1.35 ms each and 25
-    took 3.8 ms.
+    A batch that leaves the cache costs more than its larger kernels save: on one CPU 16 samples
+    took 1.35 ms each and 25 took 3.8 ms.
     """
     widest = 1
     for node in forks.nodes:
@@ -58,7 +60,8 @@ def measure(
         metric: contribution of each sample to the task's metric.
 
     Yields:
-        Name and, as plain JSON values with N entries each, "damage", "signal", "noise" (energies) and "metric" (or None).
+        Name and, as plain JSON values with N entries each, "damage", "signal", "noise" (energies)
+        and "metric" (or None).
     """
     names = list(variants)
     walk = forks.walk((inputs,), base, [variants[n] for n in names])

@@ -1,8 +1,8 @@
 """Run many quantized variants of one network while the part they have in common is computed once.
 
-A variant says, node by node, what is int8. The graph is walked once in the base configuration; where a variant first
-differs, a fork runs the rest of the graph, and of that only the nodes that depend on the
-difference. Only values that are still to be read are kept.
+A variant says, node by node, what is int8. The graph is walked once in the base configuration;
+where a variant first differs, a fork runs the rest of the graph, and of that only the nodes that
+depend on the difference. Only values that are still to be read are kept.
 """
 
 from __future__ import annotations
@@ -24,7 +24,8 @@ from rewriter.int8.scheme import QuantScheme, QuantSpec, channel_axis, dequantiz
 from rewriter.int8.simulate import Quantized
 from rewriter.sensitivity.parts import Parts
 
-# Rounding passes four times over its data: in pieces of half a megabyte it does so inside the cache.
+# Rounding passes four times over its data: in pieces of half a megabyte it does so inside the
+# cache.
 PIECE = 1 << 17
 # glibc hands larger blocks back to the kernel at once, and each use then starts with page faults.
 LARGEST_BLOCK = 24 << 20
@@ -32,7 +33,7 @@ LARGEST_BLOCK = 24 << 20
 
 @dataclass(frozen=True)
 class State:
-    """What is int8 at one node: its weight, and which of its arguments (by name) it reads rounded."""
+    """What is int8 at one node: its weight, and the arguments (by name) that it reads rounded."""
 
     weight: bool = False
     reads: frozenset[str] = frozenset()
@@ -44,7 +45,10 @@ Variant = Mapping[str, State]
 
 
 def only(parts: Parts, layer: fx.Node) -> dict[str, State]:
-    """One layer in int8, all else in float: its weight, what it reads, and a result that no layer reads."""
+    """One layer in int8, all else in float.
+
+    That is its weight, the values it reads, and its result where no other int8 operation reads it.
+    """
     note = annotation(layer)
     variant = {layer.name: State(note.weight is not None, frozenset(note.reads))}
     for reader, value in parts.returned[layer.name]:
@@ -66,7 +70,7 @@ def int8_variant(gm: fx.GraphModule) -> dict[str, State]:
 def keeping(
     gm: fx.GraphModule, scheme: QuantScheme, layers: Sequence[fx.Node]
 ) -> dict[str, State]:
-    """The whole network in int8 but for ``layers``, which are kept as the rule keep_float keeps them."""
+    """The whole network in int8 but for ``layers``, kept as the rule keep_float keeps them."""
     nodes = list(gm.graph.nodes)
     notes = [n.meta["int8"] for n in nodes]
     kept = [n for n in layers if not n.meta.get("keep_float")]
@@ -129,21 +133,21 @@ def rounded_weight(quantized: Quantized, node: fx.Node) -> Tensor:
 def with_weight(layer: nn.Module, weight: Tensor, bias: Tensor | None) -> nn.Module:
     """A view of ``layer`` with another weight and bias; shares everything else."""
     twin = copy.copy(layer)
-    twin._parameters = dict(layer._parameters)
-    twin._parameters["weight"] = nn.Parameter(weight, requires_grad=False)
-    twin._parameters["bias"] = bias  # type: ignore[assignment]
+    # a shallow copy shares the dictionary of parameters with the original: give it one of its own
+    own = {"weight": nn.Parameter(weight, requires_grad=False), "bias": bias}
+    twin.__dict__["_parameters"] = {**layer.__dict__["_parameters"], **own}
     return twin
 
 
 def modules_of(gm: fx.GraphModule) -> dict[fx.Node, nn.Module]:
-    """The module of each ``call_module`` node; looking it up by its path each time takes as long as a small kernel."""
+    """The module of each ``call_module`` node; looking it up takes as long as a small kernel."""
     return {n: module_of(gm, n) for n in gm.graph.nodes if n.op == "call_module"}
 
 
 def call(modules: Mapping[fx.Node, nn.Module], node: fx.Node, values: dict[fx.Node, Any]) -> Any:
     """The value of a ``call_module`` node."""
-    args = fx.node.map_arg(node.args, values.__getitem__)
-    kwargs = fx.node.map_arg(node.kwargs, values.__getitem__)
+    args: Any = fx.map_arg(node.args, values.__getitem__)
+    kwargs: Any = fx.map_arg(node.kwargs, values.__getitem__)
     return modules[node](*args, **kwargs)
 
 
@@ -205,7 +209,8 @@ class Forks:
             variants: what to run.
 
         Yields:
-            The index of a variant and its flat outputs, in the order in which they differ; at the end -1 and the base's outputs.
+            The index of a variant and its flat outputs, in the order in which they differ; at the
+            end -1 and the base's outputs.
         """
         starts: dict[int, list[int]] = {}
         for i, variant in enumerate(variants):
@@ -252,7 +257,8 @@ class Forks:
     ) -> None:
         """Compute a value of the base, and those it needs, if it is not there yet.
 
-        Only the walk itself may overwrite: ahead of it, a later fork may still have to read the value.
+        Only the walk itself may overwrite: ahead of it, a later fork may still have to read the
+        value.
         """
         stack = [node]
         while stack:

@@ -1,7 +1,8 @@
 """What is already measured, one JSON line each, so that a killed analysis goes on where it was.
 
-A line is written as soon as its result is there. The first line is the fingerprint of everything that a result depends on; under another
-fingerprint the file is started anew. A last line cut short by the kill is dropped.
+A line is written as soon as its result is there. The first line is the fingerprint of everything
+that a result depends on; under another fingerprint the file is started anew. A last line cut short
+by the kill is dropped.
 """
 
 from __future__ import annotations
@@ -10,14 +11,14 @@ import hashlib
 import json
 import os
 import time
-from collections.abc import Iterable
 from pathlib import Path
 from types import TracebackType
 from typing import IO, Any
 
 import torch
-from torch import Tensor, fx
+from torch import Tensor
 
+from rewriter.int8.annotate import annotation
 from rewriter.int8.simulate import Quantized
 
 FORMAT = 1
@@ -103,19 +104,21 @@ def _whole_lines(path: Path) -> list[Any]:
     return lines
 
 
-def fingerprint(quantized: Quantized, inputs: Tensor, *settings: object) -> str:
+def fingerprint(quantized: Quantized, inputs: Tensor, targets: object, *settings: object) -> str:
     """Identity of a network, its int8 form, the data and the settings."""
     digest = hashlib.blake2b(digest_size=16)
-    gm = quantized.gm
-    digest.update(repr((FORMAT, gm.code, quantized.scheme.name, settings)).encode())
-    digest.update(repr(sorted(quantized.calibration.values.items())).encode())
-    digest.update(
-        repr([(n.name, bool(n.meta.get("keep_float"))) for n in gm.graph.nodes]).encode()
-    )
-    for tensor in (*_tensors(gm), inputs):
-        digest.update(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy())
+    gm, scheme = quantized.gm, quantized.scheme
+    notes = [
+        (n.name, a.weight, a.output, a.reads, a.range_of)
+        for n, a in ((n, annotation(n)) for n in gm.graph.nodes)
+    ]
+    ranges = sorted(quantized.calibration.values.items())
+    digest.update(repr((FORMAT, str(gm), scheme.name, notes, ranges, settings)).encode())
+    weights = [t for _, t in sorted(gm.state_dict().items())]
+    for part in (*weights, *quantized.calibration.weights.values(), inputs, targets):
+        if isinstance(part, Tensor):
+            array = part.detach().cpu().contiguous().view(-1).view(torch.uint8)
+            digest.update(array.numpy().data)
+        else:
+            digest.update(repr(part).encode())
     return digest.hexdigest()
-
-
-def _tensors(gm: fx.GraphModule) -> Iterable[Tensor]:
-    return [t for _, t in sorted(gm.state_dict().items()) if t.numel()]

@@ -1,12 +1,14 @@
 """How far a network's outputs are from the float network's, for each sample.
 
-Class outputs: the Kullback-Leibler divergence KL(float || int8). Other outputs (boxes, scores of frames): the squared error relative to the
-energy of the float output, averaged over output groups, so that a score in [0, 1] counts as much as a box in [0, 640]. A group is
-one output tensor, or a set of channels of alike size within it.
+Class outputs: the Kullback-Leibler divergence KL(float || int8). Other outputs (boxes, scores of
+frames): the squared error relative to the energy of the float output, averaged over output groups,
+so that a score in [0, 1] counts as much as a box in [0, 640]. A group is one output tensor, or a
+set of channels of alike size within it.
 
-Both are quadratic near the float network, with a known Hessian; ``probe`` draws r with E[r r^T] = Hessian, so that E[(r . change)^2] is the damage.
-Source: Hutchinson, 1990 (doi:10.1080/03610919008812866) for the random projections; Martens, 2020 (arXiv:1412.1193) for the Fisher matrix
-as the curvature of the divergence.
+Both are quadratic near the float network, with a known Hessian; ``probe`` draws r with E[r r^T] =
+Hessian, so that E[(r . change)^2] is the damage. Source: Hutchinson, 1990
+(doi:10.1080/03610919008812866) for the random projections; Martens, 2020 (arXiv:1412.1193) for the
+Fisher matrix as the curvature of the divergence.
 """
 
 from __future__ import annotations
@@ -32,7 +34,8 @@ class Objective:
         kind: what the outputs are.
         probabilities: class outputs that are probabilities, not logits.
         groups: for values: for each output, its group of channels as (axis, (C,) group numbers).
-        energy: for values: for each output, (groups,) mean energy of a sample in the float network.
+        energy: for values: for each output, (groups,) mean energy of a sample in the float
+            network.
     """
 
     kind: Kind
@@ -84,7 +87,7 @@ class Objective:
         return total / self.count
 
     def noise(self, reference: Sequence[Tensor], found: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
-        """(N,) energy of the float outputs and (N,) energy of the error, groups weighted alike; their ratio is the SQNR."""
+        """(N,) energies of the float outputs and of the error, groups weighted alike."""
         if self.kind == "values":
             damage = self.damage(reference, found)
             return torch.ones_like(damage), damage
@@ -94,8 +97,8 @@ class Objective:
     def probe(self, output: Sequence[Tensor], generator: torch.Generator) -> list[Tensor]:
         """One random direction in output space, for each sample and output, shaped as ``output``.
 
-        For classes E[r r^T] is half the Fisher matrix (the gradient is with respect to the logits), for values the
-        diagonal of 1 / (groups x energy).
+        For classes E[r r^T] is half the Fisher matrix (the gradient is with respect to the
+        logits), for values the diagonal of 1 / (groups x energy).
         """
         signs = [_signs(o.shape, generator).to(o.device) for o in output]
         if self.kind == "classes":

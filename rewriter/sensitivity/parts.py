@@ -1,7 +1,8 @@
-"""Of which parts the int8 error of a network consists, and which layer or value each part belongs to.
+"""The parts of a network's int8 error, and the layer or value that each belongs to.
 
-A part is the rounded weight of a layer, or an edge: one value as one reader sees it rounded. Moving a value (reshape, max pool, ...) commutes with
-rounding, so an edge is counted where the moved value is used.
+A part is the rounded weight of a layer, or an edge: one value as one reader sees it rounded.
+Moving a value (reshape, max pool, ...) commutes with rounding, so an edge is counted where the
+moved value is used.
 """
 
 from __future__ import annotations
@@ -24,8 +25,8 @@ class Parts:
     Args:
         rounded: by reader, the arguments that are rounded there.
         inputs: by layer, the edges through which it reads.
-        returned: by layer, the edges at which its result is rounded and read by no int8 operation: a
-            head's, at the graph's output or before what is computed in float.
+        returned: by layer, the edges at which its result is rounded and read by no int8 operation:
+            a head's, at the graph's output or before what is computed in float.
         values: by value, the edges that carry it, moved or not.
     """
 

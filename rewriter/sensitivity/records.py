@@ -17,8 +17,10 @@ class LayerDamage:
         layer: qualified name of the user's module; ``node`` is its name in the graph.
         kind: depthwise, pointwise, conv, linear, ...
         macs: per input.
-        damage: measured where ``exact``, otherwise screened; ``screened`` is the estimate in any case.
-        metric, drop: of the network with this layer alone in int8, and what it loses to float; None where only screened.
+        damage: measured where ``exact``, otherwise screened; ``screened`` is the estimate in any
+            case.
+        metric, drop: of the network with this layer alone in int8, and what it loses to float;
+            None where only screened.
         sqnr_db: signal to int8 noise at the outputs; where only screened, from the damage.
         causes: names, the strongest first; ``evidence`` has their numbers.
         answers: steps that touch this layer, free ones first; ``answer_macs`` is what each adds.
@@ -72,7 +74,8 @@ class ValueDamage:
     """One activation tensor alone in int8, for all that read it.
 
     Args:
-        value: its name in the graph; ``layer`` is the layer that makes it, "" for an input or another operation.
+        value: its name in the graph; ``layer`` is the layer that makes it, "" for an input or
+            another operation.
         low, high: its range.
         channels: those that set the range, the widest first.
         spread: width of the widest channel relative to the one in the middle.

@@ -1,18 +1,22 @@
 """Every layer's damage from one pass forwards and one or two backwards.
 
-Rounding changes a layer's result by d_l (N, ...), and what reaches the outputs is J_l d_l to first order. The float network is the minimum of
-the damage, which is therefore quadratic there: with r a random direction in output space, E[r r^T] = H / 2 (``objective.probe``),
+Rounding changes a layer's result by d_l (N, ...), and what reaches the outputs is J_l d_l to first
+order. The float network is the minimum of the damage, which is therefore quadratic there: with r a
+random direction in output space, E[r r^T] = H / 2 (``objective.probe``),
 
     damage_l = E[(r^T J_l d_l)^2] = E[(g_l . d_l)^2]        g_l = d (r . outputs) / d z_l
 
-and one backward pass gives g_l for all layers and all samples at once, since samples do not depend on each other. d_l has two parts, both found in
-passing: the layer on its rounded weight, and, by linearity, the gradient at the layer's input times the rounding error of the value it
-reads. What is kept are the projections p = g . d, one number for each part, sample and direction: sums of them price any
-combination, E[(sum of p)^2], interactions to second order included, and nothing is run again for it.
+and one backward pass gives g_l for all layers and all samples at once, since samples do not depend
+on each other. d_l has two parts, both found in passing: the layer on its rounded weight, and, by
+linearity, the gradient at the layer's input times the rounding error of the value it reads. What
+is kept are the projections p = g . d, one number for each part, sample and direction: sums of them
+price any combination, E[(sum of p)^2], interactions to second order included, and nothing is run
+again for it.
 
-Sources: Gauss-Newton / Fisher damage: LeCun et al., 1990 (Optimal Brain Damage); Dong et al., 2019 (HAWQ, arXiv:1905.03696) for its use in
-quantization. Random projections instead of sampled labels bound the variance: a sampled label is almost always the likely one,
-whose gradient is almost nothing.
+Sources: Gauss-Newton / Fisher damage: LeCun et al., 1990 (Optimal Brain Damage); Dong et al., 2019
+(HAWQ, arXiv:1905.03696) for its use in quantization. Random projections instead of sampled labels
+bound the variance: a sampled label is almost always the likely one, whose gradient is almost
+nothing.
 """
 
 from __future__ import annotations
@@ -39,7 +43,8 @@ from rewriter.sensitivity.forks import (
 from rewriter.sensitivity.objective import Objective
 from rewriter.sensitivity.parts import Edge, Parts, parts_of
 
-# What a projection is of: (layer,) its weight, (reader, value) an edge, ("candidate", name, "") a rewrite.
+# What a projection is of: (layer,) its weight, (reader, value) an edge, ("candidate", name, "") a
+# rewrite.
 Key = tuple[str, ...]
 
 
@@ -100,21 +105,25 @@ class Screening:
         return {name: damage(p) for name, p in self.weights.items()}
 
     def predict(self, kept: Iterable[str] = ()) -> float:
-        """Damage of the network in int8 with these layers (node names) in float, to second order."""
-        kept = set(kept)
-        parts = [p for name, p in self.weights.items() if name not in kept]
-        free = {e for name in kept for e in (*self.parts.inputs[name], *self.parts.returned[name])}
-        parts += [p for e, p in self.edges.items() if e not in free]
-        return damage(torch.stack(parts).sum(0)) if parts else 0.0
+        """Damage of the network in int8 with these layers (by node name) in float, predicted."""
+        return damage(self._remaining(kept))
 
     def price(self, candidate: Candidate) -> float:
-        """What a rewrite is predicted to take away from the damage of the whole network; negative where it adds."""
-        parts = [p for name, p in self.weights.items() if name not in candidate.takes]
-        free = {e for name in candidate.takes for e in (*self.parts.inputs[name], *self.parts.returned[name])}
-        parts += [p for e, p in self.edges.items() if e not in free]
+        """What a rewrite is predicted to take away from the whole damage; negative if it adds."""
         return self.predict() - damage(
-            torch.stack([*parts, self.candidates[candidate.name]]).sum(0)
+            self._remaining(candidate.takes) + self.candidates[candidate.name]
         )
+
+    def _remaining(self, kept: Iterable[str]) -> Tensor:
+        """(N, k) projections of all error but that of some layers."""
+        gone = set(kept)
+        free = {e for n in gone for e in (*self.parts.inputs[n], *self.parts.returned[n])}
+        total = torch.zeros(1, 1, dtype=torch.float64)
+        for name, p in self.weights.items():
+            total = total if name in gone else total + p
+        for edge, p in self.edges.items():
+            total = total if edge in free else total + p
+        return total
 
     def candidate_damage(self) -> dict[str, float]:
         """Damage of each candidate's own local error."""
@@ -178,7 +187,8 @@ class Screener:
         """Projections of every part of the int8 error on one batch (N, ...), as plain JSON values.
 
         Returns:
-            "weights" by layer, "edges" by "reader value", "candidates" by name: (N, directions) each.
+            "weights" by layer, "edges" by "reader value", "candidates" by name, each
+            (N, directions).
         """
         found: dict[Key, list[Tensor]] = {}
         now: dict[Key, Tensor] = {}
@@ -198,7 +208,7 @@ class Screener:
     def _forward(
         self, inputs: Tensor, now: dict[Key, Tensor]
     ) -> tuple[list[Tensor], list[Tensor]]:
-        """Flat outputs, with hooks that put the wanted products into ``now``, and the inputs to differentiate by."""
+        """Flat outputs and the inputs to differentiate by; hooks put the products into ``now``."""
         values: dict[fx.Node, Any] = {}
         kept: dict[str, Tensor] = {}
         roots: list[Tensor] = []
@@ -265,7 +275,7 @@ class Screener:
 
 
 class _Hooks:
-    """Hangs the wanted products on the backward pass of one batch; each result goes into ``now``."""
+    """Hangs the wanted products on the backward pass of one batch; they go into ``now``."""
 
     def __init__(self, quantized: Quantized, now: dict[Key, Tensor], samples: int) -> None:
         self.quantized, self.now, self.samples = quantized, now, samples
@@ -305,7 +315,8 @@ class _Hooks:
 def dot(a: Tensor, b: Tensor, samples: int) -> Tensor:
     """(samples,) float64 inner product of each sample's part of two values."""
     if a.shape[0] % samples:
-        # the batch is not the first dimension: only the sum is known, and samples with independent signs share it alike
+        # the batch is not the first dimension: only the sum is known, and samples with independent
+        # signs share it alike
         return ((a * b).sum().double() / samples**0.5).expand(samples).cpu()
     return torch.linalg.vecdot(_rows(a, samples), _rows(b, samples, a)).double().cpu()
 
@@ -319,7 +330,7 @@ def _rows(x: Tensor, samples: int, like: Tensor | None = None) -> Tensor:
 
 
 def rounding_dot(gradient: Tensor, x: Tensor, params: tuple[Any, ...], samples: int) -> Tensor:
-    """(samples,) inner product of a gradient with the rounding error of ``x``, in pieces that fit the cache."""
+    """(samples,) inner product of a gradient with the rounding error of ``x``, piece by piece."""
     if x.shape[0] % samples:
         return dot(gradient, round_to_int8(x, *params) - x, samples)
     g, x = _rows(gradient, samples, x), _rows(x, samples)

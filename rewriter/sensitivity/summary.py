@@ -1,4 +1,4 @@
-"""Put the numbers of an analysis together: ranking, causes, answers, values, interaction, curve."""
+"""Put the numbers of an analysis together."""
 
 from __future__ import annotations
 
@@ -67,8 +67,10 @@ def summarise(
         measured: over all samples, or for layers that lost the race over some.
         ranked: node names of the layers, most harmful first.
         inputs: (N, ...) a few inputs, from which the causes are read.
-        metric_name, higher_is_better: of the metric.
-        macs: by layer node name; ``total_macs`` of the network.
+        metric_name: of the metric.
+        higher_is_better: which way of it is good.
+        macs: by layer node name.
+        total_macs: of the network.
         top: how many layers are explained.
     """
     gm, tallies = quantized.gm, measured.tallies
@@ -120,7 +122,7 @@ def summarise(
 
 
 def _noise_per_damage(tallies: Sequence[Tally]) -> float:
-    """Relative output noise that goes with a unit of damage: the geometric mean over what was measured."""
+    """Relative output noise for a unit of damage: the geometric mean over what was measured."""
     pairs = [(t.noise_ratio, t.damage) for t in tallies if t.damage > 0 and t.noise_ratio > 0]
     if not pairs:
         return 1.0

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from typing import Any
 
@@ -14,6 +13,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from rewriter import QuantizeError, trace
+from rewriter.int8.emission import Emission
 from rewriter.int8.onnx import Session, float_onnx
 
 IMAGE = (6, 11, 8)  # odd and not square
@@ -214,8 +214,7 @@ def test_functions(name: str) -> None:
 
 
 def test_several_inputs_and_outputs_in_the_order_of_the_user() -> None:
-    model = Call(lambda m, a, b: {"second": b - 1, "first": [a * 2, a]}.values())
-    model.function = lambda m, a, b: (b - 1, [a * 2, a])  # type: ignore[assignment]
+    model = Call(lambda m, a, b: {"second": b - 1, "first": [a * 2, a]})
     gm = trace(model, (torch.randn(2, 3), torch.randn(2, 5)))
     a, b = torch.randn(4, 3), torch.randn(4, 5)
     found = Session(float_onnx(gm)).run(a, b)
@@ -279,15 +278,30 @@ def test_dynamic_batch_and_names() -> None:
     assert sizes == [["batch", 6, 11, 8], ["batch", 4, 9, 6]]
 
 
-def test_a_planted_fault_is_found() -> None:
-    """The comparison above must see a weight that is stored transposed, or a clip with another bound."""
-    gm = trace(nn.Conv2d(6, 6, 3, padding=1), torch.randn(2, *IMAGE))
-    emitted = float_onnx(gm)
-    weight = next(t for t in emitted.graph.initializer if t.name.endswith("weight"))
-    array = onnx.numpy_helper.to_array(weight).transpose(1, 0, 2, 3)
-    weight.CopyFrom(onnx.numpy_helper.from_array(np.ascontiguousarray(array), weight.name))
-    x = torch.randn(3, *IMAGE)
-    with torch.no_grad():
-        assert not math.isclose(
-            float(np.abs(Session(emitted).run(x)[0] - gm(x).numpy()).max()), 0, abs_tol=1e-2
+FAULTS: list[tuple[nn.Module, tuple[int, ...], str, Any]] = [
+    (nn.ReLU6(), IMAGE, "scalar", lambda t: t * 0.98),
+    (nn.Conv2d(6, 6, 3, padding=1), IMAGE, "weight", lambda t: t.transpose(1, 0, 2, 3)),
+    (nn.Linear(9, 4), (9,), "bias", lambda t: t * 0),
+    (nn.AdaptiveAvgPool2d((4, 3)), IMAGE, "rows", lambda t: t[::-1]),
+]
+
+
+@pytest.mark.parametrize(("module", "shape", "constant", "fault"), FAULTS, ids=repr)
+def test_a_planted_fault_fails_the_comparison(
+    module: nn.Module,
+    shape: tuple[int, ...],
+    constant: str,
+    fault: Callable[[np.ndarray], np.ndarray],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    store = Emission.constant
+
+    def faulty(self: Emission, value: Any, label: str) -> str:
+        array = value.detach().numpy() if isinstance(value, Tensor) else value
+        return store(
+            self, np.ascontiguousarray(fault(array)) if label == constant else array, label
         )
+
+    monkeypatch.setattr(Emission, "constant", faulty)
+    with pytest.raises(AssertionError, match="Not equal to tolerance"):
+        check(module, shape)

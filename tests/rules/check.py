@@ -8,7 +8,8 @@ import torch
 from torch import Tensor, fx, nn
 
 from rewriter import Plan, Step, profile, rewrite, trace
-from rewriter.graph import layers
+from rewriter.graph import layers, walk
+from rewriter.plan import copy_graph
 from rewriter.rules import RewriteRule, Site
 
 SEED = 20
@@ -67,7 +68,7 @@ def rewrites(
     gm = graph_of(randomise(model), shape)
     found = sites_of(rule, gm)
     if sites is not None:
-        assert len(found) == sites, [s for s in rule.match(gm)]
+        assert len(found) == sites, list(rule.match(gm))
     rewritten = [check_site(rule, gm, site, shape) for site in found]
     return rewritten[0]
 
@@ -82,9 +83,8 @@ def check_site(
     plan = Plan((Step(site.rule, site.anchor),))
     assert Plan.parse(str(plan)) == plan
     expected = flat(gm(x))
-    # the rule under test, which need not be the one of the catalogue, on a copy made as rewrite() does
-    from rewriter.plan import copy_graph
-
+    # the rule under test, which need not be the one of the catalogue, on a copy made as rewrite()
+    # does
     new = copy_graph(gm)
     rule.apply(new, site)
     new.graph.eliminate_dead_code()
@@ -120,8 +120,6 @@ def check_site(
 
 def assert_shapes(gm: fx.GraphModule, x: Tensor) -> None:
     """What the nodes' meta says about shapes is what they compute."""
-    from rewriter.graph import walk
-
     for node, value in walk(gm, (x[:1],)):
         if isinstance(value, Tensor) and node.op not in ("get_attr", "placeholder"):
             said = tuple(node.meta["shape"])

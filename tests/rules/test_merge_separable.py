@@ -22,7 +22,9 @@ SETTINGS = [
 ]
 
 
-def separable(channels: int = 4, out: int = 6, act: nn.Module | None = None, **kw: object) -> nn.Module:
+def separable(
+    channels: int = 4, out: int = 6, act: nn.Module | None = None, **kw: object
+) -> nn.Module:
     depthwise = nn.Conv2d(channels, channels, groups=channels, **kw)  # type: ignore[arg-type]
     between = [] if act is None else [act]
     return nn.Sequential(depthwise, *between, nn.Conv2d(channels, out, 1))
@@ -35,7 +37,9 @@ def test_without_an_activation_the_product_is_exact(setting: dict[str, object]) 
 
 @pytest.mark.parametrize("setting", SETTINGS)
 @pytest.mark.parametrize("act", [nn.ReLU6(), nn.SiLU(), nn.PReLU(4)])
-def test_with_an_activation_the_shapes_are_kept(setting: dict[str, object], act: nn.Module) -> None:
+def test_with_an_activation_the_shapes_are_kept(
+    setting: dict[str, object], act: nn.Module
+) -> None:
     new = check.rewrites(MergeSeparable(), separable(act=act, **setting), SHAPE)
     assert check.layer_count(new) == 1
 

@@ -31,8 +31,10 @@ def stem(out: int = 8, **kw: object) -> nn.Conv2d:
     return nn.Conv2d(3, out, 3, **kw)  # type: ignore[arg-type]
 
 
-def rewritten(model: nn.Module, rule: SplitRange = RULE, shape: tuple[int, ...] = SHAPE) -> list[fx.GraphModule]:
-    """Assert the contract at every site of a randomised model whose dense layers are made uneven."""
+def rewritten(
+    model: nn.Module, rule: SplitRange = RULE, shape: tuple[int, ...] = SHAPE
+) -> list[fx.GraphModule]:
+    """Assert the contract at every site of a random model with uneven layers."""
     gm = check.graph_of(check.spread(check.randomise(model)), shape)
     # a split that gains little must be as exact as one that gains much
     sites = [s for s in rule.match(gm) if not s.blocked or "rounding error" in s.blocked]
@@ -89,7 +91,7 @@ def test_other_dense_layers_make_and_read_the_channels() -> None:
 
 
 class Residual(nn.Module):
-    """Skip connections: a sum of two values, a layer that reads and adds to the same value, a gate."""
+    """Skip connections: a sum, a layer that reads and adds to one value, a gate."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -172,7 +174,10 @@ def test_refuses_channels_that_no_layer_makes() -> None:
 
 
 def test_refuses_without_calibrated_ranges() -> None:
-    gm = trace(check.randomise(nn.Sequential(stem(), nn.SiLU(), nn.Conv2d(8, 2, 1))), torch.randn(1, *SHAPE))
+    gm = trace(
+        check.randomise(nn.Sequential(stem(), nn.SiLU(), nn.Conv2d(8, 2, 1))),
+        torch.randn(1, *SHAPE),
+    )
     assert {s.blocked for s in RULE.match(gm)} >= {"no calibrated channel ranges"}
 
 
@@ -185,9 +190,11 @@ def test_ignores_depthwise_and_grouped_layers() -> None:
 
 
 def planted(wide: float) -> nn.Module:
-    """A SiLU network whose first layer has two channels far wider than the others, which matter as much."""
+    """A SiLU network with two channels far wider than the others, which matter as much."""
     net = check.randomise(
-        nn.Sequential(stem(), nn.SiLU(), nn.Conv2d(8, 8, 3, groups=8), nn.SiLU(), nn.Conv2d(8, 10, 1))
+        nn.Sequential(
+            stem(), nn.SiLU(), nn.Conv2d(8, 8, 3, groups=8), nn.SiLU(), nn.Conv2d(8, 10, 1)
+        )
     )
     with torch.no_grad():
         for layer in (net[0],):

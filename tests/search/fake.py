@@ -17,8 +17,8 @@ GAIN = {
     **{Step("keep_float", name): damage for name, damage in DAMAGE.items()},
     Step("merge_separable", "dw0"): 0.15,
     Step("merge_separable", "dw1"): 0.06,
-    Step("split_head_2", "stem"): 0.04,
-    Step("split_head_3", "head"): 0.001,
+    Step("replace_block", "stem"): 0.04,
+    Step("fuse_expand", "head"): 0.001,
 }
 EXTRA_MACS = {Step("merge_separable", "dw0"): 80_000, Step("merge_separable", "dw1"): 120_000}
 
@@ -29,13 +29,17 @@ def sites() -> list[Site]:
         Site("merge_separable", ("dw0", "pw0")),
         Site("merge_separable", ("dw1", "pw1")),
         Site("merge_separable", ("dw2",), blocked="grouped, not depthwise: groups=2"),
-        Site("split_head_2", ("stem",)),
-        Site("split_head_3", ("head",)),
+        Site("replace_block", ("stem",)),
+        Site("fuse_expand", ("head",)),
     ]
 
 
+def price(step: Step) -> int:
+    return EXTRA_MACS.get(step, 0)
+
+
 def space(budget: Budget | None = None, limit: int = 24) -> Space:
-    return make_space(sites(), DAMAGE, EXTRA_MACS, MACS, budget, limit)
+    return make_space(sites(), DAMAGE, price, MACS, budget, limit)
 
 
 def fake_damage(plan: Plan) -> float:

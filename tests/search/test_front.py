@@ -107,11 +107,13 @@ def test_the_front_of_random_plans_is_undominated_cheapest_first_and_never_empty
     random = np.random.default_rng(seed)
     entries = [
         scored(
-            f"r@{i}", int(random.integers(100, 110)), (random.random(300) < random.uniform(0.5, 0.8)).astype(float),
+            f"r@{i}",
+            int(random.integers(100, 110)),
+            (random.random(300) < random.uniform(0.5, 0.8)).astype(float),
             float(random.random()),
         )
         for i in range(30)
-    ]  # fmt: skip
+    ]
     front = front_of(*entries)
     points = [(s.macs, s.metric) for s in front.points]
     assert points

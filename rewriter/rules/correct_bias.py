@@ -1,0 +1,32 @@
+"""Set every bias so that the mean of each output channel is that of the float network.
+
+Before: y = Wq xq + b          After: y = Wq xq + b + E[W x + b] - E[Wq xq + b]      over
+calibration inputs and positions
+
+Layer by layer in the order in which they run, each with the inputs it has after the layers before
+it were corrected (``rewriter.refine``).
+Why: a rounded filter's error has a mean that adds up over positions and layers; it is most of the
+damage of depthwise layers.
+Source: Nagel et al., 2019 (arXiv:1906.04721), section 4.2, empirical form.
+"""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+from torch import fx
+
+from rewriter.graph import layers
+from rewriter.rules._rule import Contract
+from rewriter.rules._whole import WholeModelRule
+
+
+class CorrectBias(WholeModelRule):
+    """Carried out by ``assemble`` after calibration."""
+
+    name: ClassVar[str] = "correct_bias"
+    contract: ClassVar[Contract] = "annotation"
+    repair: ClassVar[str] = "biases"
+
+    def problem(self, gm: fx.GraphModule) -> str:
+        return "" if layers(gm) else "no layer has weights"

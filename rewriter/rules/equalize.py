@@ -1,0 +1,57 @@
+"""Scale the channels of every value so that int8 rounding does the least damage.
+
+Before: x -> W1 -> ReLU -> W2 -> y          After: x -> S W1 -> ReLU -> W2 S^-1 -> y     S =
+diag(s), s (C,) > 0
+
+    f(s x) = s f(x)  for ReLU, LeakyReLU, PReLU, sums, pooling, ...: exact, no MACs added
+
+Depthwise layers have a scale on both sides, a residual stream one for all that is added to it
+(``rewriter.channels``). All scales are chosen together, for the target's way of storing weights,
+by minimising the predicted damage (``rewriter.equalization``).
+A ReLU6 stays a ReLU6: a channel that reaches the cap on the calibration inputs keeps its scale, so
+that the cap remains one number and int8 saturation carries it out; the others are scaled up to 90
+% of the cap at most.
+Why: one scale holds a tensor whose channels differ in range badly; after scaling they are alike.
+Source: after Nagel et al., 2019 (arXiv:1906.04721), section 4.1.
+"""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+import torch
+from torch import fx
+
+from rewriter.channels import rescale, scale_variables
+from rewriter.equalization import Damage, least_damage, log_bounds
+from rewriter.rules._rule import Contract, Site
+from rewriter.rules._whole import WholeModelRule
+
+# What is left below the cap of a ReLU6 by the largest value seen.
+MARGIN = 0.1
+
+
+class Equalize(WholeModelRule):
+    """Cross-layer equalization of all free channels; exact."""
+
+    name: ClassVar[str] = "equalize"
+    contract: ClassVar[Contract] = "exact"
+    weighs: ClassVar[bool] = True
+
+    def problem(self, gm: fx.GraphModule) -> str:
+        if not any("channel_range" in n.meta for n in gm.graph.nodes):
+            return "no calibrated channel ranges"
+        channels = scale_variables(gm)
+        if bool(log_bounds(gm, channels, MARGIN)[1].any()):
+            return ""
+        reasons = [f"{value}: {why}" for value, why in channels.reasons.items()]
+        return "no channel can be scaled: " + ("; ".join(reasons[:3]) or "all reach a cap")
+
+    def apply(self, gm: fx.GraphModule, site: Site) -> None:
+        channels = scale_variables(gm)
+        scheme = gm.meta.get("scheme")
+        specs = (scheme.weights, scheme.linear_weights) if scheme is not None else (None, None)
+        upper, free = log_bounds(gm, channels, MARGIN)
+        with torch.enable_grad():
+            logs, _, _ = least_damage(Damage(gm, channels, *specs), upper, free)
+        rescale(gm, channels, logs.exp())

@@ -1,0 +1,54 @@
+"""Leave everything behind the last layers in float.
+
+Before: heads -> int8 reshape, sigmoid, decoding, concatenation of boxes and scores -> output
+After:  heads -> the same in float -> output
+
+Nothing in the graph changes. The arithmetic behind the last layers has no weights and next to no
+cost, but as int8 a concatenation of boxes in pixels and scores in [0, 1] has one range, and the
+scores are gone. Each head keeps the int8 range of its own output.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import ClassVar
+
+from torch import fx
+
+from rewriter.graph import LAYER_TYPES, is_call
+from rewriter.rules._rule import Contract, RewriteRule, Site, mark
+
+
+class FloatTail(RewriteRule):
+    """One site, anchored at the output, where anything stands behind the last layers."""
+
+    name: ClassVar[str] = "float_tail"
+    contract: ClassVar[Contract] = "annotation"
+    exclusive: ClassVar[bool] = False
+    free: ClassVar[bool] = True
+
+    def match(self, gm: fx.GraphModule) -> Iterator[Site]:
+        (output,) = gm.graph.find_nodes(op="output")
+        if tail := _tail(gm):
+            yield self.site(output, *tail)
+
+    def apply(self, gm: fx.GraphModule, site: Site) -> None:
+        for node in _tail(gm):
+            node.meta["keep_float"] = True
+            mark(node, site)
+
+
+def _tail(gm: fx.GraphModule) -> list[fx.Node]:
+    """What depends on a layer and on which no layer depends."""
+    before: set[fx.Node] = set()  # nodes on which a layer depends, and the layers
+    after: set[fx.Node] = set()
+    for node in reversed(gm.graph.nodes):
+        if is_call(gm, node, *LAYER_TYPES) or any(user in before for user in node.users):
+            before.add(node)
+    found: list[fx.Node] = []
+    for node in gm.graph.nodes:
+        if is_call(gm, node, *LAYER_TYPES) or any(n in after for n in node.all_input_nodes):
+            after.add(node)
+            if node not in before and node.op != "output":
+                found.append(node)
+    return found

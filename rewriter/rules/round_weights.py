@@ -1,0 +1,34 @@
+"""Round weights so that each layer's output is right, not each weight.
+
+Before: Q = round(W / step)          After: Q = argmin |(step Q) Xq - W X|^2 over integers, near
+the float weights
+
+with X the layer's inputs in float and Xq as they are in int8 after all layers before it were
+repaired: what one weight loses, others of the same filter make good, and so they do for part of
+the error upstream. Closed form (``rewriter.int8.rounding``); the step is chosen too. The weights
+are left on their grid, and the calibration keeps its step.
+Why: nearest rounding is the best for each weight and far from the best for their sum.
+Source: Frantar et al., 2022 (arXiv:2210.17323); Nagel et al., 2020 (arXiv:2004.10568).
+"""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+from torch import fx, nn
+
+from rewriter.graph import is_call, layers
+from rewriter.rules._rule import Contract
+from rewriter.rules._whole import WholeModelRule
+
+
+class RoundWeights(WholeModelRule):
+    """Carried out by ``assemble`` after calibration."""
+
+    name: ClassVar[str] = "round_weights"
+    contract: ClassVar[Contract] = "annotation"
+    repair: ClassVar[str] = "rounding"
+
+    def problem(self, gm: fx.GraphModule) -> str:
+        known = any(is_call(gm, n, nn.Conv1d, nn.Conv2d, nn.Linear) for n in layers(gm))
+        return "" if known else "no convolution or linear layer"

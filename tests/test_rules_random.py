@@ -1,0 +1,192 @@
+"""Every rule on random networks: what its contract says, whatever the network."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from torch import Tensor, nn
+
+from rewriter import RULES, Plan, PlanError, rewrite
+from rewriter.rules import Site
+from tests.rules import check
+
+SHAPE = (3, 12, 9)
+ACTIVATIONS = (
+    nn.ReLU,
+    nn.ReLU6,
+    nn.SiLU,
+    nn.Hardswish,
+    nn.LeakyReLU,
+    nn.PReLU,
+    nn.Sigmoid,
+    nn.GELU,
+)
+
+
+class Separable(nn.Module):
+    """[1 x 1], depthwise, 1 x 1, with or without batch norm, activation, gate and skip."""
+
+    def __init__(self, draw: st.DrawFn, inner: int, outer: int) -> None:
+        super().__init__()
+        wide = inner * draw(st.sampled_from([1, 2]))
+        kernel = draw(st.sampled_from([3, 5, (1, 3), (3, 2)]))
+        size = kernel if isinstance(kernel, tuple) else (kernel, kernel)
+        same = draw(st.booleans()) and all(k % 2 for k in size)
+        self.expand = nn.Conv2d(inner, wide, 1) if draw(st.booleans()) or wide != inner else None
+        self.first = activation(draw, wide)
+        self.depth = nn.Conv2d(
+            wide,
+            wide,
+            kernel,
+            stride=1 if same else draw(st.sampled_from([1, 2])),
+            padding="same" if same else draw(st.sampled_from([1, (2, 1)])),
+            dilation=draw(st.sampled_from([1, 2])) if same else 1,
+            groups=wide,
+            bias=draw(st.booleans()),
+        )
+        self.norm = nn.BatchNorm2d(wide) if draw(st.booleans()) else nn.Identity()
+        self.second = activation(draw, wide)
+        gated = draw(st.booleans())
+        self.gate = (
+            nn.Sequential(nn.Conv2d(wide, 2, 1), nn.ReLU(), nn.Conv2d(2, wide, 1))
+            if gated
+            else None
+        )
+        self.project = nn.Conv2d(wide, outer, 1, bias=draw(st.booleans()))
+        self.skip = same and inner == outer and draw(st.booleans())
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = x if self.expand is None else self.expand(x)
+        y = self.second(self.norm(self.depth(self.first(y))))
+        if self.gate is not None:
+            y = y * self.gate(y.mean((2, 3), keepdim=True)).sigmoid()
+        y = self.project(y)
+        return y + x if self.skip else y
+
+
+class Network(nn.Module):
+    """A stem, a few blocks, and a head: classes, a map, a concatenation, or decoding."""
+
+    def __init__(self, draw: st.DrawFn) -> None:
+        super().__init__()
+        width = draw(st.sampled_from([4, 6, 16]))
+        self.stem = nn.Conv2d(
+            3, width, 3, draw(st.sampled_from([1, 2])), 1, bias=draw(st.booleans())
+        )
+        self.act = activation(draw, width)
+        self.blocks = nn.ModuleList()
+        for _ in range(draw(st.integers(1, 3))):
+            outer = draw(st.sampled_from([width, 5, 8]))
+            self.blocks.append(Separable(draw, width, outer))
+            width = outer
+        self.kind = draw(st.sampled_from(["classes", "map", "cat", "decode"]))
+        self.pool = nn.MaxPool2d(2, ceil_mode=True) if draw(st.booleans()) else nn.Identity()
+        self.side = nn.Conv2d(width, 4, 1)
+        self.head = (
+            nn.Linear(width, 9)
+            if self.kind == "classes"
+            else nn.Conv2d(width + (4 if self.kind == "cat" else 0), 9, 1)
+        )
+
+    def forward(self, x: Tensor) -> Tensor | tuple[Tensor, ...]:
+        x = self.act(self.stem(x))
+        for block in self.blocks:
+            x = block(x)
+        x = self.pool(x)
+        if self.kind == "classes":
+            return self.head(x.mean((2, 3)))
+        if self.kind == "cat":
+            return self.head(torch.cat([x, torch.relu(self.side(x))], 1)), x
+        y = self.head(x)
+        if self.kind == "decode":
+            y = y.flatten(2).transpose(1, 2)
+            return torch.cat([y[..., :4] * 50, y[..., 4:].sigmoid()], -1)
+        return y
+
+
+def activation(draw: st.DrawFn, channels: int) -> nn.Module:
+    kind = draw(st.sampled_from((nn.Identity, *ACTIVATIONS)))
+    return kind(draw(st.sampled_from([1, channels]))) if kind is nn.PReLU else kind()
+
+
+@st.composite
+def networks(draw: st.DrawFn) -> nn.Module:
+    model = check.randomise(Network(draw), draw(st.integers(0, 2**16)))
+    return check.spread(model) if draw(st.booleans()) else model
+
+
+def assert_contracts(model: nn.Module) -> int:
+    """Each rule alone at each of its sites; the number of sites."""
+    gm = check.graph_of(model, SHAPE)
+    count = 0
+    for rule in RULES:
+        for site in rule.match(gm):
+            assert isinstance(site, Site)
+            assert site.rule == rule.name
+            if not site.blocked:
+                check.check_site(rule, gm, site, SHAPE)
+                count += 1
+    return count
+
+
+def assert_plan(model: nn.Module, chosen: list[float]) -> None:
+    """A random plan is refused as a whole, or keeps what the weakest of its contracts promises."""
+    gm = check.graph_of(model, SHAPE)
+    contracts = {r.name: r.contract for r in RULES}
+    found = [s for r in RULES for s in r.match(gm) if not s.blocked]
+    sites = [s for s, c in zip(found, chosen * len(found), strict=False) if c < 0.3]
+    state = {k: v.clone() for k, v in gm.state_dict().items()}
+    kept: list[str] = []
+    for site in sites:
+        try:  # take the step if it goes with those before it
+            rewrite(gm, Plan.parse(" ".join([*kept, f"{site.rule}@{site.anchor}"])))
+        except PlanError:
+            continue
+        kept.append(f"{site.rule}@{site.anchor}")
+    x = check.inputs(SHAPE)
+    new = rewrite(gm, Plan.parse(" ".join(kept)))
+    assert rewrite(gm, Plan.parse(" ".join(reversed(kept)))).code == new.code
+    exact = all(contracts[step.partition("@")[0]] != "approximate" for step in kept)
+    for a, b in zip(check.flat(new(x)), check.flat(gm(x)), strict=True):
+        assert a.shape == b.shape
+        assert bool(torch.isfinite(a).all())
+        if exact:
+            torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-9 * float(b.abs().max()))
+    check.assert_shapes(new, x)
+    assert all(torch.equal(v, state[k]) for k, v in gm.state_dict().items())
+
+
+FEW = settings(
+    max_examples=8, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck)
+)
+MANY = settings(
+    max_examples=250, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck)
+)
+
+
+@FEW
+@given(networks())
+def test_each_rule_keeps_its_contract(model: nn.Module) -> None:
+    assert_contracts(model)
+
+
+@FEW
+@given(networks(), st.lists(st.floats(0, 1), min_size=7, max_size=7))
+def test_plans_of_several_rules_keep_theirs(model: nn.Module, chosen: list[float]) -> None:
+    assert_plan(model, chosen)
+
+
+@pytest.mark.slow
+@MANY
+@given(networks())
+def test_each_rule_keeps_its_contract_on_many(model: nn.Module) -> None:
+    assert_contracts(model)
+
+
+@pytest.mark.slow
+@MANY
+@given(networks(), st.lists(st.floats(0, 1), min_size=7, max_size=7))
+def test_plans_of_several_rules_keep_theirs_on_many(model: nn.Module, chosen: list[float]) -> None:
+    assert_plan(model, chosen)
