@@ -3,18 +3,21 @@
 After ``canonicalise``:
 
 * the network is in eval mode; there is no Identity, Dropout, assertion or in-place operation;
-* convolutions, linear layers, batch norms, activations, pools, pads and resizing are ``call_module`` nodes of exactly a
-  torch.nn class with one argument, whatever the user wrote (functions, methods, keyword arguments, subclasses such as timm's
-  Conv2dSame and BatchNormAct2d, which tracing takes apart into a constant pad, a plain convolution, a batch norm
-  and an activation);
-* activations written by hand are modules too (``rewriter.recognise``): ``x * sigmoid(x)`` is SiLU, ``x * relu6(x + 3) / 6``
-  is Hardswish, a clamp to [0, 6] is ReLU6;
-* a batch norm that follows a convolution or linear layer is folded into it (``rewriter.fold``); only lone ones remain;
-* no module is called twice: each call has a copy (exact in eval mode; modules that change their own buffers stay shared
-  and are opaque);
+* convolutions, linear layers, batch norms, activations, pools, pads and resizing are
+  ``call_module`` nodes of exactly a torch.nn class with one argument, whatever the user wrote
+  (functions, methods, keyword arguments, subclasses such as timm's Conv2dSame and
+  BatchNormAct2d, which tracing takes apart into a constant pad, a plain convolution, a batch
+  norm and an activation);
+* activations written by hand are modules too (``rewriter.recognise``): ``x * sigmoid(x)`` is
+  SiLU, ``x * relu6(x + 3) / 6`` is Hardswish, a clamp to [0, 6] is ReLU6;
+* a batch norm that follows a convolution or linear layer is folded into it (``rewriter.fold``);
+  only lone ones remain;
+* no module is called twice: each call has a copy (exact in eval mode; modules that change their
+  own buffers stay shared and are opaque);
 * ``chunk``, ``split`` and ``unbind`` are slices (``operator.getitem``);
-* add, sub, mul, div are ``operator`` functions; cat is ``torch.cat(list, dim)``, flatten is ``torch.flatten(x, start, end)``,
-  mean is ``torch.mean(x, dims, keepdim)``, all positional with dims >= 0; view is ``reshape`` with plain sizes and one -1;
+* add, sub, mul, div are ``operator`` functions; cat is ``torch.cat(list, dim)``, flatten is
+  ``torch.flatten(x, start, end)``, mean is ``torch.mean(x, dims, keepdim)``, all positional
+  with dims >= 0; view is ``reshape`` with plain sizes and one -1;
 * ``node.meta`` has ``shape``, ``dtype`` and ``layer`` (the qualified name the user knows).
 """
 
@@ -22,10 +25,9 @@ from __future__ import annotations
 
 import copy
 import operator
-from typing import Any
+from typing import Any, cast
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
 from rewriter.fold import fold_batch_norms
@@ -41,6 +43,8 @@ from rewriter.graph import (
 from rewriter.graph import add_module as add_module
 from rewriter.recognise import recognise_activations
 from rewriter.sizes import fix_sizes, plain_dimensions, slices_for_parts
+
+F = nn.functional
 
 _BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d)
 _KNOWN = (
@@ -207,7 +211,7 @@ def _path_for(gm: fx.GraphModule, owner: str, word: str) -> str:
 
 
 def _free(gm: fx.GraphModule, path: str, node: fx.Node) -> bool:
-    """Whether the module at ``path`` can be replaced: nothing but ``node`` uses it or a part of it."""
+    """Whether the module at ``path`` can be replaced: only ``node`` uses it or a part of it."""
     inside = [
         n
         for n in gm.graph.nodes
@@ -224,7 +228,7 @@ def _constant(gm: fx.GraphModule, node: Any) -> Tensor | None:
 
 
 def _unshare(gm: fx.GraphModule) -> None:
-    """A module called more than once gets a copy for each call; one that has state of its own stays shared."""
+    """A module called twice gets a copy for each call; one that is opaque stays shared."""
     seen: set[int] = set()
     for node in gm.graph.nodes:
         if node.op != "call_module":
@@ -240,7 +244,7 @@ def _plain_classes(gm: fx.GraphModule) -> None:
     for node in gm.graph.nodes:
         if node.op != "call_module":
             continue
-        m = module_of(gm, node)
+        m: Any = module_of(gm, node)
         if type(m) is nn.Hardtanh and (m.min_val, m.max_val) == (0, 6):
             gm.set_submodule(str(node.target), nn.ReLU6())
         if type(m) is nn.ConvTranspose2d and (len(node.args) > 1 or node.kwargs):
@@ -248,6 +252,7 @@ def _plain_classes(gm: fx.GraphModule) -> None:
         if type(m) in _KNOWN:
             continue
         if type(m) in (nn.UpsamplingNearest2d, nn.UpsamplingBilinear2d):
+            m = cast(Any, m)
             plain: Any = nn.Upsample(m.size, m.scale_factor, m.mode, m.align_corners)
             gm.set_submodule(str(node.target), plain)
             continue
@@ -259,7 +264,8 @@ def _plain_classes(gm: fx.GraphModule) -> None:
 def _fix_output_padding(gm: fx.GraphModule, node: fx.Node) -> None:
     """``conv(x, output_size=...)`` becomes a fixed output padding."""
     m, size = module_of(gm, node), node.meta["shape"][2:]
-    steps = zip(node.args[0].meta["shape"][2:], m.stride, m.padding, m.dilation, m.kernel_size)  # type: ignore[union-attr] # noqa: B905
+    before = node.all_input_nodes[0].meta["shape"][2:]
+    steps = zip(before, m.stride, m.padding, m.dilation, m.kernel_size, strict=True)
     least = [(n - 1) * s - 2 * p + d * (k - 1) + 1 for n, s, p, d, k in steps]
     m.output_padding = tuple(a - b for a, b in zip(size, least, strict=True))
     node.args, node.kwargs = node.args[:1], {}
@@ -267,7 +273,7 @@ def _fix_output_padding(gm: fx.GraphModule, node: fx.Node) -> None:
 
 def _remove_nothings(gm: fx.GraphModule) -> None:
     for node in list(gm.graph.nodes):
-        if node.op == "call_function" and node.target is torch._assert:
+        if node.op == "call_function" and getattr(node.target, "__name__", "") == "_assert":
             gm.graph.erase_node(node)
         elif _is_nothing(gm, node):
             node.replace_all_uses_with(node.args[0])
@@ -282,7 +288,9 @@ def _is_nothing(gm: fx.GraphModule, node: fx.Node) -> bool:
         training = node.args[2] if len(node.args) > 2 else node.kwargs.get("training", True)
         return training is False
     if getattr(node.target, "__name__", "") == "stochastic_depth":  # torchvision keeps it a leaf
-        return node.args[3] is False if len(node.args) > 3 else not node.kwargs.get("training", True)
+        return (
+            node.args[3] is False if len(node.args) > 3 else not node.kwargs.get("training", True)
+        )
     if node.op == "call_method" and node.target in _CASTS:
         before = node.args[0]
         return isinstance(before, fx.Node) and before.meta.get("dtype") is node.meta.get("dtype")
@@ -311,14 +319,14 @@ def _drop_unused_tensors(gm: fx.GraphModule) -> None:
     for path, module in gm.named_modules():
         if f"{path}.".startswith(called):
             continue
-        for tensors in (module._parameters, module._buffers):
-            for name in list(tensors):
-                if (f"{path}.{name}" if path else name) not in used:
-                    del tensors[name]
+        own = (*module.named_parameters(recurse=False), *module.named_buffers(recurse=False))
+        for name, _ in own:
+            if (f"{path}.{name}" if path else name) not in used:
+                delattr(module, name)
 
 
 def _name_opaque(gm: fx.GraphModule) -> None:
-    """Every module outside the normal form is listed in ``meta["opaque"]``; those no longer called are not."""
+    """List every called module outside the normal form in ``meta["opaque"]``."""
     called = {str(n.target): n for n in gm.graph.nodes if n.op == "call_module"}
     opaque = [o for o in gm.meta["opaque"] if o.name in called]
     names = {o.name for o in opaque}

@@ -1,8 +1,9 @@
 """What a network costs: multiply-accumulates, parameters, bytes of int8 weights.
 
-One multiply-accumulate (MAC) is one multiplication and the addition that follows it; ``torch.utils.flop_counter`` counts
-two operations for each, hence the division. Convolutions, linear layers and matrix products are
-counted, per input (batch 1). Batch norm, activations, pooling and element-wise operations are not.
+One multiply-accumulate (MAC) is one multiplication and the addition that follows it;
+``torch.utils.flop_counter`` counts two operations for each, hence the division. Convolutions,
+linear layers and matrix products are counted, per input (batch 1). Batch norm, activations,
+pooling and element-wise operations are not.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from rewriter.graph import RECURRENT_TYPES, layers, module_of
 
 @dataclass(frozen=True)
 class Cost:
-    """MACs of one input, number of parameters, and bytes of the weights (int8 layers 1 byte, the rest 4)."""
+    """MACs of one input, number of parameters, bytes of the weights (int8 1 byte, the rest 4)."""
 
     macs: int
     params: int
@@ -57,7 +58,7 @@ def _counted(module: nn.Module, *inputs: Any) -> int:
 
 
 def _recurrent_macs(module: nn.Module, x: Any) -> int:
-    """Each step multiplies with every weight once; torch does not see it where the kernel is fused."""
+    """Each step multiplies with every weight once; torch does not see fused kernels."""
     rows = x.data if isinstance(x, nn.utils.rnn.PackedSequence) else x
     steps = rows.numel() // rows.shape[-1]
     return steps * sum(p.numel() for name, p in module.named_parameters() if "weight" in name)
@@ -69,7 +70,8 @@ def layer_macs(gm: fx.GraphModule) -> dict[str, int]:
     for node in layers(gm):
         m, shape = module_of(gm, node), node.meta["shape"]
         if isinstance(m, nn.ConvTranspose2d):
-            places = math.prod(node.args[0].meta["shape"]) // m.in_channels
+            (source,) = node.all_input_nodes
+            places = math.prod(source.meta["shape"]) // m.in_channels
             found[node.name] = places * m.weight.numel()
         else:
             channels = m.out_features if isinstance(m, nn.Linear) else m.out_channels

@@ -10,9 +10,8 @@ the closed form, a step of a few inputs solves
 
 through the rows of J (Woodbury), so that a layer of any size costs one n x n solution. The
 weights' mean over an epoch counts, and the epoch with the least damage on inputs held out wins;
-the closed form stays where none is better. The layer's input is rounded to int8 all the while; its
-weights are not: their rounding is a step of its own, and here it would drown the differences
-between one step and the next.
+the closed form stays where none is better. The layer's input and
+weights are rounded to int8 all the while (straight through).
 Source: Amari, 1998 (doi:10.1162/089976698300017746); Schraudolph, 2002
 (doi:10.1162/08997660260028683); Polyak and Juditsky, 1992.
 """
@@ -36,7 +35,13 @@ from rewriter.fidelity import (
     relative_error,
 )
 from rewriter.graph import module_of, outputs, run_node
-from rewriter.int8.scheme import QuantScheme, fake_quantize
+from rewriter.int8.scheme import (
+    QuantScheme,
+    channel_axis,
+    dequantized_weight,
+    fake_quantize,
+    weight_scale,
+)
 from rewriter.least_squares import NormalEquations, unfold
 
 log = logging.getLogger(__name__)
@@ -86,7 +91,8 @@ class _Student:
                         x = fake_quantize(
                             values[source], *self.input_scale, self.scheme.activations
                         )
-                        z = self.layer(x)
+                        weight = rounded_weight(self.layer, self.scheme)
+                        z = torch.func.functional_call(self.layer, {"weight": weight}, (x,))
                     z.requires_grad_(differentiate)
                     values[node] = z
                 elif node.op != "output":
@@ -99,6 +105,13 @@ class _Student:
         patches = unfold(self.layer, x).unflatten(1, (groups, -1))
         patches = F.pad(patches, (0, 0, 0, 1), value=1.0)
         return patches @ g.flatten(2).unflatten(1, (groups, -1)).mT
+
+
+def rounded_weight(layer: nn.Conv2d, scheme: QuantScheme) -> Tensor:
+    """The layer's weight as int8 holds it."""
+    weight, spec = layer.weight.detach(), scheme.weights
+    axis = channel_axis(layer, spec)
+    return dequantized_weight(weight, weight_scale(weight, spec, axis), spec, axis)
 
 
 class _Damage:
@@ -152,7 +165,7 @@ def distil(
         node: the new layer.
         equations: those of the closed form.
         batches: unlabelled inputs; every fifth is held out.
-        scheme: how the input is rounded.
+        scheme: how the weights and the input are rounded.
         input_scale: scale and zero point of the layer's input.
         seed: of the projections.
 

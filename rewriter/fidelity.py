@@ -42,7 +42,9 @@ def output_groups(reference: Tensor) -> OutputGroups:
         if len(level) > 1 and float(level.std()) > spread:
             best, spread = axis, float(level.std())
     if best == 0:
-        return OutputGroups(0, torch.zeros(1, dtype=torch.long), _energy(x.square().mean().view(1)))
+        return OutputGroups(
+            0, torch.zeros(1, dtype=torch.long), _energy(x.square().mean().view(1))
+        )
     level = _level(x, best)
     bins = ((level - level.min()) / torch.log(torch.tensor(FACTOR))).floor().long()
     _, group = bins.unique(return_inverse=True)
@@ -63,7 +65,9 @@ def _energy(energy: Tensor) -> Tensor:
     return energy.clamp_min(float(energy.max()) * 1e-6 + 1e-30)
 
 
-def relative_error(outputs: list[Tensor], reference: list[Tensor], groups: list[OutputGroups]) -> Tensor:
+def relative_error(
+    outputs: list[Tensor], reference: list[Tensor], groups: list[OutputGroups]
+) -> Tensor:
     """(N,) squared error relative to the float output's energy, averaged over all groups of all outputs."""
     parts = [
         _grouped_error(found, expected, group)

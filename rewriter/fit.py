@@ -20,16 +20,10 @@ from pathlib import Path
 import torch
 from torch import Tensor, fx, nn
 
-from rewriter.distil import distil
+from rewriter.distil import distil, rounded_weight
 from rewriter.errors import PlanError, QuantizeError
 from rewriter.graph import layers, module_of, walk
-from rewriter.int8.scheme import (
-    QuantScheme,
-    channel_axis,
-    dequantized_weight,
-    fake_quantize,
-    weight_scale,
-)
+from rewriter.int8.scheme import QuantScheme, fake_quantize
 from rewriter.least_squares import NormalEquations
 from rewriter.plan import Plan, Step, rewrite, rule_named
 from rewriter.store import data_digest, graph_digest, key, load, save_to
@@ -38,7 +32,8 @@ log = logging.getLogger(__name__)
 Batches = Sequence[Tensor | tuple[Tensor, ...]]
 
 # Raised whenever a fit comes out differently, so that stored ones are not taken for it.
-VERSION = 2
+VERSION = 3
+RIDGES = (1e-7, 1e-5, 1e-4, 1e-3, 1e-2)
 
 
 @dataclass(frozen=True)
@@ -147,7 +142,7 @@ def _fit_step(
         for batch in batches:
             x, y = values(gm, (source.name, node.name), _tuple(batch))
             equations.add(fake_quantize(x, *scale, scheme.activations), y)
-    equations.solve()
+    _solve(layer, equations, scheme)
     steps = 0
     if distilled:
         steps = distil(gm, alone, node, equations, batches, scheme, scale, seed)
@@ -205,9 +200,22 @@ def _input_scale(
 def _int8_error(layer: nn.Conv2d, equations: NormalEquations, scheme: QuantScheme) -> float:
     """The relative error with the weights as int8 holds them."""
     kept = layer.weight.detach().clone()
-    axis = channel_axis(layer, scheme.weights)
-    scale = weight_scale(kept, scheme.weights, axis)
-    layer.weight.data.copy_(dequantized_weight(kept, scale, scheme.weights, axis))
+    layer.weight.data.copy_(rounded_weight(layer, scheme))
     error = equations.error()
     layer.weight.data.copy_(kept)
     return error
+
+
+def _solve(layer: nn.Conv2d, equations: NormalEquations, scheme: QuantScheme) -> None:
+    """Put the closed form into the layer, with the ridge whose rounded weights have the least error.
+
+    Without a ridge, weights on inputs that hardly vary grow and stretch the scale of all others.
+    """
+    start = equations.weights()
+    tried: list[tuple[float, float]] = []
+    for ridge in RIDGES:
+        equations.set_weights(start)  # the ridge pulls towards the present weights
+        equations.solve(ridge)
+        tried.append((_int8_error(layer, equations, scheme), ridge))
+    equations.set_weights(start)
+    equations.solve(min(tried)[1])

@@ -1,11 +1,13 @@
 """Batch norm folded into the layer before it.
 
-    y = (W x + b - mean) * s + shift,  s = gain / sqrt(var + eps)      =      (s W) x + (b - mean) * s + shift
+    y = (W x + b - mean) * s + shift,  s = gain / sqrt(var + eps)      =      (s W) x + (b -
+    mean) * s + shift
 
-with s along the output channels. In float64: folding in float32 costs a digit for each layer of a deep network. Pair by
-pair, and only where the layer feeds nothing else: ``torch.fx.experimental.optimization.fuse`` silently corrupts a
-convolution that two batch norms share, and torch folds a grouped transposed convolution along the wrong axis.
-Source: Jacob et al., 2018 (arXiv:1712.05877), section 3.2.
+with s along the output channels. In float64: folding in float32 costs a digit for each layer of
+a deep network. Pair by pair, and only where the layer feeds nothing else:
+``torch.fx.experimental.optimization.fuse`` silently corrupts a convolution that two batch norms
+share, and torch folds a grouped transposed convolution along the wrong axis. Source: Jacob et
+al., 2018 (arXiv:1712.05877), section 3.2.
 """
 
 from __future__ import annotations
@@ -28,7 +30,8 @@ def fold_batch_norms(gm: fx.GraphModule) -> None:
         if not is_call(gm, before, *LAYER_TYPES) or len(before.users) != 1:
             continue
         layer = module_of(gm, before)
-        # with three dimensions, the channels of a batch norm are dimension 1, those of a linear layer dimension 2
+        # with three dimensions, the channels of a batch norm are dimension 1, those of a linear
+        # layer dimension 2
         turned = isinstance(layer, nn.Linear) and len(before.meta["shape"]) != 2
         if bn.running_var is None or turned:
             continue

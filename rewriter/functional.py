@@ -8,8 +8,10 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, fx, nn
+from torch.fx.node import map_arg
+
+F = nn.functional
 
 Constant = Callable[[Any], Tensor | None]
 
@@ -81,7 +83,7 @@ _CONVOLUTIONS: dict[Any, type[nn.Module]] = {
 
 
 def module_for(node: fx.Node, constant: Constant) -> tuple[nn.Module, str] | None:
-    """The module that computes what ``node`` computes from its first argument, and a word to name it.
+    """The module that computes what ``node`` does from its first argument, and a word for it.
 
     Args:
         node: a ``call_function`` or ``call_method`` node.
@@ -103,7 +105,7 @@ def module_for(node: fx.Node, constant: Constant) -> tuple[nn.Module, str] | Non
         return _pool(node, _POOLS[target])
     if target in _CONVOLUTIONS:
         return _convolution(node, _CONVOLUTIONS[target], constant)
-    if target in (F.linear, torch._C._nn.linear):
+    if target is F.linear:
         return _linear(node, constant)
     if target in (F.batch_norm, torch.batch_norm):
         return _batch_norm(node, constant)
@@ -116,7 +118,7 @@ def module_for(node: fx.Node, constant: Constant) -> tuple[nn.Module, str] | Non
         prelu = nn.PReLU(weight.numel())
         prelu.weight = nn.Parameter(weight.detach().clone().flatten(), requires_grad=False)
         return prelu, "act"
-    if target in (F.pad, torch._C._nn.pad):
+    if target is F.pad:
         return _pad(node)
     if target is F.interpolate:
         return _upsample(node)
@@ -143,7 +145,7 @@ def _argument(node: fx.Node, position: int, name: str, default: Any = None) -> A
 
 def _symbolic(values: Any) -> bool:
     found: list[fx.Node] = []
-    fx.node.map_arg(values, found.append)
+    map_arg(values, found.append)
     return bool(found)
 
 
@@ -154,7 +156,7 @@ def _bound(node: fx.Node, function: Callable[..., Any]) -> dict[str, Any]:
     return dict(list(bound.arguments.items())[1:])
 
 
-def _activation(node: fx.Node, kind: type[nn.Module]) -> tuple[nn.Module, str] | None:
+def _activation(node: Any, kind: Any) -> tuple[nn.Module, str] | None:
     if _symbolic((node.args[1:], node.kwargs)):
         return None
     names = list(inspect.signature(kind.__init__).parameters)[1:]
@@ -177,7 +179,7 @@ def _clamp(low: Any, high: Any) -> tuple[nn.Module, str] | None:
     return None
 
 
-def _pool(node: fx.Node, kind: type[nn.Module]) -> tuple[nn.Module, str] | None:
+def _pool(node: Any, kind: Any) -> tuple[nn.Module, str] | None:
     if _symbolic((node.args[1:], node.kwargs)):
         return None
     names = list(inspect.signature(kind.__init__).parameters)[1:]
@@ -202,7 +204,7 @@ def _convolution(
     weight, bias = constant(given.pop("weight")), given.pop("bias", None)
     if weight is None or (bias is not None and constant(bias) is None) or _symbolic(given):
         return None
-    groups = int(given.get("groups", 1))
+    groups: Any = given.get("groups", 1)
     a, b = int(weight.shape[0]), int(weight.shape[1]) * groups
     given = {
         k: (v[0] if len(v) == 1 else tuple(v)) if isinstance(v, (tuple, list)) else v
@@ -228,11 +230,11 @@ def _set(layer: Any, weight: Tensor, bias: Tensor | None) -> None:
     layer.bias = None if bias is None else nn.Parameter(bias.detach().clone(), requires_grad=False)
 
 
-def _batch_norm(node: fx.Node, constant: Constant) -> tuple[nn.Module, str] | None:
+def _batch_norm(node: Any, constant: Constant) -> tuple[nn.Module, str] | None:
     names = ["running_mean", "running_var", "weight", "bias", "training", "momentum", "eps"]
     given = dict(zip(names, node.args[1:], strict=False)) | dict(node.kwargs)
     mean, var = constant(given.get("running_mean")), constant(given.get("running_var"))
-    rank = len(node.args[0].meta.get("shape", ()))  # type: ignore[union-attr]
+    rank = len(node.args[0].meta.get("shape", ()))
     if mean is None or var is None or given.get("training") or rank not in (2, 3, 4):
         return None
     size = len(mean)
@@ -245,25 +247,27 @@ def _batch_norm(node: fx.Node, constant: Constant) -> tuple[nn.Module, str] | No
     return bn.eval(), "bn"
 
 
-def _layer_norm(node: fx.Node, constant: Constant) -> tuple[nn.Module, str] | None:
+def _layer_norm(node: Any, constant: Constant) -> tuple[nn.Module, str] | None:
     given = _bound(node, F.layer_norm)
     weight, bias = constant(given["weight"]), constant(given["bias"])
     if weight is None or bias is None or _symbolic(given["normalized_shape"]):
         return None
-    norm = nn.LayerNorm(tuple(given["normalized_shape"]), given["eps"])
+    shape: Any = tuple(given["normalized_shape"])
+    norm = nn.LayerNorm(shape, given["eps"])
     _set(norm, weight, bias)
     return norm, "norm"
 
 
-def _pad(node: fx.Node) -> tuple[nn.Module, str] | None:
+def _pad(node: Any) -> tuple[nn.Module, str] | None:
     pad, mode = _argument(node, 1, "pad"), _argument(node, 2, "mode", "constant")
     value = _argument(node, 3, "value")
     if _symbolic(pad) or mode != "constant" or value not in (None, 0) or len(pad) > 4:
         return None
-    return nn.ZeroPad2d((*pad, *[0] * (4 - len(pad)))), "pad"
+    sides: Any = (*pad, *[0] * (4 - len(pad)))
+    return nn.ZeroPad2d(sides), "pad"
 
 
-def _upsample(node: fx.Node) -> tuple[nn.Module, str] | None:
+def _upsample(node: Any) -> tuple[nn.Module, str] | None:
     given = _bound(node, F.interpolate)
     if _symbolic(given) or given.get("antialias"):
         return None

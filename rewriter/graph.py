@@ -1,7 +1,7 @@
 """Trace a trained network to a torch.fx graph in the normal form, and look things up in it.
 
-``rewriter.tracer`` does the tracing and ``rewriter.canonical`` the normal form; what comes out is compared with the model
-before anyone else sees it.
+``rewriter.tracer`` does the tracing and ``rewriter.canonical`` the normal form; what comes out
+is compared with the model before anyone else sees it.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
+from torch.fx.node import map_arg
 from torch.nn.utils import parametrize
 from torch.utils import _pytree as pytree
 
@@ -37,11 +38,12 @@ def trace(model: nn.Module, example: Tensor | tuple[Tensor, ...]) -> fx.GraphMod
         example: one input, or one for each input of ``forward``, each (N, ...) with any N >= 1.
 
     Returns:
-        A graph module with the same outputs; ``meta`` holds ``opaque``, ``example`` (input shapes without
-        the batch) and ``structure`` (how the outputs are nested).
+        A graph module with the same outputs; ``meta`` holds ``opaque``, ``example`` (input
+        shapes without the batch) and ``structure`` (how the outputs are nested).
 
     Raises:
-        TraceError: the outermost forward cannot be traced, or the graph does not compute what the model does.
+        TraceError: the outermost forward cannot be traced, or the graph does not compute what
+            the model does.
     """
     from rewriter.canonical import canonicalise  # canonical uses this file's look-ups
 
@@ -65,7 +67,7 @@ def trace(model: nn.Module, example: Tensor | tuple[Tensor, ...]) -> fx.GraphMod
         raise
     except Exception as cause:
         raise TraceError(
-            f"{type(model).__name__}: the graph cannot be brought into the normal form: {one_line(cause)}"
+            f"{type(model).__name__}: no normal form of the graph: {one_line(cause)}"
         ) from cause
     _verify(reference, gm, examples)
     return gm
@@ -78,7 +80,8 @@ def _must_run(model: nn.Module, batch: tuple[Tensor, ...]) -> None:
     except Exception as cause:
         shapes = ", ".join(str(tuple(b.shape)) for b in batch)
         raise TraceError(
-            f"model: fails by itself on an input of shape {shapes}: {one_line(cause)} at {line_of(cause)}"
+            f"model: fails by itself on an input of shape {shapes}: {one_line(cause)} "
+            f"at {line_of(cause)}"
         ) from cause
 
 
@@ -109,7 +112,7 @@ def _prepared_copy(model: nn.Module) -> nn.Module:
 
 
 def _plain_weights(module: nn.Module) -> None:
-    """Replace weight normalisation and other parametrizations by the weight they give, in place."""
+    """Replace weight normalisation and other parametrizations by the weight itself, in place."""
     if parametrize.is_parametrized(module):
         # torch's own removal would change the class, which the copy shares with the user's module
         names = list(module.parametrizations)  # type: ignore[arg-type]
@@ -118,13 +121,14 @@ def _plain_weights(module: nn.Module) -> None:
         module.__class__ = type(module).__bases__[0]
         for name, weight in weights.items():
             module.register_parameter(name, nn.Parameter(weight, requires_grad=False))
-    for key, hook in list(module._forward_pre_hooks.items()):
-        if type(hook).__name__ in ("WeightNorm", "SpectralNorm") and hasattr(hook, "remove"):
+    hooks: dict[int, Any] = vars(module)["_forward_pre_hooks"]
+    for key, hook in list(hooks.items()):
+        if type(hook).__name__ in ("WeightNorm", "SpectralNorm"):
             with torch.no_grad():
                 hook(module, ())
-                hook.remove(module)  # type: ignore[attr-defined]
-            del module._forward_pre_hooks[key]
-            getattr(module, hook.name).requires_grad_(False)  # type: ignore[attr-defined]
+                hook.remove(module)
+            del hooks[key]
+            getattr(module, hook.name).requires_grad_(False)
 
 
 def _batch(example: Tensor, size: int) -> Tensor:
@@ -143,12 +147,13 @@ def _record_structure(gm: fx.GraphModule) -> None:
     for node in leaves:
         if isinstance(node, fx.Node) and node.op != "get_attr" and "dtype" not in node.meta:
             raise TraceError(
-                f"output: {node.name}: is neither a tensor nor a constant; return tensors in a tuple, list or dict"
+                f"output: {node.name}: is neither a tensor nor a constant; return tensors in a "
+                "tuple, list or dict"
             )
 
 
 def _verify(model: nn.Module, gm: fx.GraphModule, examples: tuple[Tensor, ...]) -> None:
-    """The graph must compute what the model computes, also with a batch size it was not traced with."""
+    """The graph must compute what the model does, also with a batch it was not traced with."""
     name = type(model).__name__
     batch = tuple(_batch(e, 5) for e in examples)
 
@@ -175,8 +180,9 @@ def _verify(model: nn.Module, gm: fx.GraphModule, examples: tuple[Tensor, ...]) 
         if any(_difference(x, y)[0] > 0 for x, y in zip(expected, run(model), strict=True)):
             raise TraceError(f"{name}: output {i} is random: the same input gives another output")
         raise TraceError(
-            f"{name}: output {i} of the traced graph differs from the model's by {error:.2g} (largest value "
-            f"{scale:.2g}); the forward depends on values of its input, or on what it computed before"
+            f"{name}: output {i} of the traced graph differs from the model's by {error:.2g} "
+            f"(largest value {scale:.2g}); the forward depends on values of its input, or on "
+            "what it computed before"
         )
 
 
@@ -208,7 +214,7 @@ def is_call(gm: fx.GraphModule, node: Any, *kinds: type[nn.Module]) -> bool:
 
 
 def layers(gm: fx.GraphModule) -> list[fx.Node]:
-    """The layers with weights that int8 touches (convolution, linear), in the order in which they run."""
+    """The layers with weights that int8 touches (convolution, linear), in running order."""
     return [n for n in gm.graph.nodes if is_call(gm, n, *LAYER_TYPES)]
 
 
@@ -218,7 +224,7 @@ def layer_name(node: fx.Node) -> str:
 
 
 def kind_of(gm: fx.GraphModule, node: fx.Node) -> str:
-    """What a layer is, in one word: depthwise, pointwise, conv, linear, transposed, ... or the operation."""
+    """What a layer is, in one word: depthwise, pointwise, conv, linear, ... or the operation."""
     if node.op != "call_module":
         return getattr(node.target, "__name__", str(node.target))
     m = module_of(gm, node)
@@ -256,7 +262,7 @@ def unflatten(gm: fx.GraphModule, flat: list[Any]) -> Any:
 
 
 def add_module(gm: fx.GraphModule, path: str, module: nn.Module) -> str:
-    """Add a sub-module at ``path`` (or the next free name like it), in place; return where it is."""
+    """Add a sub-module at ``path``, or the next free name like it, in place; return its path."""
     taken, target, number = set(dict(gm.named_modules())), path, 0
     while target in taken or _attribute_exists(gm, target):
         number += 1
@@ -299,7 +305,7 @@ def propagate_shapes(gm: fx.GraphModule) -> None:
 
 
 def walk(gm: fx.GraphModule, inputs: tuple[Tensor, ...]) -> Iterator[tuple[fx.Node, Any]]:
-    """Run the graph node by node and yield each node with its value; a value is dropped after its last use."""
+    """Run the graph and yield each node with its value, which is dropped after its last use."""
     values: dict[fx.Node, Any] = {}
     last: dict[fx.Node, fx.Node] = {}
     for node in gm.graph.nodes:
@@ -322,17 +328,18 @@ def run_node(
     gm: fx.GraphModule,
     node: fx.Node,
     values: dict[fx.Node, Any],
-    feed: Iterator[Tensor] = iter(()),
+    feed: Iterator[Tensor] | None = None,
 ) -> Any:
     """The value of one node, from the values of those before it."""
     if node.op == "placeholder":
+        assert feed is not None, node.name
         x = next(feed)
         # channels_last is about twice as fast for depthwise convolutions on CPU
         return x.contiguous(memory_format=torch.channels_last) if x.ndim == 4 else x
     if node.op == "get_attr":
         return operator.attrgetter(str(node.target))(gm)
-    args = fx.node.map_arg(node.args, values.__getitem__)
-    kwargs = fx.node.map_arg(node.kwargs, values.__getitem__)
+    args = map_arg(node.args, values.__getitem__)
+    kwargs = map_arg(node.kwargs, values.__getitem__)
     if node.op == "call_module":
         return gm.get_submodule(str(node.target))(*args, **kwargs)
     if node.op == "call_function":

@@ -32,17 +32,16 @@ class NormalEquations:
     def __init__(self, layer: nn.Conv2d, rows: int, seed: int = 0) -> None:
         self.layer = layer
         groups, size = layer.groups, layer.weight[0].numel() + 1
-        kw = {"dtype": torch.float64}
-        self.xx = torch.zeros(groups, size, size, **kw)
-        self.xy = torch.zeros(groups, size, layer.out_channels // groups, **kw)
-        self.yy = torch.zeros(groups, layer.out_channels // groups, **kw)
-        self.y = torch.zeros(groups, layer.out_channels // groups, **kw)
+        self.xx = torch.zeros(groups, size, size, dtype=torch.float64)
+        self.xy = torch.zeros(groups, size, layer.out_channels // groups, dtype=torch.float64)
+        self.yy = torch.zeros(groups, layer.out_channels // groups, dtype=torch.float64)
+        self.y = torch.zeros(groups, layer.out_channels // groups, dtype=torch.float64)
         self.rows = 0
         self.share = min(1.0, BUDGET / max(1.0, float(rows) * groups * size * size))
         self.generator = torch.Generator().manual_seed(seed)
 
     def add(self, x: Tensor, y: Tensor, importance: Tensor | None = None) -> None:
-        """Add inputs (N, C, H, W), the values (N, O, h, w) they should give, and weights (N, h, w)."""
+        """Add inputs (N, C, H, W), the values (N, O, h, w) wanted, and weights (N, h, w)."""
         step = max(1, CHUNK // max(1, y[0, 0].numel() * self.xx.shape[0] * self.xx.shape[1]))
         for i in range(0, len(x), step):
             part = None if importance is None else importance[i : i + step]

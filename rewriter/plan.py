@@ -1,4 +1,4 @@
-"""A plan is a set of steps, each one rule at one place; it is a line of text and rewrites a graph."""
+"""A plan is a set of steps, each one rule at one place: a line of text that rewrites a graph."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ class Step:
 
 @dataclass(frozen=True)
 class Plan:
-    """A set of steps, sorted and unique; ``str`` and ``Plan.parse`` are inverse, ``""`` is empty."""
+    """A set of steps, sorted and unique; ``str`` and ``Plan.parse`` are inverse."""
 
     steps: tuple[Step, ...] = ()
 

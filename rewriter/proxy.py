@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator
 from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, fx
+from torch.fx.node import map_aggregate
+from torch.fx.proxy import Attribute
+from torch.fx.proxy import TraceError as FxTraceError
 
 
 class Proxy(fx.Proxy):
@@ -22,7 +25,8 @@ class Proxy(fx.Proxy):
     of_shapes: bool
 
     @property
-    def __class__(self) -> type:  # isinstance(x, Tensor) in user code must answer as for the value
+    def __class__(self) -> Any:  # type: ignore[override]
+        # isinstance(x, Tensor) in user code must answer as for the value
         values = self.__dict__.get("known")
         return Tensor if values is not None and isinstance(values[0], Tensor) else Proxy
 
@@ -31,11 +35,9 @@ class Proxy(fx.Proxy):
         return self.size()
 
     def size(self, dim: int | None = None) -> Any:
-        if not isinstance(self.known[0], Tensor):
-            raise AttributeError("size")
         a, b = (v.shape for v in self.known)
         if len(a) != len(b):
-            raise fx.proxy.TraceError("the number of dimensions depends on the batch size")
+            raise FxTraceError("the number of dimensions depends on the batch size")
         if dim is not None:
             return self._size(dim % len(a))
         return torch.Size(a) if a == b else tuple(self._size(i) for i in range(len(a)))
@@ -46,37 +48,37 @@ class Proxy(fx.Proxy):
     def __len__(self) -> int:
         a, b = (len(v) for v in self.known)
         if a != b:
-            raise fx.proxy.TraceError("len() is the batch size, which is no constant")
+            raise FxTraceError("len() is the batch size, which is no constant")
         return a
 
     def __index__(self) -> int:
-        raise fx.proxy.TraceError("the batch size, or a value, is used as a plain number")
+        raise FxTraceError("the batch size, or a value, is used as a plain number")
 
     __int__ = __float__ = __index__
 
     def __contains__(self, item: Any) -> bool:
         if isinstance(self.known[0], dict):
             return item in self.known[0]
-        raise fx.proxy.TraceError("a condition on values of the input")
+        raise FxTraceError("a condition on values of the input")
 
     def __getattr__(self, name: str) -> Any:
         if name.startswith("_") or name in {"node", "tracer", "known", "of_shapes"}:
             raise AttributeError(name)
         first, second = (getattr(v, name) for v in self.known)
         if isinstance(self.known[0], dict) and name in ("keys", "items", "values"):
-            return lambda: [
-                {"keys": k, "items": (k, self[k]), "values": self[k]}[name] for k in self.known[0]
-            ]
+            this: Any = self
+            pairs = {k: this[k] for k in self.known[0]}
+            return getattr(pairs, name)
         if callable(first):
-            return fx.proxy.Attribute(self, name)
+            return Attribute(self, name)
         if isinstance(first, Tensor) or not equal(first, second):
             return self.tracer.create_proxy("call_function", getattr, (self, name), {})
         return first  # dtype, device, ndim, ...
 
 
 @contextmanager
-def offered(owner: Any, names: tuple[str, ...], tracer: Any) -> Iterator[None]:
-    """While tracing, ``torch.zeros(x.shape[0], 8)`` and the like become nodes if a size is symbolic."""
+def offered(owner: Any, names: tuple[str, ...], tracer: Any) -> Generator[None]:
+    """While tracing, ``torch.zeros(x.shape[0], 8)`` becomes a node if a size is symbolic."""
 
     def wrapped(name: str, function: Callable[..., Any]) -> Callable[..., Any]:
         def call(*args: Any, **kwargs: Any) -> Any:
@@ -108,12 +110,12 @@ def _leaves(tree: Any) -> list[Any]:
         found.append(a)
         return a
 
-    fx.node.map_aggregate(tree, keep)
+    map_aggregate(tree, keep)
     return found
 
 
 def proxies(tree: Any) -> list[Proxy]:
-    roots = (a.root if type(a) is fx.proxy.Attribute else a for a in _leaves(tree))
+    roots = (a.root if type(a) is Attribute else a for a in _leaves(tree))
     return [a for a in roots if type(a) is Proxy]
 
 
@@ -124,11 +126,11 @@ def tensors(tree: Any) -> list[Tensor]:
 
 def known_values(tree: Any, i: int) -> Any:
     def value(a: Any) -> Any:
-        if type(a) is fx.proxy.Attribute:
+        if type(a) is Attribute:
             return getattr(a.root.known[i], a.attr)  # type: ignore[attr-defined]
         return a.known[i] if type(a) is Proxy else a
 
-    return fx.node.map_aggregate(tree, value)
+    return map_aggregate(tree, value)
 
 
 def holds_tensor(value: Any) -> bool:

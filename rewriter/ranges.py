@@ -15,7 +15,7 @@ ORDERS = 4
 
 
 def profile(gm: fx.GraphModule, batches: Iterable[Tensor | tuple[Tensor, ...]]) -> None:
-    """Write ``node.meta["channel_range"] = (low, high)``, each (C,), at every float value, in place.
+    """Write ``node.meta["channel_range"] = (low, high)``, each (C,), at every value, in place.
 
     Args:
         gm: canonical graph.

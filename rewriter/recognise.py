@@ -36,7 +36,7 @@ def _replace(
     gm.graph.erase_node(node)
 
 
-def _gated(gm: fx.GraphModule, node: fx.Node) -> tuple[type[nn.Module], fx.Node, fx.Node] | None:
+def _gated(gm: fx.GraphModule, node: Any) -> tuple[type[nn.Module], fx.Node, fx.Node] | None:
     """``x * sigmoid(x)`` or ``x * hardsigmoid(x)``."""
     if node.target is not operator.mul or len(node.args) != 2:
         return None
@@ -46,16 +46,17 @@ def _gated(gm: fx.GraphModule, node: fx.Node) -> tuple[type[nn.Module], fx.Node,
     return None
 
 
-def _hard(gm: fx.GraphModule, node: fx.Node) -> tuple[type[nn.Module], fx.Node, fx.Node] | None:
+def _hard(gm: fx.GraphModule, node: Any) -> tuple[type[nn.Module], fx.Node, fx.Node] | None:
     """A sixth of ``relu6(x + 3)`` or of ``x * relu6(x + 3)``."""
-    whole = _sixth_of(node)
+    whole: Any = _sixth_of(node)
     if not isinstance(whole, fx.Node):
         return None
     x = _shifted(gm, whole)
     if x is not None:
         return nn.Hardsigmoid, x, whole
     if whole.target is operator.mul and len(whole.args) == 2:
-        for factor, gate in (whole.args, whole.args[::-1]):
+        factors: Any = whole.args
+        for factor, gate in (factors, factors[::-1]):
             x = _shifted(gm, gate)
             if x is not None and x is factor:
                 return nn.Hardswish, x, gate

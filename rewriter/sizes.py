@@ -18,9 +18,10 @@ _PARTS = (
 
 
 def fix_sizes(gm: fx.GraphModule) -> None:
-    """``reshape`` gets plain sizes with one -1 for the batch, so that no size is computed in the graph.
+    """``reshape`` gets plain sizes with one -1 for the batch: no size is computed in the graph.
 
-    ``squeeze`` without a dimension, whose meaning depends on the batch, becomes such a reshape too.
+    ``squeeze`` without a dimension, whose meaning depends on the batch, becomes such a reshape
+    too.
     """
     gm.recompile()
     two, three = (_shapes(gm, batch) for batch in (2, 3))
@@ -55,7 +56,7 @@ def _shapes(gm: fx.GraphModule, batch: int) -> dict[str, tuple[int, ...] | None]
 
 
 def slices_for_parts(gm: fx.GraphModule) -> None:
-    """``chunk``, ``split`` and ``unbind`` become one slice for each part, so that every value is a tensor."""
+    """``chunk``, ``split`` and ``unbind`` become slices, so that every value is a tensor."""
     gm.recompile()
     propagate_shapes(gm)
     for node in list(gm.graph.nodes):
@@ -83,7 +84,7 @@ def _index(node: fx.Node) -> bool:
 
 
 def plain_dimensions(gm: fx.GraphModule) -> None:
-    """cat, flatten, mean, permute and transpose get positional dimensions >= 0; edits gm in place."""
+    """cat, flatten, mean, permute and transpose get positional dimensions >= 0, in place."""
     gm.recompile()
     propagate_shapes(gm)
     for node in gm.graph.nodes:

@@ -1,9 +1,10 @@
 """Symbolic tracing with real values beside the symbols.
 
-Plain torch.fx gives up where the user's code asks a tensor for its shape. Here every proxy also carries the values that two
-small batches of different size have at its place: what is equal in both is a constant of the model (``x.shape[2]``,
-``x.ndim``, a loop over a static size, a condition on them), what differs is the batch size and stays symbolic, and a
-condition on the values themselves is refused. In-place operations are seen by the tensors' version counters.
+Plain torch.fx gives up where the user's code asks a tensor for its shape. Here every proxy also
+carries the values that two small batches of different size have at its place: what is equal in
+both is a constant of the model (``x.shape[2]``, ``x.ndim``, a loop over a static size, a
+condition on them), what differs is the batch size and stays symbolic, and a condition on the
+values themselves is refused. In-place operations are seen by the tensors' version counters.
 """
 
 from __future__ import annotations
@@ -19,6 +20,8 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
+from torch.fx.proxy import Attribute
+from torch.fx.proxy import TraceError as FxTraceError
 from torch.utils import _pytree as pytree
 
 from rewriter.errors import TraceError
@@ -43,7 +46,8 @@ _ABOUT_SHAPE = {
     *("is_floating_point", "is_complex", "is_contiguous", "__len__"),
     *(torch.is_floating_point, torch.is_complex, torch.numel),
 }
-# Functions that take sizes, but no tensor that could be a proxy: torch does not offer them to a proxy by itself.
+# Functions that take sizes, but no tensor that could be a proxy: torch does not offer them to a
+# proxy by itself.
 _MAKERS = ("zeros", "ones", "full", "empty", "arange", "eye", "linspace")
 _METHODS = ("expand", "repeat", "view", "reshape", "new_zeros", "new_ones", "new_full", "tile")
 
@@ -58,7 +62,7 @@ class Opaque:
     line: str = ""
 
 
-class Untraceable(Exception):
+class UntraceableError(Exception):
     """Carries the path of the innermost module whose forward could not be traced."""
 
     def __init__(self, path: str, cause: BaseException, line: str = "") -> None:
@@ -67,7 +71,7 @@ class Untraceable(Exception):
 
 
 class Tracer(fx.Tracer):
-    """Traces a network on its examples; modules in ``leaves`` and those of torch.nn are called, not entered."""
+    """Traces a network on its examples; modules of torch.nn and ``leaves`` are not entered."""
 
     def __init__(self, examples: tuple[tuple[Tensor, Tensor], ...], leaves: set[str]) -> None:
         super().__init__()
@@ -127,10 +131,10 @@ class Tracer(fx.Tracer):
         self.path.append(path)
         try:
             return super().call_module(m, forward, args, kwargs)
-        except Untraceable:
+        except UntraceableError:
             raise
         except Exception as cause:
-            raise Untraceable(path, cause) from cause
+            raise UntraceableError(path, cause) from cause
         finally:
             self.path.pop()
 
@@ -142,7 +146,7 @@ class Tracer(fx.Tracer):
 
     def create_arg(self, a: Any) -> Any:
         # a proxy passes for a tensor (see __class__), and so must be asked for first
-        if type(a) in (Proxy, fx.proxy.Attribute):
+        if type(a) in (Proxy, Attribute):
             return a.node
         return super().create_arg(a)
 
@@ -163,7 +167,7 @@ class Tracer(fx.Tracer):
         finally:
             self.evaluating = False
         if any(t._version != version for t, version in constants):
-            raise fx.proxy.TraceError("the forward changes a parameter or buffer of the model")
+            raise FxTraceError("the forward changes a parameter or buffer of the model")
         overwritten = [p.node for p, v in zip(used, before, strict=True) if version(p) != v]
         if overwritten:
             proxy.node.meta["overwrites"] = overwritten
@@ -202,8 +206,8 @@ class Tracer(fx.Tracer):
 
     def to_bool(self, obj: Any) -> bool:
         if type(obj) is Proxy and obj.of_shapes:
-            raise fx.proxy.TraceError("a condition depends on the batch size")
-        raise fx.proxy.TraceError("a condition depends on values of the input")
+            raise FxTraceError("a condition depends on the batch size")
+        raise FxTraceError("a condition depends on values of the input")
 
 
 def trace_graph(
@@ -224,7 +228,7 @@ def trace_graph(
         try:
             graph = tracer.trace(model)
             _read_what_was_overwritten(graph)
-        except Untraceable as failure:
+        except UntraceableError as failure:
             if failure.path and failure.path not in opaque:
                 kind = type(model.get_submodule(failure.path)).__name__
                 reason = one_line(failure.cause)
@@ -245,7 +249,7 @@ def _refusal(model: nn.Module, cause: BaseException, line: str) -> str:
 
 
 def _read_what_was_overwritten(graph: fx.Graph) -> None:
-    """Whoever reads a value after an in-place operation reads that operation's result; edits the graph."""
+    """Who reads a value after an in-place operation reads its result; edits the graph."""
     order = {n: i for i, n in enumerate(graph.nodes)}
     for node in graph.nodes:
         for changed in node.meta.get("overwrites", ()):
@@ -256,10 +260,11 @@ def _read_what_was_overwritten(graph: fx.Graph) -> None:
                 if order[other] >= order[node] or not later:
                     continue
                 if other.meta["place"] != node.meta["place"]:
-                    cause = fx.proxy.TraceError(
-                        f"in-place {node.target} changes {other.name}, of which it sees only a part or a view"
+                    cause = FxTraceError(
+                        f"in-place {node.target} changes {other.name}, of which it sees only "
+                        "a part or a view"
                     )
-                    raise Untraceable(node.meta["path"], cause, node.meta["line"])
+                    raise UntraceableError(node.meta["path"], cause, node.meta["line"])
                 for user in later:
                     user.replace_input_with(other, node)
 
@@ -269,7 +274,7 @@ def _is_proxy(a: Any) -> bool:
 
 
 def _opened(a: Any) -> Any:
-    if type(a) is not Proxy or isinstance(a.known[0], Tensor):
+    if not _is_proxy(a) or isinstance(a.known[0], Tensor):
         return a
     if isinstance(a.known[0], dict):
         return {k: _opened(a[k]) for k in a.known[0]}

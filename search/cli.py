@@ -26,7 +26,7 @@ from rich.table import Table
 from rewriter import Plan, RewriteError, cost, find_sites
 from search.config import Config, ConfigError, load_config, shipped_config
 from search.evaluator import Tick, extra_macs
-from search.job import Job, load_network, open_job, silent
+from search.job import Job, float_metric, load_network, open_job, silent
 from search.records import RunError, Score, read_json
 from search.report import write_report
 from search.results import Results, load_results, write_front
@@ -115,6 +115,7 @@ def check(config: ConfigPath, quiet: Quiet = False) -> None:
         ("", "convolutions, linear layers, matrix products; batch norm is not counted"),
         ("samples", f"{len(data.calibration)} calibration, {len(data.evaluation)} evaluation"),
         ("target", cfg.target),
+        ("float", float_metric(network)),
         ("sites", f"{len(found) - near}, and {near} near misses (quantfix sites)"),
     ]
     facts += [

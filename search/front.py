@@ -218,37 +218,34 @@ def hypervolume(macs: Array, value: Array, reference: tuple[float, float]) -> fl
     return float((widths * (value[front] - reference[1])).sum())
 
 
-def knee(macs: Array, value: Array) -> int:
+def knee(macs: Array, value: Array, extent: tuple[float, float] | None = None) -> int:
     """Index of the point after which more compute buys little.
 
-    It lies farthest above the line between the extremes, both axes scaled to the extent of the
-    front. Of one or two points it is the cheaper one.
+    It lies farthest above a rising diagonal, with both axes scaled; of equals the cheapest.
+
+    Args:
+        macs: (k,) cost.
+        value: (k,) quality, higher is better.
+        extent: What counts as much on either axis: so many MACs as so much quality. By default the
+            extent of the points, which says nothing where there are only two.
 
     Source: Das 1999, On characterizing the knee of the Pareto curve, doi:10.1007/BF01195985.
     """
     order = np.argsort(macs, kind="stable")
-    span = float(macs.max() - macs.min()), float(value.max() - value.min())
-    if len(macs) < 3 or not all(span):
+    width, height = extent or (float(np.ptp(macs)), float(np.ptp(value)))
+    if not (width > 0 and height > 0):
         return int(order[0])
-    height = (value - value[order[0]]) / span[1] - (macs - macs[order[0]]) / span[0]
-    return int(order[np.argmax(height[order])])
+    gain = (value[order] - value[order[0]]) / height - (macs[order] - macs[order[0]]) / width
+    return int(order[np.argmax(gain.round(9))])
 
 
-def pick(
-    front: Front, which: str, *, objective: str = "metric", higher_is_better: bool = True
-) -> Score:
-    """The point called ``best`` or ``knee``.
+def best(front: Front, *, objective: str = "metric", higher_is_better: bool = True) -> Score:
+    """The plan to ship where compute within the limits costs nothing.
 
-    ``best`` has the least damage among the points that no one can tell from the one with the
-    highest metric: those whose interval reaches it. Without labels it has the least damage of
-    all.
+    It has the least damage among those that no one can tell from the one with the highest metric:
+    whose interval reaches it. Without labels it has the least damage of all.
     """
     everything = front.all()
-    if which == "knee":
-        points = front.points
-        sign = -1.0 if objective == "damage" or not higher_is_better else 1.0
-        value = [sign * _or_inf(s.damage if objective == "damage" else s.metric) for s in points]
-        return points[knee(np.array([float(s.macs) for s in points]), np.array(value))]
     if objective == "damage":
         return min(everything, key=lambda s: (_or_inf(s.damage), s.macs))
     sign = 1.0 if higher_is_better else -1.0

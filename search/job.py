@@ -14,6 +14,7 @@ from typing import Any, Literal
 import onnxruntime
 import torch
 from torch import Tensor, fx
+from torch.utils import _pytree as pytree
 
 from rewriter import profile, target, trace
 from rewriter.graph import unflatten
@@ -98,6 +99,31 @@ def load_network(cfg: Config, progress: Progress = silent) -> Network:
     if hasattr(goal, "unflatten"):
         goal.unflatten = lambda flat: unflatten(gm, list(flat))  # pyright: ignore[reportUnknownLambdaType]
     return Network(cfg, gm, data, goal, tuple(found))
+
+
+def float_metric(network: Network, count: int = 256) -> str:
+    """What the float network reaches on its first samples, in words."""
+    found: list[list[Tensor]] = []
+    targets: list[Any] = []
+    done = 0
+    with torch.no_grad():
+        for batch in batches(network.data.evaluation, 32):
+            x, y = batch if isinstance(batch, tuple) else (batch, None)
+            leaves = pytree.tree_leaves(network.gm(x))
+            found.append([o for o in leaves if isinstance(o, Tensor)])
+            targets += [] if y is None else list(y)
+            done += len(x)
+            if done >= count:
+                break
+    outputs = [torch.cat(parts) for parts in zip(*found, strict=True)]
+    bad = sum(int((~torch.isfinite(o)).sum()) for o in outputs if o.is_floating_point())
+    if bad:
+        return f"{bad} outputs are NaN or infinite on the first {done} samples"
+    if not targets:
+        return f"runs on the first {done} samples; no labels"
+    stacked: Any = torch.stack(targets) if isinstance(targets[0], Tensor) else targets
+    value = network.task.score(outputs, stacked)
+    return f"{network.task.metric} {value:.2%} on the first {done} samples"
 
 
 def open_job(

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from search.analysis import Sensitivity, read_sensitivity
-from search.front import Front, hypervolume, pick, select_front
+from search.front import Front, best, hypervolume, knee, select_front
 from search.records import Baseline, Records, RunError, Score, fingerprint, read_json, write_json
 
 
@@ -46,10 +46,24 @@ class Results:
         return bool(self.facts["higher_is_better"])
 
     def best(self) -> Score:
-        return self.picked("best")
+        """The plan with the best int8 quality within the limits."""
+        return best(self.front, objective=self.objective, higher_is_better=self.higher_is_better)
 
     def knee(self) -> Score:
-        return self.picked("knee")
+        """The point of the front after which more compute buys little.
+
+        All that int8 loses weighs as much as all the compute that the limits allow.
+        """
+        points = self.front.points
+        macs = np.array([float(s.macs) for s in points])
+        value = np.array([self._quality(s) for s in points])
+        ideal = 0.0
+        if self.objective == "metric" and self.baseline.float is not None:
+            ideal = self.baseline.float if self.higher_is_better else -self.baseline.float
+        spare = (self.limits.get("macs") or 0.0) - self.baseline.macs
+        lost = ideal - self._quality_of_empty()
+        extent = (spare, lost) if spare > 0 and lost > 0 else None
+        return points[knee(macs, value, extent)]
 
     def picked(self, which: str) -> Score:
         """The score of ``best``, ``knee``, or of a plan's text.
@@ -62,9 +76,7 @@ class Results:
                 raise RunError(
                     f"{self.folder}: no plan is scored yet: quantfix run {self.facts['config']}"
                 )
-            return pick(
-                self.front, which, objective=self.objective, higher_is_better=self.higher_is_better
-            )
+            return self.best() if which == "best" else self.knee()
         text = " ".join(sorted(which.split()))
         for score in self.scores:
             if " ".join(sorted(score.plan.split())) == text:

@@ -7,21 +7,24 @@ import logging
 import math
 import multiprocessing
 import os
-from collections.abc import Callable, Generator, Mapping
+from collections.abc import Callable, Generator, Iterable, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import fx
 
 from rewriter import Plan, Step, find_sites
 from rewriter.graph import layers
+from rewriter.ladder import REMEDIES
 from search.analysis import Sensitivity, analyze, read_sensitivity
 from search.config import Config, load_config
 from search.evaluator import extra_macs
 from search.job import Job, Progress, Told, open_job, silent
 from search.records import Score, note
+from search.rungs import rungs, start
 from search.space import (
     KEEP_FLOAT,
     Budget,
@@ -82,38 +85,69 @@ def space_of(job: Job, sensitivity: Sensitivity) -> Space:
 
 
 def worth_trying(
-    space: Space, sensitivity: Sensitivity, trials: int
+    gm: fx.GraphModule, space: Space, sensitivity: Sensitivity, trials: int
 ) -> Callable[[Mapping[str, Score]], list[Plan]]:
-    """What to score first: references, each answer alone, then what these predict to be best.
+    """What to score first: references, the ladder of free remedies, each answer on top of its best
+    rung, then what these predict to be best.
 
     A step is taken to multiply the damage by the factor that it has alone: so the prediction never
-    falls below zero, and the logarithm is additive. A layer in float that was not scored alone
-    takes away what it does alone.
+    falls below zero, and the logarithm is additive. A layer in float that was not scored takes
+    away the share of the damage that it does alone.
 
     Args:
+        gm: Profiled canonical graph.
         space: Choices and costs.
         sensitivity: Damage of each layer.
         trials: Plans that will be scored in all; a third of them are single answers.
     """
     first = reference_plans([d.node for d in sensitivity.layers], space)
-    singles = single_plans(space, max(6, trials // 3))
+    singles = [p for p in single_plans(space, max(6, trials // 3)) if not _of_the_ladder(p)]
     alone = {Step(KEEP_FLOAT, d.node): d.damage for d in sensitivity.layers}
 
     def worth(scores: Mapping[str, Score]) -> list[Plan]:
-        plans = [*first, *singles]
-        empty = scores.get("")
-        if empty is None or not empty.damage or any(str(p) not in scores for p in plans):
+        ladder = rungs(gm, scores)
+        if isinstance(ladder, Plan):
+            return list(dict.fromkeys([*first, *_below(gm, scores), ladder]))
+        base = start(ladder)
+        plans = [*first, *(r.plan for r in ladder if not r.note), *_on_top(space, base, singles)]
+        empty, bottom = scores.get(""), scores.get(str(base))
+        if any(str(p) not in scores for p in plans):
+            return plans
+        if empty is None or not empty.damage or bottom is None or not bottom.damage:
             return plans
         gain: dict[Step, float] = {}
         for step in space.steps():
-            score = scores.get(str(step))
-            left = empty.damage - alone.get(step, 0.0) if score is None else score.damage
-            if left is not None:
-                gain[step] = -math.log(max(left / empty.damage, LEAST_LEFT))
-        found = predicted_front(space, gain, math.log(empty.damage))
-        return plans + [plan for plan, _ in found]
+            score = scores.get(str(space.repair([*base.steps, step])))
+            if step in base.steps:
+                continue
+            if score is not None and score.damage is not None:
+                left = score.damage / bottom.damage
+            else:
+                left = 1 - alone.get(step, 0.0) / empty.damage
+            gain[step] = -math.log(max(left, LEAST_LEFT))
+        found = predicted_front(space, gain, math.log(bottom.damage))
+        return plans + _on_top(space, base, [plan for plan, _ in found])
 
     return worth
+
+
+def _of_the_ladder(plan: Plan) -> bool:
+    return all(step.rule in dict(REMEDIES).values() for step in plan.steps)
+
+
+def _below(gm: fx.GraphModule, scores: Mapping[str, Score]) -> list[Plan]:
+    """The rungs that are scored already, in the order in which they were climbed."""
+    known: list[Plan] = []
+    while isinstance(following := rungs(gm, {str(p): scores[str(p)] for p in known}), Plan):
+        if str(following) not in scores:
+            break
+        known.append(following)
+    return known
+
+
+def _on_top(space: Space, base: Plan, plans: Iterable[Plan]) -> list[Plan]:
+    """Each plan together with the steps of ``base``."""
+    return list(dict.fromkeys(space.repair([*base.steps, *p.steps]) for p in plans))
 
 
 def run_search(
@@ -151,7 +185,7 @@ def run_search(
         higher_is_better=job.evaluator.task.higher_is_better,
     )
     place = storage_at(storage or str(job.folder / "journal.log"))
-    worth = worth_trying(space, sensitivity, options.trials)
+    worth = worth_trying(job.gm, space, sensitivity, options.trials)
     enough = _meets(job, max_drop)
     return search(job.evaluator, job.records, space, worth, settings, place, told, enough)
 

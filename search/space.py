@@ -22,7 +22,8 @@ from search.records import Array
 KEEP = "keep"
 KEEP_FLOAT = "keep_float"
 CUMULATIVE = (1, 2, 3, 5, 8)
-LIMIT = 24  # anchors; what is less harmful than the first 24 is not worth a trial
+LIMIT = 24  # anchors
+HARMLESS = 0.01  # of the harm of the worst anchor: below that, in a large space, not worth a trial
 
 
 @dataclass(frozen=True)
@@ -158,7 +159,7 @@ def make_space(
             anchors that are kept.
         macs: Cost of the network as it is.
         budget: Steps that alone exceed it are left out.
-        limit: Anchors kept at most.
+        limit: Anchors kept at most; where there are more, harmless ones are left out as well.
     """
     budget = budget or Budget()
     places: dict[str, list[Site]] = {}
@@ -171,6 +172,9 @@ def make_space(
             here = sum(known) if known else math.inf
             harm[anchor] = max(harm.get(anchor, -math.inf), here)
     ranked = sorted(places, key=lambda a: -harm[a])  # stable: graph order among equals
+    if len(ranked) > limit:
+        worst = max((h for h in harm.values() if h < math.inf), default=0.0)
+        limit = min(limit, sum(harm[a] >= HARMLESS * worst for a in ranked))
     choices: dict[str, list[str]] = {}
     nodes: dict[Step, frozenset[str]] = {}
     extra: dict[Step, int] = {}

@@ -25,8 +25,9 @@ from optuna.storages import BaseStorage
 from optuna.trial import FrozenTrial, TrialState
 
 from rewriter.plan import Plan
+from search.front import pareto
 from search.records import Records, Score
-from search.space import Space
+from search.space import KEEP, Space
 from search.storage import is_held, workers, working
 
 log = logging.getLogger(__name__)
@@ -39,6 +40,7 @@ Direction = optuna.study.StudyDirection | Literal["minimize", "maximize"]
 
 ATTEMPTS = 24
 ENUMERABLE = 20_000
+CHANGED = 4  # slots in which a proposal differs from a good plan, on average
 FAILED, DONE, CLAIMED = TrialState.FAIL, TrialState.COMPLETE, TrialState.RUNNING
 
 
@@ -149,17 +151,21 @@ def _next(
     for plan in worth({s.plan: s for s in records.scores()}):
         if str(plan) not in seen and space.choice(plan) is not None:
             return plan
-    return _propose(space, trials, seen, settings.directions(), seed)
+    return _propose(space, trials, seen, settings, seed)
 
 
 def _propose(
     space: Space,
     trials: Sequence[FrozenTrial],
     seen: set[str],
-    directions: list[Direction],
+    settings: Settings,
     seed: int,
 ) -> Plan | None:
     """A plan that nobody has tried: from TPE, else a random one, else None.
+
+    TPE's prior gives each slot its share of change, so that in a space of dozens of slots a sample
+    would differ from every good plan in a third of them. Of a sample, therefore, only a few slots
+    are taken; the others are those of a plan on the front.
 
     TPE works on a copy of the study in memory, in which proposals that are known already leave no
     trace. Trials that other workers have claimed are in the copy as running, and so repel it
@@ -171,33 +177,45 @@ def _propose(
     if not distributions:
         return None if "" in seen else Plan(())
     running = [t for t in trials if t.state == CLAIMED and t.params]
+    done = [t for t in trials if t.state == DONE and t.params]
     sampler = TPESampler(
         multivariate=True, seed=seed, n_startup_trials=5, constant_liar=bool(running)
     )
-    copy = optuna.create_study(directions=directions, sampler=sampler)
-    copy.add_trials([t for t in trials if t.state == DONE and t.params] + running)
+    copy = optuna.create_study(directions=settings.directions(), sampler=sampler)
+    copy.add_trials(done + running)
+    random = np.random.default_rng(seed)
+    parents = _parents(done, settings) or [dict.fromkeys(space.choices, KEEP)]
+    share = min(1.0, CHANGED / len(distributions))
     for _ in range(ATTEMPTS):
         trial = copy.ask(distributions)
-        plan = space.plan(trial.params)
+        parent = parents[random.integers(len(parents))]
+        taken = {slot: v for slot, v in trial.params.items() if random.random() < share}
+        plan = space.plan({**parent, **taken})
         if str(plan) not in seen:
             return plan
         copy.tell(trial, state=FAILED)
 
-    random = np.random.default_rng(seed)
     everything = space.all_plans(ENUMERABLE)
     if everything is not None:
         unseen = [p for p in everything if str(p) not in seen]
         return unseen[random.integers(len(unseen))] if unseen else None
     for _ in range(1000):
-        share = random.uniform(0.5, 1.0)
-        choice = {
-            a: rules[0] if random.random() < share else str(random.choice(rules))
-            for a, rules in space.choices.items()
-        }
+        choice = dict(parents[random.integers(len(parents))])
+        for slot in random.choice(list(space.choices), CHANGED, replace=True).tolist():
+            choice[slot] = str(random.choice(space.choices[slot]))
         plan = space.plan(choice)
         if str(plan) not in seen:
             return plan
     return None
+
+
+def _parents(done: Sequence[FrozenTrial], settings: Settings) -> list[dict[str, str]]:
+    """Choices of the feasible trials that no other beats."""
+    feasible = [t for t in done if all(v <= 0 for v in t.constraints.values())]
+    up = settings.directions()[1] == "maximize"
+    macs = np.array([t.values[0] for t in feasible])
+    value = np.array([t.values[1] if up else -t.values[1] for t in feasible])
+    return [dict(feasible[i].params) for i in pareto(macs, value).tolist()]
 
 
 def _try(

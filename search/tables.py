@@ -10,6 +10,8 @@ from search.analysis import Sensitivity
 from search.records import Score
 from search.results import Results
 
+ANSWERS = 3
+
 
 def front_table(results: Results) -> Table:
     """The front for the terminal."""
@@ -79,11 +81,19 @@ def layer_rows(sensitivity: Sensitivity, count: int) -> tuple[list[str], list[li
             "" if d.drop is None else f"{100 * d.drop:.2f}",
             "" if d.sqnr_db is None else f"{d.sqnr_db:.1f} dB",
             ", ".join(d.causes),
-            ", ".join(a.partition("@")[0] for a in d.answers),
+            _answers(d.answers),
         ]
         for d in sensitivity.layers[:count]
     ]
     return names, rows
+
+
+def _answers(steps: Sequence[str]) -> str:
+    """The first rules that act at this very layer; each is listed by ``quantfix sites``."""
+    rules = [rule for rule, _, anchor in (s.partition("@") for s in steps) if anchor != "model"]
+    rules = [rule for rule in rules if rule != "keep_float"] or rules
+    more = f" and {len(rules) - ANSWERS} more" if len(rules) > ANSWERS else ""
+    return ", ".join(rules[:ANSWERS]) + more
 
 
 def _rich_table(title: str, names: Sequence[str], rows: Sequence[Sequence[str]]) -> Table:

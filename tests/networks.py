@@ -16,6 +16,7 @@ from rewriter.graph import module_of, trace
 
 ACTIVATIONS = (nn.ReLU, nn.ReLU6, nn.LeakyReLU, nn.SiLU, nn.Hardswish)
 ARITHMETIC = (operator.add, operator.sub, operator.mul, operator.truediv)
+LAYERS = (nn.modules.conv._ConvNd, nn.Linear)
 SIZE = (3, 19, 17)  # odd and not square
 
 seeds = st.integers(0, 10_000)
@@ -37,9 +38,8 @@ def randomise(model: nn.Module, seed: int = 0) -> nn.Module:
             if module.affine:
                 nn.init.uniform_(module.weight, 0.5, 1.5, generator=generator)
                 nn.init.uniform_(module.bias, -0.3, 0.5, generator=generator)
-        elif isinstance(module, (nn.modules.conv._ConvNd, nn.Linear)):
-            if "weight" in module._parameters and module.bias is not None:
-                nn.init.uniform_(module.bias, -0.3, 0.4, generator=generator)
+        elif isinstance(module, LAYERS) and module.bias is not None:
+            nn.init.uniform_(module.bias, -0.3, 0.4, generator=generator)
     return model.eval()
 
 
@@ -120,7 +120,7 @@ class UpDown(nn.Module):
 
 
 class Network(nn.Module):
-    """A stem, blocks, and a head; ``head`` is "class", "maps" (dict of maps) or "boxes" (decoded, one cat)."""
+    """A stem, blocks, and a head: "class", "maps" (a dict) or "boxes" (decoded, one cat)."""
 
     def __init__(self, blocks: list[nn.Module], channels: int, head: str) -> None:
         super().__init__()
@@ -167,7 +167,9 @@ def _block(rng: random.Random, c: int, act: type[nn.Module]) -> tuple[nn.Module,
     def pointwise() -> nn.Module:
         return Affine(nn.Conv2d(c, out, 1, bias=bias), rng.choice((act, None)))
 
-    kind = rng.choice(("separable", "residual", "pool", "se", "branches", "halves", "pyramid", "up"))
+    kind = rng.choice(
+        ("separable", "residual", "pool", "se", "branches", "halves", "pyramid", "up")
+    )
     if kind == "separable":
         return nn.Sequential(depthwise(), pointwise()), out
     if kind == "residual":
@@ -230,7 +232,7 @@ def traced(
     tolerance: float = 1e-5,
     sizes: tuple[int, ...] = (1, 4),
 ) -> fx.GraphModule:
-    """Trace, and check all that tracing promises: function, normal form, names, source untouched."""
+    """Trace, and check all that it promises: function, normal form, source untouched."""
     if isinstance(shape_or_inputs[0], Tensor):
         inputs = shape_or_inputs
     else:
@@ -276,7 +278,15 @@ def assert_normal_form(gm: fx.GraphModule) -> None:
             assert node.meta["layer"]
             assert isinstance(node.meta["shape"], tuple)
         elif node.op == "call_method":
-            assert node.target not in ("view", "contiguous", "clone", "add", "mul", "mean", "flatten")
+            assert node.target not in (
+                "view",
+                "contiguous",
+                "clone",
+                "add",
+                "mul",
+                "mean",
+                "flatten",
+            )
             assert not str(node.target).endswith("_"), node.target
             if node.target == "reshape":
                 assert all(isinstance(s, int) for s in node.args[1:])
@@ -296,3 +306,25 @@ def kinds(gm: fx.GraphModule) -> list[str]:
         elif node.op in ("call_function", "call_method"):
             found.append(getattr(node.target, "__name__", str(node.target)))
     return found
+
+
+def made(model: nn.Module, *shape: Any) -> list[str]:
+    """``kinds`` of a traced network with random weights."""
+    return kinds(traced(randomise(model), *(shape or (3, 11, 9))))
+
+
+class Forward(nn.Module):
+    """A network whose forward is the given function of (self, x), with the given sub-modules."""
+
+    def __init__(self, function, **parts: object) -> None:
+        super().__init__()
+        self.function = function
+        for name, part in parts.items():
+            setattr(self, name, part)
+
+    def forward(self, x: Tensor):
+        return self.function(self, x)
+
+
+def conv(i: int = 3, o: int = 4, k: object = 3, **settings: object) -> nn.Conv2d:
+    return nn.Conv2d(i, o, k, **settings)  # type: ignore[arg-type]

@@ -1,357 +1,20 @@
 from __future__ import annotations
 
-import operator
-
 import pytest
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from rewriter import graph
 from rewriter.fold import folded
 from rewriter.graph import layer_name, layers, module_of
-from tests.networks import kinds, network, randomise, traced
+from tests.networks import Forward, conv, kinds, made, network, randomise, traced
+from tests.test_functional import FunctionalConv
 
+F = nn.functional
 IMAGE = (3, 11, 9)
 
 
-def made(model: nn.Module, *shape: object) -> list[str]:
-    return kinds(traced(randomise(model), *(shape or IMAGE)))
-
-
-class Forward(nn.Module):
-    """A network whose forward is the given function of (self, x), with the given sub-modules."""
-
-    def __init__(self, function, **parts: object) -> None:
-        super().__init__()
-        self.function = function
-        for name, part in parts.items():
-            setattr(self, name, part)
-
-    def forward(self, x: Tensor):
-        return self.function(self, x)
-
-
-def conv(i: int = 3, o: int = 4, k: object = 3, **settings: object) -> nn.Conv2d:
-    return nn.Conv2d(i, o, k, **settings)  # type: ignore[arg-type]
-
-
-# --------------------------------------------------------------------------------- in place
-
-
-def add_after_read(self, x):
-    x = self.conv(x)
-    y = self.other(x)
-    y += x
-    x += 1
-    return y, x
-
-
-def read_after_relu(self, x):
-    y = self.conv(x)
-    z = self.relu(y)
-    return z - 2 * y  # y is relu(y) by now: -relu(y)
-
-
-def functional_in_place(self, x):
-    y = self.conv(x)
-    z = F.relu(y, True)
-    w = F.leaky_relu_(y + 1, 0.2)
-    return z + y + w
-
-
-def method_in_place(self, x):
-    y = self.conv(x)
-    y.mul_(2).sub_(0.5).clamp_(0, 6)
-    return y.div_(3)
-
-
-def normalise_input(self, x):
-    x.sub_(0.5).div_(0.25)
-    return self.conv(x)
-
-
-def in_place_on_reshaped(self, x):
-    y = self.conv(x)
-    y = y.view(y.size(0), -1)
-    return torch.relu_(y)
-
-
-def same_seen_twice(self, x):
-    y = self.conv(x)
-    alias = y.view_as(y)
-    y.add_(1.5)
-    return alias * 2
-
-
-def filled(self, x):
-    y = self.conv(x)
-    z = y * 2
-    z.fill_(0.25)
-    return y + z
-
-
-@pytest.mark.parametrize(
-    "function",
-    [
-        add_after_read,
-        read_after_relu,
-        functional_in_place,
-        method_in_place,
-        normalise_input,
-        in_place_on_reshaped,
-        same_seen_twice,
-        filled,
-    ],
-)
-def test_in_place_operations_become_plain_ones(function) -> None:
-    made(Forward(function, conv=conv(), other=conv(4, 4, 1), relu=nn.ReLU(inplace=True)))  # noqa: F841
-
-
-def test_in_place_fixture_matters() -> None:
-    """Without in-place semantics the value would differ: the case is not vacuous."""
-    model = randomise(Forward(read_after_relu, conv=conv(), relu=nn.ReLU(inplace=True)))
-    x = torch.randn(2, *IMAGE)
-    with torch.no_grad():
-        y = model.conv(x)
-        naive = F.relu(y) - 2 * y
-        assert not torch.allclose(model(x), naive)
-
-
-def test_in_place_on_a_part_is_refused_with_the_line() -> None:
-    def part(self, x):
-        y = self.conv(x)
-        y[:, :2].mul_(2)
-        return y
-
-    with pytest.raises(graph.TraceError, match=r"only a part or a view at .*test_canonical\.py:\d+"):
-        graph.trace(randomise(Forward(part, conv=conv())), torch.randn(2, *IMAGE))
-
-
-def test_in_place_on_a_part_makes_a_submodule_opaque() -> None:
-    def part(self, x):
-        y = x * 2
-        y[:, :2].mul_(2)
-        return y
-
-    model = Forward(lambda s, x: s.conv(s.inner(x)), inner=Forward(part), conv=conv())
-    gm = traced(randomise(model), IMAGE)
-    (opaque,) = gm.meta["opaque"]
-    assert opaque.name == "inner"
-    assert "test_canonical.py:" in opaque.line
-    assert [layer_name(n) for n in layers(gm)] == ["conv"]
-
-
-# ------------------------------------------------------------------------ functional style
-
-
-class FunctionalConv(nn.Module):
-    def __init__(self, i: int, o: int, k: int, groups: int = 1, **more: object) -> None:
-        super().__init__()
-        self.weight = nn.Parameter(torch.randn(o, i // groups, k, k))
-        self.bias = nn.Parameter(torch.randn(o))
-        self.groups, self.more = groups, more
-
-    def forward(self, x: Tensor) -> Tensor:
-        return F.conv2d(x, self.weight, bias=self.bias, groups=self.groups, **self.more)
-
-
-class GainedConv(FunctionalConv):
-    """Reads another parameter of the same module after the convolution."""
-
-    def __init__(self) -> None:
-        super().__init__(3, 4, 3)
-        self.gain = nn.Parameter(torch.randn(4, 1, 1))
-
-    def forward(self, x: Tensor) -> Tensor:
-        return super().forward(x) * self.gain
-
-
-class StandardisedConv(nn.Conv2d):
-    def forward(self, x: Tensor) -> Tensor:
-        w = self.weight
-        w = (w - w.mean((1, 2, 3), keepdim=True)) / (w.std((1, 2, 3), keepdim=True) + 1e-5)
-        return F.conv2d(x, w, self.bias, self.stride, self.padding, self.dilation, self.groups)
-
-
-class FrozenBatchNorm(nn.Module):
-    def __init__(self, channels: int) -> None:
-        super().__init__()
-        self.bn = nn.BatchNorm2d(channels)
-
-    def forward(self, x: Tensor) -> Tensor:
-        b = self.bn
-        return F.batch_norm(x, b.running_mean, b.running_var, b.weight, b.bias, False, 0.1, b.eps)
-
-
-def test_functional_convolution_is_named_by_its_module() -> None:
-    model = nn.Sequential(FunctionalConv(3, 4, 3, stride=(2, 1), padding=1), nn.ReLU())
-    model.append(FunctionalConv(4, 4, 3, groups=4, dilation=2))
-    gm = traced(randomise(model), 3, 15, 13)
-    assert kinds(gm) == ["Conv2d", "ReLU", "Conv2d"]
-    assert [layer_name(n) for n in layers(gm)] == ["0", "2"]
-    assert module_of(gm, layers(gm)[1]).groups == 4
-
-
-def test_another_parameter_of_a_functional_module_survives() -> None:
-    gm = traced(randomise(GainedConv()), IMAGE)
-    assert kinds(gm) == ["Conv2d", "mul"]
-    gm = traced(randomise(nn.Sequential(GainedConv(), nn.ReLU())), IMAGE)
-    assert kinds(gm) == ["Conv2d", "mul", "ReLU"]
-    assert layer_name(layers(gm)[0]) == "0"
-
-
-def test_weights_computed_from_weights_are_constants() -> None:
-    gm = traced(randomise(nn.Sequential(StandardisedConv(3, 4, 3), nn.BatchNorm2d(4))), IMAGE)
-    assert kinds(gm) == ["Conv2d"]
-    assert layer_name(layers(gm)[0]) == "0"
-
-
-def test_functional_batch_norm_is_folded() -> None:
-    assert made(nn.Sequential(conv(), FrozenBatchNorm(4))) == ["Conv2d"]
-
-
-def test_functional_batch_norm_of_vectors_and_sequences() -> None:
-    model = nn.Sequential(nn.Flatten(), nn.Linear(297, 5), FrozenBatchNorm(5))
-    assert made(model) == ["flatten", "Linear"]
-    assert made(nn.Sequential(nn.Conv1d(3, 5, 3), FrozenBatchNorm(5)), 3, 12) == ["Conv1d"]
-
-
-def hard_by_hand(self, x):
-    x = self.conv(x)
-    return x * F.relu6(x + 3) / 6
-
-
-def hard_by_hand_turned(self, x):
-    x = self.conv(x)
-    return torch.clamp(3 + x, min=0, max=6).mul(1 / 6).mul(x)
-
-
-def hard_in_place(self, x):
-    x = self.conv(x)
-    return x.mul(x.add(3.0).clamp_(0.0, 6.0).div_(6.0))
-
-
-def hard_sigmoid(self, x):
-    return F.hardtanh(self.conv(x) + 3, 0.0, 6.0) / 6
-
-
-def swish(self, x):
-    x = self.conv(x)
-    return x.sigmoid() * x
-
-
-@pytest.mark.parametrize(
-    ("function", "name"),
-    [
-        (hard_by_hand, "Hardswish"),
-        (hard_by_hand_turned, "Hardswish"),
-        (hard_in_place, "Hardswish"),
-        (hard_sigmoid, "Hardsigmoid"),
-        (swish, "SiLU"),
-        (lambda s, x: F.hardtanh(s.conv(x), 0, 6), "ReLU6"),
-        (lambda s, x: s.conv(x).clamp(0, 6), "ReLU6"),
-        (lambda s, x: s.conv(x).clamp(min=0), "ReLU"),
-        (lambda s, x: s.conv(x).clamp_min(0), "ReLU"),
-        (lambda s, x: torch.clip(s.conv(x), -1, 1.5), "Hardtanh"),
-        (lambda s, x: F.relu6(input=s.conv(x)), "ReLU6"),
-        (lambda s, x: F.leaky_relu(s.conv(x), 0.3, True), "LeakyReLU"),
-        (lambda s, x: F.elu(s.conv(x), alpha=0.7), "ELU"),
-        (lambda s, x: F.gelu(s.conv(x), approximate="tanh"), "GELU"),
-        (lambda s, x: F.softplus(s.conv(x), 2, 10), "Softplus"),
-        (lambda s, x: F.mish(s.conv(x)), "Mish"),
-        (lambda s, x: F.silu(s.conv(x), inplace=True), "SiLU"),
-        (lambda s, x: s.conv(x).tanh(), "Tanh"),
-        (lambda s, x: s.conv(x).softmax(-1), "Softmax"),
-        (lambda s, x: F.softmax(s.conv(x), dim=1), "Softmax"),
-        (lambda s, x: F.prelu(s.conv(x), s.slope), "PReLU"),
-        (lambda s, x: F.max_pool2d(s.conv(x), 3, 2, 1, ceil_mode=True), "MaxPool2d"),
-        (lambda s, x: F.avg_pool2d(s.conv(x), (3, 2), 1, 1, False, False), "AvgPool2d"),
-        (lambda s, x: F.adaptive_avg_pool2d(s.conv(x), (2, 1)), "AdaptiveAvgPool2d"),
-        (lambda s, x: F.adaptive_max_pool2d(s.conv(x), 1), "AdaptiveMaxPool2d"),
-        (lambda s, x: F.pad(s.conv(x), (1, 2, 0, 3)), "ZeroPad2d"),
-        (lambda s, x: F.pad(s.conv(x), [2, 1]), "ZeroPad2d"),
-        (lambda s, x: F.interpolate(s.conv(x), size=x.shape[2:]), "Upsample"),
-        (lambda s, x: F.interpolate(s.conv(x), None, 2.0, "bilinear", False), "Upsample"),
-        (lambda s, x: F.pixel_shuffle(s.conv(x), 2), "PixelShuffle"),
-        (lambda s, x: F.layer_norm(s.conv(x), (9, 7), s.g, s.b), "LayerNorm"),
-        (lambda s, x: F.linear(s.conv(x), s.matrix), "Linear"),
-        (lambda s, x: F.conv_transpose2d(s.conv(x), s.turned, None, 2, 1, 1, 2), "ConvTranspose2d"),
-        (lambda s, x: F.conv2d(s.conv(x), s.kernel, padding="same"), "Conv2d"),
-    ],
-)
-def test_function_becomes_module(function, name: str) -> None:
-    parts = {
-        "conv": conv(),
-        "slope": nn.Parameter(torch.rand(4)),
-        "g": nn.Parameter(torch.rand(9, 7)),
-        "b": nn.Parameter(torch.rand(9, 7)),
-        "matrix": nn.Parameter(torch.randn(5, 7)),
-        "turned": nn.Parameter(torch.randn(4, 3, 3, 3)),
-        "kernel": nn.Parameter(torch.randn(6, 4, 3, 3)),
-    }
-    assert made(Forward(function, **parts)) == ["Conv2d", name]
-
-
-@pytest.mark.parametrize(
-    "function",
-    [
-        lambda s, x: F.pad(s.conv(x), (1, 2, 0, 3), mode="reflect"),
-        lambda s, x: F.pad(s.conv(x), (1, 2), value=0.7),
-        lambda s, x: s.conv(x).clamp(min=torch.tensor(0.5)),
-        lambda s, x: s.conv(x) * F.relu6(s.conv2(x) + 3) / 6,  # gated by something else
-        lambda s, x: torch.add(s.conv(x), s.conv2(x), alpha=0.5),
-        lambda s, x: torch.sub(s.conv(x), s.conv2(x), alpha=2),
-        lambda s, x: torch.div(s.conv(x), 0.3, rounding_mode="floor"),
-        lambda s, x: 1 - s.conv(x),
-        lambda s, x: 2 / (s.conv(x).exp() + 1),
-        lambda s, x: s.scale - s.conv(x),
-        lambda s, x: s.scale / (s.conv(x).exp() + 1),
-        lambda s, x: s.scale * s.conv(x),
-        lambda s, x: s.conv(x) ** 2 + (-s.conv2(x)).abs(),
-        lambda s, x: torch.mul(input=s.conv(x), other=s.conv2(x)),
-        lambda s, x: torch.cat(tensors=[s.conv(x), s.conv2(x)], dim=-3),
-        lambda s, x: torch.concat((s.conv(x), s.conv2(x)), axis=1),
-        lambda s, x: s.conv(x).mean([-1, -2]),
-        lambda s, x: s.conv(x).mean(dim=1, keepdim=True),
-        lambda s, x: torch.mean(s.conv(x), (2, 3), True),
-        lambda s, x: s.conv(x).flatten(-2).mT,
-        lambda s, x: s.conv(input=x).transpose(dim0=-1, dim1=1),
-        lambda s, x: torch.permute(s.conv(x), (0, 3, 1, 2)),
-        lambda s, x: s.conv(x).permute(dims=(0, -1, 1, 2)),
-        lambda s, x: (s.conv(x) > 0).float() * 2,
-        lambda s, x: s.conv(x).float().to(x.dtype).type_as(x).to(x.device),
-        lambda s, x: torch.stack([s.conv(x), s.conv2(x)], 2),
-    ],
-)
-def test_what_has_no_module_keeps_its_meaning(function) -> None:
-    model = Forward(function, conv=conv(), conv2=conv(), scale=nn.Parameter(torch.randn(4, 1, 1)))
-    gm = traced(randomise(model), IMAGE)
-    assert "ReLU" not in kinds(gm)
-
-
-def test_arguments_of_functions_are_plain() -> None:
-    def function(self, x):
-        y = torch.cat([self.conv(x), x[:, :, 1:-1, 1:-1]], dim=-3)
-        return y.mean(dim=(-1, 2)), torch.flatten(y, -3), y.permute((0, -2, 3, 1)), y.transpose(-1, 1)
-
-    gm = traced(randomise(Forward(function, conv=conv())), IMAGE)
-    args = {
-        getattr(n.target, "__name__", n.target): n.args[1:]
-        for n in gm.graph.nodes
-        if n.op in ("call_function", "call_method") and n.target is not operator.getitem
-    }
-    assert args == {
-        "cat": (1,),
-        "mean": ((2, 3), False),
-        "flatten": (1, 3),
-        "permute": (0, 2, 3, 1),
-        "transpose": (3, 1),
-    }
-    assert all(not n.kwargs for n in gm.graph.nodes)
-
-
-# ------------------------------------------------------------------------------ batch norm
+# ---------------------------------------------------------------------------------- batch norm
 
 
 @pytest.mark.parametrize(
@@ -402,8 +65,11 @@ def test_lone_batch_norm_stays(function, norms: int) -> None:
 
 
 def test_batch_norm_over_tokens_is_not_folded_into_linear() -> None:
-    """(N, L, C): the batch norm's channels are L, and L = C would let a wrong folding pass unseen."""
-    assert made(nn.Sequential(nn.Linear(6, 5), nn.BatchNorm1d(5)), 5, 6) == ["Linear", "BatchNorm1d"]
+    """(N, L, C): the batch norm's channels are L."""
+    assert made(nn.Sequential(nn.Linear(6, 5), nn.BatchNorm1d(5)), 5, 6) == [
+        "Linear",
+        "BatchNorm1d",
+    ]
 
 
 def test_batch_norm_without_statistics_is_left_alone() -> None:
@@ -464,7 +130,7 @@ def test_dropout_shared_and_identity() -> None:
     assert made(training) == ["Conv2d"]
 
 
-# ----------------------------------------------------------------------------------- shapes
+# -------------------------------------------------------------------------------------- shapes
 
 
 def shuffle(self, x):
@@ -487,7 +153,7 @@ def frames(self, x):
 def loop_over_time(self, x):
     outs = []
     for i in range(x.size(1)):
-        outs.append(self.conv(x[:, i]))
+        outs += [self.conv(x[:, i])]
     return torch.stack(outs, dim=1)
 
 
@@ -571,12 +237,14 @@ def test_transposed_convolution_with_output_size() -> None:
     def function(self, x):
         return self.up(self.down(x), output_size=x.size()[2:])
 
-    model = Forward(function, down=conv(3, 4, 3, stride=2, padding=1), up=nn.ConvTranspose2d(4, 3, 3, 2, 1))
+    model = Forward(
+        function, down=conv(3, 4, 3, stride=2, padding=1), up=nn.ConvTranspose2d(4, 3, 3, 2, 1)
+    )
     gm = traced(randomise(model), 3, 12, 9)
     assert module_of(gm, layers(gm)[1]).output_padding == (1, 0)
 
 
-# ------------------------------------------------------------------------- classes and names
+# -------------------------------------------------------------------------- classes and names
 
 
 class OwnConv(nn.Conv2d):
@@ -603,7 +271,7 @@ def test_subclasses_become_the_plain_class() -> None:
 
 
 def test_names_of_functional_layers_and_what_follows_them() -> None:
-    """An activation inside a functional layer must not become a part of the layer, which rules replace."""
+    """An activation inside a functional layer is no part of the layer, which rules replace."""
 
     class Fused(FunctionalConv):
         def forward(self, x: Tensor) -> Tensor:
@@ -651,10 +319,3 @@ def test_a_wrong_folding_does_not_pass(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("rewriter.fold.folded", careless)
     with pytest.raises(graph.TraceError, match="output 0 of the traced graph differs"):
         graph.trace(randomise(nn.Sequential(conv(), nn.BatchNorm2d(4))), torch.randn(2, *IMAGE))
-
-
-def test_forgotten_in_place_does_not_pass(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("rewriter.tracer._read_what_was_overwritten", lambda graph: None)
-    model = Forward(read_after_relu, conv=conv(), relu=nn.ReLU(inplace=True))
-    with pytest.raises(graph.TraceError, match="differs"):
-        graph.trace(randomise(model), torch.randn(2, *IMAGE))

@@ -5,7 +5,6 @@ from pathlib import Path
 
 import pytest
 import torch
-import torch.nn.functional as F
 from hypothesis import given, settings
 from torch import Tensor, nn
 
@@ -13,6 +12,8 @@ from rewriter.cost import cost, layer_macs
 from rewriter.graph import kind_of, layers, trace
 from rewriter.plan import Plan, find_sites, rewrite
 from tests.networks import SIZE, network, randomise, seeds
+
+F = nn.functional
 
 # layer, input shape, (multiply-accumulates by hand: output places x weights that each one needs)
 CLOSED_FORMS = [

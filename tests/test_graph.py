@@ -4,15 +4,24 @@ from collections import namedtuple
 
 import pytest
 import torch
-import torch.nn.functional as F
 from hypothesis import given, settings
 from torch import Tensor, nn
 
-from rewriter import graph
 from rewriter.errors import TraceError
-from rewriter.graph import find, kind_of, layer_name, layers, module_of, outputs, trace, unflatten
-from rewriter.graph import walk
+from rewriter.graph import (
+    find,
+    kind_of,
+    layer_name,
+    layers,
+    module_of,
+    outputs,
+    trace,
+    unflatten,
+    walk,
+)
 from tests.networks import SIZE, kinds, network, randomise, relative_error, seeds, traced
+
+F = nn.functional
 
 IMAGE = (3, 11, 9)
 Pair = namedtuple("Pair", ["first", "second"])
@@ -121,7 +130,7 @@ def test_variadic_and_several_inputs() -> None:
 
 
 def test_too_many_inputs_are_an_error() -> None:
-    with pytest.raises(TraceError, match="takes 1 inputs but 2 were given|fails by itself"):
+    with pytest.raises(TraceError, match="fails by itself"):
         trace(randomise(Plain()), (torch.randn(1, *IMAGE), torch.randn(1, *IMAGE)))
 
 
@@ -219,7 +228,10 @@ def test_recurrent_layers_are_opaque_and_the_rest_is_not(kind: type[nn.Module]) 
 def test_unknown_modules_of_torch_are_named() -> None:
     model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.GroupNorm(2, 4), nn.LogSoftmax(1))
     gm = traced(randomise(model), IMAGE)
-    assert [(o.name, o.kind) for o in gm.meta["opaque"]] == [("1", "GroupNorm"), ("2", "LogSoftmax")]
+    assert [(o.name, o.kind) for o in gm.meta["opaque"]] == [
+        ("1", "GroupNorm"),
+        ("2", "LogSoftmax"),
+    ]
 
 
 def test_modules_made_or_kept_outside_the_tree() -> None:
@@ -362,7 +374,7 @@ def test_walk_gives_every_value_and_forgets_it(seed: int) -> None:
     x = torch.randn(3, *SIZE)
     with torch.no_grad():
         expected = gm(x)
-        kept = {n: v for n, v in walk(gm, (x,))}
+        kept = dict(walk(gm, (x,)))
         found = unflatten(gm, [kept[n] for n in outputs(gm)])
     assert relative_error(expected, found) < 1e-5
     for node, value in kept.items():

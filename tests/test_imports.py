@@ -1,10 +1,8 @@
-"""The arrows of the architecture, asserted on the source text: who may import whom, and how long a file may be."""
+"""The arrows of the architecture, on the source text: who may import whom, how long a file is."""
 
 from __future__ import annotations
 
 import ast
-import importlib
-import sys
 from pathlib import Path
 
 import pytest
@@ -13,7 +11,18 @@ from rewriter.rules import RULES
 
 ROOT = Path(__file__).resolve().parents[1]
 FILES = sorted(p for folder in ("rewriter", "search") for p in (ROOT / folder).rglob("*.py"))
-FORBIDDEN = {"utils", "helpers", "helper", "common", "base", "core", "manager", "factory", "misc", "v2"}
+FORBIDDEN = {
+    "utils",
+    "helpers",
+    "helper",
+    "common",
+    "base",
+    "core",
+    "manager",
+    "factory",
+    "misc",
+    "v2",
+}
 MAY_IMPORT_TIMM = {"search/data.py", "search/images.py", "rewriter/canonical.py"}
 # Rules that share the file of another one, without their parameter.
 SHARES_FILE = {"merge_linear_separable": "merge_separable", "split_weights": "split_range"}
@@ -35,7 +44,9 @@ def imports(path: Path, everywhere: bool = True) -> set[str]:
             assert node.level == 0, f"{path}: relative import"
             name = str(node.module)
             inner = {f"{name}.{a.name}" for a in node.names}
-            found |= {i for i in inner if is_module(i)} | ({name} if not all(map(is_module, inner)) else set())
+            found |= {i for i in inner if is_module(i)} | (
+                {name} if not all(map(is_module, inner)) else set()
+            )
     return found
 
 
@@ -54,7 +65,9 @@ def inside(name: str, *prefixes: str) -> bool:
 def test_rewriter_never_imports_search() -> None:
     for name, used in IMPORTS.items():
         if inside(name, "rewriter"):
-            assert not [u for u in used if inside(u, "search", "optuna", "pydantic", "typer")], name
+            assert not [u for u in used if inside(u, "search", "optuna", "pydantic", "typer")], (
+                name
+            )
 
 
 def test_errors_and_tracing_stand_at_the_bottom() -> None:
@@ -73,20 +86,38 @@ def test_errors_and_tracing_stand_at_the_bottom() -> None:
 
 
 def test_canonical_form_knows_no_int8() -> None:
-    upper = ("rewriter.int8", "rewriter.rules", "rewriter.plan", "rewriter.fit", "rewriter.sensitivity")
+    upper = (
+        "rewriter.int8",
+        "rewriter.rules",
+        "rewriter.plan",
+        "rewriter.fit",
+        "rewriter.sensitivity",
+    )
     for name in ("canonical", "functional", "fold", "sizes", "recognise", "cost", "ranges"):
         assert not [u for u in IMPORTS[f"rewriter.{name}"] if inside(u, *upper)], name
 
 
 def test_int8_knows_no_rules_and_no_sensitivity() -> None:
-    upper = ("rewriter.rules", "rewriter.plan", "rewriter.fit", "rewriter.sensitivity", "rewriter.assemble")
+    upper = (
+        "rewriter.rules",
+        "rewriter.plan",
+        "rewriter.fit",
+        "rewriter.sensitivity",
+        "rewriter.assemble",
+    )
     for name, used in IMPORTS.items():
         if inside(name, "rewriter.int8"):
             assert not [u for u in used if inside(u, *upper)], name
 
 
 def test_rules_know_neither_plans_nor_each_other_nor_engines() -> None:
-    engines = ("rewriter.int8.simulate", "rewriter.int8.onnx", "rewriter.int8.session", "onnxruntime", "onnx")
+    engines = (
+        "rewriter.int8.simulate",
+        "rewriter.int8.onnx",
+        "rewriter.int8.session",
+        "onnxruntime",
+        "onnx",
+    )
     for name, used in IMPORTS.items():
         if not inside(name, "rewriter.rules") or name == "rewriter.rules":
             continue
@@ -96,7 +127,8 @@ def test_rules_know_neither_plans_nor_each_other_nor_engines() -> None:
 
 
 def test_search_goes_one_way() -> None:
-    order = ["config", "data", "tasks", "evaluator", "space", "study", "front", "report", "cli"]
+    # front is arithmetic on scores alone, and so stands low
+    order = ["front", "config", "data", "tasks", "evaluator", "space", "study", "report", "cli"]
     for name, used in IMPORTS.items():
         parts = name.split(".")
         if parts[0] != "search" or len(parts) < 2 or parts[1] not in order:
@@ -144,12 +176,6 @@ def test_length_and_name(path: Path) -> None:
 def test_length_and_name_of_tests() -> None:
     for path in (ROOT / "tests").rglob("*.py"):
         assert path.stem not in FORBIDDEN, path
-
-
-def test_every_module_can_be_imported_alone() -> None:
-    for path in FILES:
-        importlib.import_module(module_name(path))
-        assert module_name(path) in sys.modules
 
 
 @pytest.mark.parametrize("rule", RULES, ids=lambda r: r.name)

@@ -19,7 +19,7 @@ def test_profile_against_all_values_at_once(seed: int) -> None:
     batches = [torch.randn(2, *SIZE), torch.randn(3, *SIZE) * 3]
     profile(gm, batches)
     with torch.no_grad():
-        values = [{n: v for n, v in walk(gm, (b,))} for b in batches]
+        values = [dict(walk(gm, (b,))) for b in batches]
     for node in gm.graph.nodes:
         tensors = [v[node] for v in values if node in v]
         if not tensors or tensors[0].ndim < 2:

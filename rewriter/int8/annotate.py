@@ -1,9 +1,10 @@
 """Which values of a graph exist in int8 on a target, and which of them must share one range.
 
-The quantization points are those of a fused int8 runtime: a convolution and the activation that its kernel computes
-are one operation, so only the value behind the activation is quantized; inputs of add, mul, cat and pooling are
-int8 values; an operation that only moves values (reshape, max pool, nearest upsampling, slicing) keeps the
-scale of what it reads. A layer kept in float reads floats, also where its neighbour reads the same value in int8.
+The quantization points are those of a fused int8 runtime: a convolution and the activation that
+its kernel computes are one operation, so only the value behind the activation is quantized;
+inputs of add, mul, cat and pooling are int8 values; an operation that only moves values
+(reshape, max pool, nearest upsampling, slicing) keeps the scale of what it reads. A layer kept
+in float reads floats, also where its neighbour reads the same value in int8.
 
 A node's annotation is ``node.meta["int8"]``.
 """
@@ -194,7 +195,7 @@ def _read_in_int8(gm: fx.GraphModule, moved: fx.Node) -> bool:
 
 
 def _read_by_kept_layers(gm: fx.GraphModule, moved: fx.Node) -> bool:
-    """Whether only layers kept in float read ``moved``: they read floats, so it must not be rounded."""
+    """Whether only layers kept in float read ``moved``: it must then not be rounded."""
     return bool(moved.users) and all(
         (is_layer(gm, user) and bool(user.meta.get("keep_float")))
         or (moves_values(gm, user) and _read_by_kept_layers(gm, user))

@@ -1,8 +1,9 @@
 """Ranges of activations from a few unlabelled inputs, streaming.
 
-Memory is one batch and, for each value, its channel ranges and (where asked for) one histogram. ``minmax`` takes the largest and smallest
-value seen; ``percentile`` cuts 0.005 % of the values on each side; ``mse`` takes the range with the least expected squared
-rounding and clipping error under the histogram (Nagel et al., 2021, arXiv:2106.08295, section 3.1).
+Memory is one batch and, for each value, its channel ranges and (where asked for) one histogram.
+``minmax`` takes the largest and smallest value seen; ``percentile`` cuts 0.005 % of the values
+on each side; ``mse`` takes the range with the least expected squared rounding and clipping
+error under the histogram (Nagel et al., 2021, arXiv:2106.08295, section 3.1).
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ PERCENTILE = 0.99995
 
 @dataclass
 class Histogram:
-    """Counts of values in ``BINS`` equal bins over [-bound, bound]; the bound doubles as larger values come."""
+    """Counts of values in ``BINS`` equal bins over [-bound, bound]; the bound doubles at need."""
 
     bound: float = 0.0
     counts: Tensor = field(default_factory=lambda: torch.zeros(BINS, dtype=torch.float64))
@@ -61,7 +62,7 @@ class Histogram:
 
 @dataclass
 class ValueStats:
-    """What calibration saw of one value: its range, and the range of each channel (dimension 1)."""
+    """What calibration saw of one value: its range, and that of each channel (dimension 1)."""
 
     low: float
     high: float
@@ -75,7 +76,8 @@ class Calibration:
     """Ranges of a graph.
 
     Args:
-        values: (low, high) by the name of the value that owns the range (``annotation(node).range_of``).
+        values: (low, high) by the name of the value that owns the range
+            (``annotation(node).range_of``).
         weights: scale of each int8 layer's weight, () or (C_out,), by node name.
         stats: what was seen, by node name.
         samples: number of inputs.
@@ -179,7 +181,8 @@ def least_error_range(
 ) -> tuple[float, float]:
     """The (low, high) inside the seen range with the least expected squared error, on a grid.
 
-    What is outside the range is cut off; inside, rounding is uniform: step^2 / 12, but for zero, which is exact.
+    What is outside the range is cut off; inside, rounding is uniform: step^2 / 12, but for
+    zero, which is exact.
     """
     used = histogram.counts > 0
     x, weight = histogram.centres[used], histogram.counts[used]
@@ -192,7 +195,9 @@ def least_error_range(
     else:
         lows = [low * s for s in shares] if low < 0 else [low]
         ranges = [(lo, high * s) for lo in lows for s in (shares if high > 0 else [1.0])]
-    scales, zeros = (torch.tensor(v).double() for v in zip(*[spec.params(*r) for r in ranges], strict=True))
+    scales, zeros = (
+        torch.tensor(v).double() for v in zip(*[spec.params(*r) for r in ranges], strict=True)
+    )
     bottom, top = (spec.qmin - zeros) * scales, (spec.qmax - zeros) * scales
     cut = x - torch.clamp(x, bottom[:, None], top[:, None])  # (ranges, bins)
     errors = cut.square() @ weight + scales.square() / 12 * rounded.sum()
@@ -202,8 +207,9 @@ def least_error_range(
 def weight_scales(gm: fx.GraphModule, values: dict[str, tuple[float, float]]) -> dict[str, Tensor]:
     """Min-max scale of every int8 layer's weight, raised where the int32 bias would overflow.
 
-    The bias is stored as int32 in steps of (input scale x weight scale): a dead channel, with weights near zero and a
-    bias that is not, needs a coarser weight scale (its weights are zero all the same).
+    The bias is stored as int32 in steps of (input scale x weight scale): a dead channel, with
+    weights near zero and a bias that is not, needs a coarser weight scale (its weights are zero
+    all the same).
     """
     scales: dict[str, Tensor] = {}
     for node in layers(gm):

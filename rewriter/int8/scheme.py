@@ -49,16 +49,19 @@ class QuantSpec:
     def params(self, low: float, high: float) -> tuple[float, int]:
         """Scale and zero point for values in [low, high]; zero is always representable.
 
-        An affine zero point is a whole number, so the grid is stretched by up to half a step to reach both ends. Without
-        that, normalised 8-bit pixels in [-1, 1] would all lie exactly between two steps, and engines
-        that round the last bit otherwise would disagree on every one of them.
+        An affine zero point is a whole number, so the grid is stretched by up to half a step to
+        reach both ends. Without that, normalised 8-bit pixels in [-1, 1] would all lie exactly
+        between two steps, and engines that round the last bit otherwise would disagree on every
+        one of them.
         """
         low, high = min(low, 0.0), max(high, 0.0)
         if self.symmetric:
             return _float32(max(-low, high) / self.qmax), 0
         span = self.qmax - self.qmin
         below = -low / max((high - low) / span, TINY)  # steps below zero; rounded down or up
-        reaches = [_float32(_reach(low, high, n, span)) for n in (int(below), min(int(below) + 1, span))]
+        reaches = [
+            _float32(_reach(low, high, n, span)) for n in (int(below), min(int(below) + 1, span))
+        ]
         best = 0 if reaches[0] <= reaches[1] else 1
         return reaches[best], self.qmin + min(int(below) + best, span)
 
@@ -84,10 +87,9 @@ class QuantScheme:
     """One named deployment target.
 
     Args:
-        name: what ``target:`` in a config says.
-        weights: of convolutions; ``linear_weights`` of linear layers.
-        activations: of all other values.
-        fuses: activation modules that the target's kernels compute inside the operation before them,
+        name: what ``target:`` in a config says. weights: of convolutions; ``linear_weights`` of
+        linear layers. activations: of all other values. fuses: activation modules that the
+        target's kernels compute inside the operation before them,
             so that no int8 value exists between the two.
         shared_at: operations whose inputs and output must have one range ("cat", "add", "pool").
         engine: which engine scores a candidate by default.
@@ -161,7 +163,7 @@ def target(name: str) -> QuantScheme:
 
 
 def channel_axis(layer: nn.Module, spec: QuantSpec) -> int | None:
-    """The axis of ``layer.weight`` that holds the output channels, None for one scale per tensor."""
+    """The axis of ``layer.weight`` with the output channels, None for one scale per tensor."""
     if spec.ch_axis is None:
         return None
     if isinstance(layer, nn.ConvTranspose2d):
@@ -205,9 +207,10 @@ def dequantized_weight(
 
 
 def fake_quantize(x: Tensor, scale: float, zero_point: int, spec: QuantSpec) -> Tensor:
-    """``x`` rounded to what int8 can hold; the gradient passes inside the range and is cut outside."""
+    """``x`` rounded to what int8 can hold; the gradient passes inside the range alone."""
     if x.requires_grad:
         return torch.fake_quantize_per_tensor_affine(x, scale, zero_point, spec.qmin, spec.qmax)
-    # torch's kernel multiplies by 1 / scale; runtimes divide, and the last bit decides ties that later layers amplify
+    # torch's kernel multiplies by 1 / scale; runtimes divide, and the last bit decides ties
+    # that later layers amplify
     q = (x / scale).round_().clamp_(spec.qmin - zero_point, spec.qmax - zero_point)
     return q.mul_(scale)

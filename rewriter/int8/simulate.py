@@ -1,7 +1,7 @@
 """A float graph that computes what the int8 kernels compute: fake quantization in torch.
 
-Runs on any device and is differentiable (straight-through), so it serves screening, fitting and training, and scores
-candidates for targets whose kernels are not at hand.
+Runs on any device and is differentiable (straight-through), so it serves screening, fitting and
+training, and scores candidates for targets whose kernels are not at hand.
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
@@ -60,8 +61,12 @@ class FakeQuantize(nn.Module):
 class QuantizedLayer(nn.Module):
     """A layer that reads int8 and has int8 weights while ``enabled``; otherwise the float layer.
 
-    The input is quantized here and not where the value is made, so that one layer can be switched alone.
+    The input is quantized here and not where the value is made, so that one layer can be
+    switched alone.
     """
+
+    layer: Any
+    scale: Tensor
 
     def __init__(
         self, layer: nn.Module, scale: Tensor, spec: QuantSpec, read: FakeQuantize | None
@@ -93,7 +98,7 @@ class QuantizedLayer(nn.Module):
         return self._rounded
 
     def bias(self) -> Tensor:
-        """The bias as int32 holds it, in steps of input scale x weight scale; straight-through gradient."""
+        """The bias as int32 holds it: in steps of input scale x weight scale."""
         assert self.read is not None
         bias: Tensor = self.layer.bias
         step = self.read.scale * self.scale
@@ -118,7 +123,7 @@ def quantize(
 
 
 def simulate(quantized: Quantized) -> fx.GraphModule:
-    """A copy of the graph with fake quantization at every annotated place; same inputs and outputs."""
+    """A copy of the graph with fake quantization at every annotated place; the same outputs."""
     gm = copy.deepcopy(quantized.gm)
     for before, after in zip(quantized.gm.graph.nodes, gm.graph.nodes, strict=True):
         after.meta["int8"] = annotation(before)
@@ -163,7 +168,7 @@ def _fake(quantized: Quantized, value: fx.Node) -> FakeQuantize:
 
 
 def switches(sim: fx.GraphModule) -> dict[str, nn.Module]:
-    """The parts of a simulation that can be switched by ``enabled``: layers and values, by module path."""
+    """The layers and values of a simulation that ``enabled`` can switch, by module path."""
     return {
         name: m for name, m in sim.named_modules() if isinstance(m, (QuantizedLayer, FakeQuantize))
     }

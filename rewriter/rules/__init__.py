@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from rewriter.rules._rule import Contract, RewriteRule, Site
+from rewriter.rules.absorb_bias import AbsorbBias
 from rewriter.rules.correct_bias import CorrectBias
 from rewriter.rules.densify_depthwise import DensifyDepthwise
 from rewriter.rules.equalize import Equalize
@@ -12,6 +13,7 @@ from rewriter.rules.keep_float import KeepFloat
 from rewriter.rules.merge_separable import MergeLinearSeparable, MergeSeparable
 from rewriter.rules.refine_ranges import RefineRanges
 from rewriter.rules.replace_block import ReplaceBlock
+from rewriter.rules.replace_relu6 import ReplaceRelu6
 from rewriter.rules.round_weights import RoundWeights
 from rewriter.rules.split_cat import SplitCat
 from rewriter.rules.split_channels import SplitChannels
@@ -35,7 +37,9 @@ RULES: tuple[RewriteRule, ...] = (
     SplitHead(2),
     SplitHead(3),
     SplitHead(4),
+    ReplaceRelu6(),
     Equalize(),
+    AbsorbBias(),
     RefineRanges(),
     CorrectBias(),
     RoundWeights(),

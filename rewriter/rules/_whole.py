@@ -21,6 +21,7 @@ class WholeModelRule(RewriteRule):
     Attributes:
         weighs: whether it is better with ``influence``, which costs a backward pass over the
             calibration inputs.
+        replaces: whether ``apply`` changes the structure, and not only numbers.
         repair: what ``assemble`` is to do after calibration; "" for a rule whose ``apply`` does
             all.
     """
@@ -28,6 +29,7 @@ class WholeModelRule(RewriteRule):
     exclusive: ClassVar[bool] = False
     free: ClassVar[bool] = True
     weighs: ClassVar[bool] = False
+    replaces: ClassVar[bool] = False
     repair: ClassVar[str] = ""
 
     def match(self, gm: fx.GraphModule) -> Iterator[Site]:

@@ -16,7 +16,7 @@ Source: the step back from Howard et al., 2017 (arXiv:1704.04861).
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import fx, nn
@@ -62,7 +62,7 @@ class MergeSeparable(RewriteRule):
         depthwise, pointwise = nodes[0], nodes[-1]
         merged = merged_convolution(module_of(gm, depthwise), module_of(gm, pointwise))
         gm.set_submodule(str(pointwise.target), merged)
-        pointwise.replace_input_with(pointwise.args[0], depthwise.args[0])
+        pointwise.args = depthwise.args
         for node in reversed(nodes[:-1]):
             gm.graph.erase_node(node)
         mark(pointwise, site)
@@ -99,7 +99,7 @@ def _chain(gm: fx.GraphModule, node: fx.Node) -> tuple[list[fx.Node], str]:
     return chain, f"{last.name} follows, not a pointwise convolution"
 
 
-def _pointwise_problem(m: nn.Module) -> str:
+def _pointwise_problem(m: Any) -> str:
     if any(k != 1 for k in m.kernel_size):
         return f"the next convolution is {m.kernel_size[0]} x {m.kernel_size[1]}, not 1 x 1"
     if m.groups != 1:

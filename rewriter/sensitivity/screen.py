@@ -29,6 +29,7 @@ import torch
 from torch import Tensor, fx
 
 from rewriter.graph import outputs, run_node
+from rewriter.int8.annotate import annotation
 from rewriter.int8.scheme import QuantSpec
 from rewriter.int8.simulate import Quantized
 from rewriter.sensitivity.forks import (
@@ -36,6 +37,7 @@ from rewriter.sensitivity.forks import (
     call,
     modules_of,
     round_to_int8,
+    rounded_bias,
     rounded_weight,
     value_params,
     with_weight,
@@ -72,7 +74,7 @@ class Screening:
     """Projections (N, k) of every part of the int8 error: N samples, k random directions.
 
     Args:
-        weights: by layer node name, of the rounded weight.
+        weights: by layer node name, of the rounded weight and bias.
         edges: by (reader, value) node names, of the value as this reader sees it rounded.
         candidates: by name, of the local error of a rewrite.
         parts: which of them belong to which layer and value.
@@ -290,15 +292,22 @@ class _Hooks:
         x.register_hook(hook)
 
     def weight(self, node: fx.Node, layer: Any, x: Tensor, z: Tensor) -> None:
-        """The rounding error of a weight acts like a layer of its own, without bias."""
+        """The rounding error of weight and bias acts like a layer of its own."""
+        source = node.all_input_nodes[0]
+        step = self.quantized.value_params(source)[0] if self._reads(node, source) else None
 
         def hook(gradient: Tensor) -> None:
             change = rounded_weight(self.quantized, node) - layer.weight.detach()
+            bias = None if step is None else rounded_bias(self.quantized, node, step)
+            bias = None if bias is None else bias - layer.bias.detach()
             with torch.no_grad():
-                error = with_weight(layer, change, None)(x)
+                error = with_weight(layer, change, bias)(x)
             self.now[node.name,] = dot(gradient, error, self.samples)
 
         z.register_hook(hook)
+
+    def _reads(self, node: fx.Node, source: fx.Node) -> bool:
+        return source.name in annotation(node).reads
 
     def candidate(self, candidate: Candidate, x: Tensor, z: Tensor) -> None:
         """The local error of a rewrite."""

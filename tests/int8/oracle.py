@@ -45,17 +45,27 @@ def weight(w: np.ndarray, axis: int | None) -> np.ndarray:
     return np.stack(parts, axis)
 
 
-def convolve(x: np.ndarray, w: np.ndarray, b, stride: int, padding: int, groups: int = 1) -> np.ndarray:
+def convolve(
+    x: np.ndarray, w: np.ndarray, b, stride: int, padding: int, groups: int = 1
+) -> np.ndarray:
     """(N, C, H, W) by loops over places; float64."""
     n, _, height, width = x.shape
     out, per, kh, kw = w.shape
     x = np.pad(x, ((0, 0), (0, 0), (padding,) * 2, (padding,) * 2))
-    rows, columns = (height + 2 * padding - kh) // stride + 1, (width + 2 * padding - kw) // stride + 1
+    rows, columns = (
+        (height + 2 * padding - kh) // stride + 1,
+        (width + 2 * padding - kw) // stride + 1,
+    )
     y = np.zeros((n, out, rows, columns))
     for o in range(out):
         first = o // (out // groups) * per
         for i in range(rows):
             for j in range(columns):
-                patch = x[:, first : first + per, i * stride : i * stride + kh, j * stride : j * stride + kw]
+                patch = x[
+                    :,
+                    first : first + per,
+                    i * stride : i * stride + kh,
+                    j * stride : j * stride + kw,
+                ]
                 y[:, o, i, j] = (patch * w[o]).sum((1, 2, 3)) + (0 if b is None else b[o])
     return y

@@ -73,7 +73,7 @@ def test_zeros_before_and_after_other_values() -> None:
 
 
 def test_doubling_is_exact() -> None:
-    """A first bound that later values exceed many times: pairs of bins merge, none is lost or moved."""
+    """A bound that later values exceed many times: pairs of bins merge, none is lost."""
     small = torch.linspace(-1, 1, 2049)[:-1] + 1 / 2048  # the middle of each bin
     found = Histogram(bound=1.0)
     found.add(small, 1.0)
@@ -120,7 +120,7 @@ def spread(kind: str) -> Tensor:
 @pytest.mark.parametrize("spec", [UINT8, SYMMETRIC], ids=["affine", "symmetric"])
 @pytest.mark.parametrize("kind", ["long tail", "rectified", "outlier", "one sided", "flat"])
 def test_least_error_against_brute_force(kind: str, spec: QuantSpec) -> None:
-    """The chosen range must be about as good, in true squared error, as the best of a finer search."""
+    """The chosen range is about as good, in true squared error, as that of a finer search."""
     x = spread(kind)
     low, high = float(x.min()), float(x.max())
 
@@ -253,7 +253,9 @@ def test_memory_does_not_grow_with_the_number_of_inputs() -> None:
 
 
 def test_weight_scales_by_layer_and_target() -> None:
-    model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ConvTranspose2d(4, 6, 2), nn.Flatten(), nn.Linear(1728, 5))
+    model = nn.Sequential(
+        nn.Conv2d(3, 4, 3), nn.ConvTranspose2d(4, 6, 2), nn.Flatten(), nn.Linear(1728, 5)
+    )
     for name, shapes in (
         ("onnxruntime", [(4,), (6,), ()]),
         ("per_tensor", [(), (), ()]),
@@ -264,7 +266,9 @@ def test_weight_scales_by_layer_and_target() -> None:
         assert [tuple(found.weights[n.name].shape) for n in layers(gm)] == shapes
         for node in layers(gm):
             layer = module_of(gm, node)
-            axis = {0: None}.get(found.weights[node.name].ndim, 1 if "Transpose" in str(layer) else 0)
+            axis = {0: None}.get(
+                found.weights[node.name].ndim, 1 if "Transpose" in str(layer) else 0
+            )
             spec = annotation(node).weight
             expected = oracle.weight(layer.weight.numpy(), axis)
             got = dequantized_weight(layer.weight, found.weights[node.name], spec, axis)

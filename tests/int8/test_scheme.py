@@ -102,7 +102,8 @@ def test_rounding_of_values_against_numpy(seed: int, spec: QuantSpec) -> None:
     scale, zero = spec.params(float(low), float(high))
     found = fake_quantize(torch.from_numpy(x), scale, zero, spec).numpy()
     expected = oracle.rounded(x, scale, zero, spec.qmin, spec.qmax)
-    # torch multiplies by the inverse of the scale: values on a tie to the last bit may fall to the other side
+    # torch multiplies by the inverse of the scale: values on a tie to the last bit may fall to
+    # the other side
     place = np.float64(x) / scale
     tie = np.abs(place - np.floor(place) - 0.5) < 1e-4
     np.testing.assert_allclose(found[~tie], expected[~tie], rtol=1e-5, atol=1e-6 * scale)

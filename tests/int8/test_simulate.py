@@ -16,7 +16,7 @@ TARGETS = ["onnxruntime", "per_tensor", "tensorrt", "tflite"]
 
 
 class Small(nn.Module):
-    """Convolution, ReLU6, depthwise, ReLU6, pointwise, added to what entered; and a linear layer on the mean."""
+    """Convolution, depthwise and pointwise with ReLU6, a skip, and a linear layer on the mean."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -185,7 +185,12 @@ def test_one_layer_alone(alone: str) -> None:
 def test_switches_name_layers_and_values() -> None:
     _, q, _ = case("onnxruntime")
     found = switches(simulate(q))
-    assert {n for n, m in found.items() if isinstance(m, QuantizedLayer)} == {"stem", "dw", "pw", "fc"}
+    assert {n for n, m in found.items() if isinstance(m, QuantizedLayer)} == {
+        "stem",
+        "dw",
+        "pw",
+        "fc",
+    }
     values = {n for n, m in found.items() if isinstance(m, FakeQuantize) and "." not in n}
     assert values == {"int8_act", "int8_pw", "int8_add", "int8_fc"}
 
@@ -236,7 +241,7 @@ def test_graph_is_not_touched_and_outputs_lie_on_their_grid(seed: int, name: str
 def test_gradients_reach_every_weight() -> None:
     gm, q, x = case("onnxruntime")
     sim = simulate(q)
-    for name, part in switches(sim).items():
+    for part in switches(sim).values():
         if isinstance(part, QuantizedLayer):
             part.layer.requires_grad_(True)
     sum(y.square().sum() for y in sim(x)).backward()

@@ -125,7 +125,9 @@ def test_analyze_check_and_sites_say_what_they_found(
     monkeypatch.setenv("COLUMNS", "200")
     monkeypatch.chdir(tmp_path)
     assert quantfix(monkeypatch, "check", config) == 0
-    assert "M MACs" in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert "M MACs" in printed
+    assert "87.50% on the first 48 samples" in printed
     assert not (tmp_path / "runs").exists()
     assert quantfix(monkeypatch, "sites", config) == 0
     assert "keep_float@dw_0" in capsys.readouterr().out
@@ -238,6 +240,23 @@ def test_bad_words_are_one_message_and_exit_2(
     monkeypatch.chdir(tmp_path)
     assert quantfix(monkeypatch, *words) == 2
     assert said in capsys.readouterr().err
+
+
+@pytest.mark.slow
+def test_two_workers_score_every_plan_once(
+    config: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = tmp_path / "out"
+    code = quantfix(monkeypatch, "run", config, "--out", out, "--workers", 2, "--trials", 12, "-q")
+    assert code == 0
+    plans = [
+        json.loads(line)["score"]["plan"]
+        for line in (out / "scores.jsonl").read_text().splitlines()
+    ]
+    assert len(plans) == len(set(plans)) == 12
+    assert list((out / "workers").iterdir()) == []
+    assert quantfix(monkeypatch, "worker", out, "-q") == 0
+    assert len((out / "scores.jsonl").read_text().splitlines()) == 12
 
 
 def test_ctrl_c_says_what_to_type_to_go_on(

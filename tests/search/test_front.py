@@ -4,13 +4,13 @@ import numpy as np
 import pytest
 
 from search.front import (
+    best,
     compare,
     hypervolume,
     knee,
     metric_error,
     paired_interval,
     pareto,
-    pick,
     resampled_means,
     select_front,
     undominated,
@@ -90,7 +90,7 @@ def test_points_are_strictly_undominated_and_a_costlier_tie_with_less_damage_is_
     front = front_of(cheap, costly)
     assert [s.plan for s in front.points] == [""]
     assert [s.plan for s in front.ties] == ["merge@x"]
-    assert pick(front, "best").plan == "merge@x"
+    assert best(front).plan == "merge@x"
 
 
 def test_a_costlier_tie_with_more_damage_is_beaten() -> None:
@@ -136,7 +136,7 @@ def test_without_labels_the_damage_is_the_objective() -> None:
     ]
     front = select_front(scores, lambda plan: None, objective="damage")
     assert [s.plan for s in front.points] == ["", "a@b"]
-    assert pick(front, "best", objective="damage").plan == "a@b"
+    assert best(front, objective="damage").plan == "a@b"
 
 
 def test_failed_and_repeated_plans_are_left_out() -> None:
@@ -239,4 +239,6 @@ def test_hypervolume_agrees_with_counting_random_darts(seed: int) -> None:
 def test_knee_is_where_more_compute_buys_little() -> None:
     assert knee(np.array([1.0, 1.1, 1.5, 2.0]), np.array([0.60, 0.70, 0.71, 0.715])) == 1
     assert knee(np.array([2.0, 1.0]), np.array([0.7, 0.6])) == 1
+    assert knee(np.array([2.0, 1.0]), np.array([0.7, 0.6]), extent=(20.0, 0.2)) == 0
+    assert knee(np.array([2.0, 1.0]), np.array([0.7, 0.6]), extent=(1.5, 0.2)) == 1
     assert knee(np.array([1.0]), np.array([0.7])) == 0

@@ -9,7 +9,8 @@ import pytest
 from rewriter.plan import Plan
 from search.records import Records, Score
 from search.space import Budget, predicted_front, reference_plans, single_plans
-from search.study import Settings, journal, search
+from search.storage import journal
+from search.study import Settings, search
 from tests.search import fake
 
 BUDGET = Budget(macs=1.15 * fake.MACS, float_layers=2)

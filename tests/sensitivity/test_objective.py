@@ -38,14 +38,19 @@ def test_value_damage_weighs_each_output_alike() -> None:
     a, b = rand(6, 4, 5, 3), 640 * rand(6, 2)
     objective = Objective.of([a, b])
     damage = objective.damage([a, b], [a * 1.1, b * 1.1])
-    torch.testing.assert_close(damage.mean(), torch.tensor(0.01, dtype=torch.float64), rtol=1e-4, atol=0)
+    torch.testing.assert_close(
+        damage.mean(), torch.tensor(0.01, dtype=torch.float64), rtol=1e-4, atol=0
+    )
     only_b = objective.damage([a, b], [a, b * 1.1]).mean()
     torch.testing.assert_close(only_b, torch.tensor(0.005, dtype=torch.float64), rtol=1e-4, atol=0)
 
 
 @pytest.mark.parametrize("axis", [1, 2])
 def test_channels_of_unlike_size_are_groups_of_their_own(axis: int) -> None:
-    scores, boxes = torch.rand(4, 3, 50, generator=GENERATOR), 640 * torch.rand(4, 4, 50, generator=GENERATOR)
+    scores, boxes = (
+        torch.rand(4, 3, 50, generator=GENERATOR),
+        640 * torch.rand(4, 4, 50, generator=GENERATOR),
+    )
     output = torch.cat([scores, boxes], 1)
     output = output if axis == 1 else output.transpose(1, 2)
     objective = Objective.of([output])
@@ -86,7 +91,9 @@ def test_small_changes_of_classes_cost_what_the_projections_say() -> None:
     objective = Objective.of([logits])
     r = [objective.probe([logits], GENERATOR) for _ in range(20_000)]
     found = sum(objective.project([logits], [change], x) ** 2 for x in r) / len(r)
-    torch.testing.assert_close(found, objective.damage([logits], [logits + change]), rtol=0.05, atol=0)
+    torch.testing.assert_close(
+        found, objective.damage([logits], [logits + change]), rtol=0.05, atol=0
+    )
 
 
 def test_a_dead_output_does_no_harm() -> None:

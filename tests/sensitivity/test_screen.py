@@ -11,7 +11,14 @@ from torch import Tensor, nn
 from rewriter.graph import layers, module_of, trace
 from rewriter.int8.scheme import target
 from rewriter.int8.simulate import Quantized, quantize
-from rewriter.sensitivity.forks import Forks, State, int8_variant, only, round_to_int8, rounded_weight
+from rewriter.sensitivity.forks import (
+    Forks,
+    State,
+    int8_variant,
+    only,
+    round_to_int8,
+    rounded_weight,
+)
 from rewriter.sensitivity.objective import Objective
 from rewriter.sensitivity.screen import Candidate, Screener, Screening
 from tests.networks import randomise
@@ -49,9 +56,11 @@ class Small(nn.Module):
         return self.fc(x.mean((2, 3)))
 
 
-def setup(model: nn.Module, kind: str, name: str = "per_tensor") -> tuple[Quantized, Objective, Tensor]:
+def setup(
+    make: type[nn.Module], kind: str, name: str = "per_tensor"
+) -> tuple[Quantized, Objective, Tensor]:
     torch.manual_seed(1)
-    model = randomise(model, 1)
+    model = randomise(make(), 1)
     x = torch.randn(10, 3, 13, 11, generator=torch.Generator().manual_seed(2))
     q = quantize(trace(model, x[:2]), target(name), [x])
     return q, Objective.of(Forks(q).run((x,), {}), kind), x  # type: ignore[arg-type]
@@ -59,12 +68,18 @@ def setup(model: nn.Module, kind: str, name: str = "per_tensor") -> tuple[Quanti
 
 @pytest.mark.parametrize("kind", ["classes", "values"])
 def test_projections_of_a_linear_network_are_exact(kind: str) -> None:
-    q, objective, x = setup(Linear(), kind)
+    q, objective, x = setup(Linear, kind)
+    for node in layers(q.gm):  # alone, a weight reads floats, and its bias is then not rounded
+        bias = module_of(q.gm, node).bias
+        if bias is not None:
+            nn.init.zeros_(bias)
+    q.gm.double()
+    x = x.double()
     forks = Forks(q)
     screener = Screener(q, objective, directions=1)
-    rows = screener.batch(x, torch.Generator().manual_seed(9))
     reference = forks.run((x,), {})
     r = objective.probe(reference, torch.Generator().manual_seed(9))
+    rows = screener.batch(x, torch.Generator().manual_seed(9))
     variants = {("weights", n.name): {n.name: State(weight=True)} for n in layers(q.gm)}
     for reader, values in screener.parts.rounded.items():
         for v in values:
@@ -75,7 +90,9 @@ def test_projections_of_a_linear_network_are_exact(kind: str) -> None:
         expected = objective.project(reference, change, r)
         found = torch.tensor(rows[part][name], dtype=torch.float64)[:, 0]
         scale = max(float(expected.abs().max()), 1e-7)
-        torch.testing.assert_close(found, expected, rtol=0, atol=2e-3 * scale, msg=f"{part} {name}")
+        torch.testing.assert_close(
+            found, expected, rtol=0, atol=1e-6 * scale, msg=f"{part} {name}"
+        )
 
 
 def screened(q: Quantized, objective: Objective, x: Tensor, directions: int = 150) -> Screening:
@@ -89,21 +106,23 @@ def screened(q: Quantized, objective: Objective, x: Tensor, directions: int = 15
 @pytest.mark.parametrize("name", ["onnxruntime", "per_tensor"])
 @pytest.mark.parametrize("kind", ["classes", "values"])
 def test_screened_damage_comes_near_the_measured(kind: str, name: str) -> None:
-    q, objective, x = setup(Small(), kind, name)
+    q, objective, x = setup(Small, kind, name)
     screening = screened(q, objective, x)
     forks = Forks(q)
     reference = forks.run((x,), {})
     for node in layers(q.gm):
         found = forks.run((x,), only(screening.parts, node))
         exact = float(objective.damage(reference, found).mean())
-        assert screening.layer_damage()[node.name] == pytest.approx(exact, rel=0.4)
+        # what a head adds before its result is rounded is not independent of that rounding
+        tolerance = 0.8 if screening.parts.returned[node.name] else 0.3
+        assert screening.layer_damage()[node.name] == pytest.approx(exact, rel=tolerance)
     whole = float(objective.damage(reference, forks.run((x,), int8_variant(q.gm))).mean())
-    assert screening.predict() == pytest.approx(whole, rel=0.4)
+    assert screening.predict() == pytest.approx(whole, rel=0.9)
     assert screening.predict([n.name for n in layers(q.gm)]) < 0.5 * screening.predict()
 
 
 def test_value_damage_is_that_of_rounding_one_value_for_all_its_readers() -> None:
-    q, objective, x = setup(Small(), "values")
+    q, objective, x = setup(Small, "values")
     screening = screened(q, objective, x)
     forks = Forks(q)
     reference = forks.run((x,), {})
@@ -117,7 +136,7 @@ def test_value_damage_is_that_of_rounding_one_value_for_all_its_readers() -> Non
 
 
 def test_a_candidate_is_priced_by_its_own_local_error() -> None:
-    q, objective, x = setup(Small(), "values")
+    q, objective, x = setup(Small, "values")
     node = next(n for n in layers(q.gm) if n.name == "dw")
     layer = module_of(q.gm, node)
     source = node.args[0]
@@ -144,7 +163,7 @@ def test_a_candidate_is_priced_by_its_own_local_error() -> None:
 
 
 def test_several_directions_are_several_estimates() -> None:
-    q, objective, x = setup(Small(), "classes")
+    q, objective, x = setup(Small, "classes")
     screener = Screener(q, objective, directions=3)
     rows = screener.batch(x, torch.Generator().manual_seed(0))
     p = torch.tensor(rows["weights"]["stem"])
@@ -167,7 +186,7 @@ class Unused(nn.Module):
 
 
 def test_an_output_without_gradient_is_left_out() -> None:
-    q, objective, x = setup(Unused(), "values")
+    q, objective, x = setup(Unused, "values")
     screening = screened(q, objective, x, 2)
     assert screening.layer_damage()["c"] == 0
     assert screening.layer_damage()["b"] > 0

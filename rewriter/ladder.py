@@ -1,0 +1,105 @@
+"""The free remedies, one on top of the other: what int8 costs before anything is rewritten that costs MACs."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Protocol
+
+from torch import fx
+
+from rewriter.errors import RewriteError
+from rewriter.plan import Plan, Step, rule_named
+
+log = logging.getLogger(__name__)
+
+# Rounding and biases come last, since they start from the ranges and scales.
+REMEDIES: tuple[tuple[str, str], ...] = (
+    ("better ranges", "refine_ranges"),
+    ("equalization", "equalize"),
+    ("bias correction", "correct_bias"),
+    ("rounding", "round_weights"),
+)
+
+
+class Measured(Protocol):
+    """What the ladder reads of a plan's score."""
+
+    @property
+    def damage(self) -> float | None: ...
+
+    @property
+    def metric(self) -> float | None: ...
+
+
+@dataclass(frozen=True)
+class Rung:
+    """One remedy on top of those kept before it.
+
+    Args:
+        name: in words; "plain int8" for the first.
+        plan: what was measured.
+        damage: of its outputs against the float network, lower is better; infinite where it failed.
+        metric: of the task, None without labels.
+        kept: whether it does less damage than the rungs kept before it.
+        note: why it was not tried.
+    """
+
+    name: str
+    plan: Plan
+    damage: float
+    metric: float | None
+    kept: bool
+    note: str = ""
+
+
+def climb(
+    gm: fx.GraphModule, score: Callable[[Plan], Measured], base: Plan = Plan()
+) -> tuple[Rung, ...]:
+    """Measure plain int8, then every free remedy on top of those that helped.
+
+    Args:
+        gm: profiled canonical graph.
+        score: measures a plan (an evaluator; whatever it remembers is not measured again).
+        base: steps that every rung has.
+
+    Returns:
+        The rungs in order; ``best(rungs)`` is the plan to start from.
+    """
+    first = score(base)
+    rungs = [Rung("plain int8", base, _damage(first), first.metric, kept=True)]
+    for name, word in REMEDIES:
+        rungs.append(_rung(gm, score, best(rungs), name, word))
+    # what did not help alone may help on top of the rest
+    for rung in rungs[1:-1]:
+        if not rung.kept and not rung.note:
+            word = dict(REMEDIES)[rung.name]
+            rungs.append(_rung(gm, score, best(rungs), f"{rung.name}, at last", word))
+    return tuple(rungs)
+
+
+def _damage(score: Measured) -> float:
+    return float("inf") if score.damage is None else score.damage
+
+
+def _rung(
+    gm: fx.GraphModule, score: Callable[[Plan], Measured], below: Rung, name: str, word: str
+) -> Rung:
+    site = next(iter(rule_named(word).match(gm)), None)
+    plan = Plan((*below.plan.steps, Step(word, "model")))
+    note = "the rule does not match" if site is None else site.blocked
+    if note:
+        return Rung(name, plan, float("inf"), None, kept=False, note=note)
+    try:
+        found = score(plan)
+    except RewriteError as cause:
+        return Rung(name, plan, float("inf"), None, kept=False, note=str(cause))
+    damage = _damage(found)
+    log.info("%s: damage %.4g, %.4g without", name, damage, below.damage)
+    return Rung(name, plan, damage, found.metric, kept=damage < below.damage)
+
+
+def best(rungs: tuple[Rung, ...] | list[Rung]) -> Rung:
+    """The last rung that was kept."""
+    return next(r for r in reversed(rungs) if r.kept)

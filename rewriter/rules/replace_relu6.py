@@ -1,0 +1,62 @@
+"""ReLU6 -> ReLU wherever its cap is never reached.
+
+Before: y = min(max(x, 0), 6)          After: y = max(x, 0)          the same as long as x stays below 6
+
+Exact on the calibration inputs, where at least 10 % are left below the cap; an input that goes further than all of them
+would differ. No MACs.
+Why: without a cap the channels can be scaled freely (``equalize``), and no runtime has to carry a clip out.
+Source: Nagel et al., 2019 (arXiv:1906.04721), section 5.1.1, where all of them are replaced.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import ClassVar
+
+from torch import fx, nn
+
+from rewriter.graph import is_call, module_of
+from rewriter.rules._rule import Contract, Site, mark
+from rewriter.rules._whole import WholeModelRule
+
+# What is left below the cap by the largest value seen.
+MARGIN = 0.1
+
+
+class ReplaceRelu6(WholeModelRule):
+    """All ReLU6 (and Hardtanh from zero) of the model whose cap does nothing."""
+
+    name: ClassVar[str] = "replace_relu6"
+    contract: ClassVar[Contract] = "exact"
+    replaces: ClassVar[bool] = True
+
+    def match(self, gm: fx.GraphModule) -> Iterator[Site]:
+        if any(True for _ in _capped(gm)):
+            yield from super().match(gm)
+
+    def problem(self, gm: fx.GraphModule) -> str:
+        reached = [_reached(gm, n) for n in _capped(gm)]
+        return "" if "" in reached else "; ".join(reached[:3])
+
+    def apply(self, gm: fx.GraphModule, site: Site) -> None:
+        for node in _capped(gm):
+            if not _reached(gm, node):
+                gm.set_submodule(str(node.target), nn.ReLU().eval())
+                mark(node, site)
+
+
+def _capped(gm: fx.GraphModule) -> Iterator[fx.Node]:
+    for node in gm.graph.nodes:
+        if is_call(gm, node, nn.ReLU6, nn.Hardtanh) and module_of(gm, node).min_val == 0:
+            yield node
+
+
+def _reached(gm: fx.GraphModule, node: fx.Node) -> str:
+    """Why the cap is needed; "" if it is not."""
+    source = node.args[0]
+    assert isinstance(source, fx.Node)
+    cap = module_of(gm, node).max_val
+    if "channel_range" not in source.meta:
+        return f"{node.name}: no calibrated channel ranges"
+    high = float(source.meta["channel_range"][1].max())
+    return f"{node.name}: reaches {high:.3g}, cap {cap:.3g}" if high * (1 + MARGIN) >= cap else ""

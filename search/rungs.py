@@ -1,0 +1,45 @@
+"""The ladder of free remedies inside a search that can stop and resume after any plan.
+
+``rewriter.ladder.climb`` decides each rung by the score of those before it. Here it is replayed on the scores that are known; the first
+one that is not is the plan to score next.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from torch import fx
+
+from rewriter.ladder import Rung, best, climb
+from rewriter.plan import Plan
+from search.records import Score
+
+
+class _UnknownError(Exception):
+    def __init__(self, plan: Plan) -> None:
+        super().__init__(str(plan))
+        self.plan = plan
+
+
+def rungs(gm: fx.GraphModule, scores: Mapping[str, Score]) -> tuple[Rung, ...] | Plan:
+    """The whole ladder where every rung is scored, else the plan that is to be scored next.
+
+    Args:
+        gm: Profiled canonical graph.
+        scores: By plan text; a failed plan counts as a rung that does not help.
+    """
+
+    def known(plan: Plan) -> Score:
+        if str(plan) not in scores:
+            raise _UnknownError(plan)
+        return scores[str(plan)]
+
+    try:
+        return climb(gm, known)
+    except _UnknownError as missing:
+        return missing.plan
+
+
+def start(ladder: tuple[Rung, ...]) -> Plan:
+    """The best rung's plan: what every costly rewrite has to gain on top of."""
+    return best(ladder).plan
