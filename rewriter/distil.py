@@ -10,8 +10,10 @@ the closed form, a step of a few inputs solves
 
 through the rows of J (Woodbury), so that a layer of any size costs one n x n solution. The
 weights' mean over an epoch counts, and the epoch with the least damage on inputs held out wins;
-the closed form stays where none is better. The layer's input and
-weights are rounded to int8 all the while (straight through).
+the closed form stays where none is better. The layer's input is rounded to
+int8 all the while. Its weights are rounded when damage is measured; the gradient is taken once at
+the rounded weights (straight through; better where one scale serves the whole layer) and once
+at the float ones (better where rounding is fine), and the better result is kept.
 Source: Amari, 1998 (doi:10.1162/089976698300017746); Schraudolph, 2002
 (doi:10.1162/08997660260028683); Polyak and Juditsky, 1992.
 """
@@ -68,6 +70,7 @@ class _Student:
     node: fx.Node
     scheme: QuantScheme
     input_scale: tuple[float, int]
+    rounded: bool = True
 
     @property
     def layer(self) -> nn.Conv2d:
@@ -91,7 +94,9 @@ class _Student:
                         x = fake_quantize(
                             values[source], *self.input_scale, self.scheme.activations
                         )
-                        weight = rounded_weight(self.layer, self.scheme)
+                        weight = self.layer.weight
+                        if self.rounded:
+                            weight = rounded_weight(self.layer, self.scheme)
                         z = torch.func.functional_call(self.layer, {"weight": weight}, (x,))
                     z.requires_grad_(differentiate)
                     values[node] = z
@@ -184,26 +189,29 @@ def distil(
     held = [d for i, d in enumerate(data) if i // VIEWS % 5 == 0]
     used = [d for i, d in enumerate(data) if i // VIEWS % 5] or held
     solver = _Solver(student, equations, damage, used, seed)
-    best, least, kept = equations.weights(), _mean_damage(student, damage, held), 0
-    first, weights, done = least, best, 0
-    for epoch in range(EPOCHS):
-        mean = torch.zeros_like(weights)
-        for piece in used:
-            rate = RATE * (1 - done / (EPOCHS * len(used)))
-            equations.set_weights(weights)
-            gradient = _gradient(student, damage, [piece])
-            weights = weights + rate * solver.step(gradient, weights, DAMPING)
-            mean += weights / len(used)
-            done += 1
-        equations.set_weights(mean)  # the mean over an epoch: the noise of single pieces cancels
-        found = _mean_damage(student, damage, held)
-        log.debug("%s: epoch %d: damage on held-out inputs %.4g", node.name, epoch, found)
-        if found < least:
-            best, least, kept = mean, found, done
+    closed = equations.weights()
+    best, least, kept = closed, _mean_damage(student, damage, held), 0
+    first = least
+    for rounded in (True, False):
+        weights, done = closed, 0
+        for epoch in range(EPOCHS):
+            mean = torch.zeros_like(weights)
+            student.rounded = rounded
+            for piece in used:
+                rate = RATE * (1 - done / (EPOCHS * len(used)))
+                equations.set_weights(weights)
+                gradient = _gradient(student, damage, [piece])
+                weights = weights + rate * solver.step(gradient, weights, DAMPING)
+                mean += weights / len(used)
+                done += 1
+            student.rounded = True
+            equations.set_weights(mean)  # over an epoch the noise of single pieces cancels
+            found = _mean_damage(student, damage, held)
+            log.debug("%s: epoch %d: held-out damage %.4g", node.name, epoch, found)
+            if found < least:
+                best, least, kept = mean, found, done
     equations.set_weights(best)
-    log.info(
-        "%s: damage on held-out inputs %.4g -> %.4g in %d steps", node.name, first, least, kept
-    )
+    log.info("%s: held-out damage %.4g -> %.4g in %d steps", node.name, first, least, kept)
     return kept
 
 

@@ -32,7 +32,7 @@ log = logging.getLogger(__name__)
 Batches = Sequence[Tensor | tuple[Tensor, ...]]
 
 # Raised whenever a fit comes out differently, so that stored ones are not taken for it.
-VERSION = 3
+VERSION = 4
 RIDGES = (1e-7, 1e-5, 1e-4, 1e-3, 1e-2)
 
 
@@ -207,7 +207,7 @@ def _int8_error(layer: nn.Conv2d, equations: NormalEquations, scheme: QuantSchem
 
 
 def _solve(layer: nn.Conv2d, equations: NormalEquations, scheme: QuantScheme) -> None:
-    """Put the closed form into the layer, with the ridge whose rounded weights have the least error.
+    """Put the closed form into the layer, with the ridge whose rounded weights err least.
 
     Without a ridge, weights on inputs that hardly vary grow and stretch the scale of all others.
     """

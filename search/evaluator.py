@@ -241,7 +241,7 @@ class RewriteEvaluator:
         """What turns a batch of inputs into flat int8 outputs on this evaluator's engine."""
         if self.engine == "onnxruntime":
             return _session_runner(Session(to_onnx(quantized), threads=self.threads))
-        simulated = simulate(quantized).to(self.device)
+        simulated = simulate(quantized, kernels=True).to(self.device)
         return lambda x: _flat(simulated(x.to(self.device)))
 
     def _run(self, runner: Callable[[Tensor], list[Tensor]]) -> list[Tensor]:

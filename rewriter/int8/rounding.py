@@ -209,7 +209,9 @@ def patches(
     assert isinstance(layer, (nn.Conv1d, nn.Conv2d))
     taps = layer.in_channels * math.prod(layer.kernel_size)
     wanted = max(LEAST_POSITIONS, UNFOLDED // (taps * samples))
-    index = _positions(layer, inputs[0], wanted, seed)  # (S, taps) into the padded, flattened image
+    index = _positions(
+        layer, inputs[0], wanted, seed
+    )  # (S, taps) into the padded, flattened image
     found: list[Tensor] = []
     for x in inputs:
         flat = _padded(layer, x).flatten(2)
@@ -240,7 +242,11 @@ def _positions(layer: nn.Conv1d | nn.Conv2d, x: Tensor, wanted: int, seed: int) 
     pads = _pads(layer)[::-1]
     sizes = [n + pads[2 * i] + pads[2 * i + 1] for i, n in enumerate(x.shape[2:])]
     steps = zip(sizes, layer.kernel_size, layer.dilation, layer.stride, strict=True)
-    starts, taps, pitch = torch.zeros(1, 1, dtype=torch.long), torch.zeros(1, 1, dtype=torch.long), 1
+    starts, taps, pitch = (
+        torch.zeros(1, 1, dtype=torch.long),
+        torch.zeros(1, 1, dtype=torch.long),
+        1,
+    )
     rows = list(steps)
     for i, (size, k, d, stride) in enumerate(rows):
         pitch = math.prod(sizes[i + 1 :])

@@ -104,8 +104,10 @@ class QuantScheme:
     engine: str = "onnxruntime"
 
 
-_CLIPS = frozenset({nn.ReLU, nn.ReLU6, nn.Hardtanh})
-_POINTWISE = _CLIPS | {
+# What saturation of the int8 output can carry out by itself. ONNX Runtime's kernels absorb only these: a convolution with
+# another activation behind it and no int8 value in between would run in float, slower than the float network.
+CLIPS = frozenset({nn.ReLU, nn.ReLU6, nn.Hardtanh})
+_POINTWISE = CLIPS | {
     nn.LeakyReLU,
     nn.PReLU,
     nn.SiLU,
@@ -121,9 +123,7 @@ _PER_CHANNEL = QuantSpec(symmetric=True, signed=True, ch_axis=0)
 _PER_TENSOR = QuantSpec(symmetric=True, signed=True)
 _UINT8 = QuantSpec()
 
-_ONNXRUNTIME = QuantScheme(
-    "onnxruntime", _PER_CHANNEL, _PER_TENSOR, _UINT8, fuses=frozenset(_POINTWISE)
-)
+_ONNXRUNTIME = QuantScheme("onnxruntime", _PER_CHANNEL, _PER_TENSOR, _UINT8, fuses=CLIPS)
 TARGETS: dict[str, QuantScheme] = {
     s.name: s
     for s in (
@@ -141,7 +141,7 @@ TARGETS: dict[str, QuantScheme] = {
             _ONNXRUNTIME,
             name="tflite",
             activations=QuantSpec(signed=True),
-            fuses=_CLIPS,
+            fuses=CLIPS,
             shared_at=frozenset({"cat", "pool"}),
             engine="simulate",
         ),

@@ -18,11 +18,13 @@ from rewriter.graph import module_of
 from rewriter.int8.annotate import annotate, annotation, is_layer, moves_values
 from rewriter.int8.calibrate import Calibration, Method, calibrate
 from rewriter.int8.scheme import (
+    CLIPS,
     QuantScheme,
     QuantSpec,
     channel_axis,
     dequantized_weight,
     fake_quantize,
+    quantize_weight,
 )
 
 
@@ -76,17 +78,38 @@ class QuantizedLayer(nn.Module):
         self.axis = channel_axis(layer, spec)
         self.register_buffer("scale", scale.clone())
         self.enabled = True
+        self.writes: float | None = None
         self._rounded: Tensor | None = None
 
     def forward(self, x: Tensor) -> Tensor:
         if not self.enabled:
             return self.layer(x)
+        if self.writes is not None and self.read is not None:
+            return self._kernel(x, self.read, self.writes)
         tensors = {"weight": self.weight()}
         if self.read is not None:
             x = self.read(x)
             if self.layer.bias is not None:
                 tensors["bias"] = self.bias()
         return torch.func.functional_call(self.layer, tensors, (x,))
+
+    def _kernel(self, x: Tensor, read: FakeQuantize, writes: float) -> Tensor:
+        """What an integer kernel computes: whole numbers, exact in float32, requantized by one factor."""
+        layer, device = self.layer, x.device
+        if self._rounded is None or self._rounded.device != device:
+            q = quantize_weight(layer.weight, self.scale, self.spec, self.axis)
+            self._rounded = q.to(layer.weight.dtype)
+        step = self.scale * torch.tensor(read.scale, dtype=torch.float32, device=device)
+        tensors = {"weight": self._rounded}
+        if layer.bias is not None:
+            tensors["bias"] = torch.round(layer.bias.double() / step.double()).to(x.dtype)
+        whole = torch.round(read(x) / read.scale)
+        total = torch.func.functional_call(layer, tensors, (whole,))
+        factor = step / torch.tensor(writes, dtype=torch.float32, device=device)
+        if factor.ndim:
+            channels = total.ndim - 1 if isinstance(layer, nn.Linear) else 1
+            factor = factor.view([-1 if d == channels else 1 for d in range(total.ndim)])
+        return torch.round(total * factor) * writes
 
     def weight(self) -> Tensor:
         """The weight as int8 holds it; computed once while it is not being trained."""
@@ -122,8 +145,15 @@ def quantize(
     return Quantized(gm, calibrate(gm, batches, method, histograms), scheme)
 
 
-def simulate(quantized: Quantized) -> fx.GraphModule:
-    """A copy of the graph with fake quantization at every annotated place; the same outputs."""
+def simulate(quantized: Quantized, kernels: bool = False) -> fx.GraphModule:
+    """A copy of the graph with fake quantization at every annotated place; the same outputs.
+
+    Args:
+        quantized: annotated graph and its ranges.
+        kernels: compute every layer as integer kernels do, whole numbers first and one requantization last, instead of
+            in rounded floats. Equal to ONNX Runtime's kernels to the last bit but for ties; for inference
+            only, and with all switches on.
+    """
     gm = copy.deepcopy(quantized.gm)
     for before, after in zip(quantized.gm.graph.nodes, gm.graph.nodes, strict=True):
         after.meta["int8"] = annotation(before)
@@ -136,6 +166,9 @@ def simulate(quantized: Quantized) -> fx.GraphModule:
             read = _fake(quantized, source) if source.name in note.reads else None
             scale = quantized.calibration.weights[node.name]
             layer = QuantizedLayer(module_of(gm, node), scale, note.weight, read)
+            written = _written(node)
+            if kernels and written is not None:
+                layer.writes = quantized.value_params(written)[0]
             gm.set_submodule(str(node.target), layer)
     made: dict[str, fx.Node] = {}
     for node in list(gm.graph.nodes):
@@ -154,6 +187,18 @@ def simulate(quantized: Quantized) -> fx.GraphModule:
             node.replace_input_with(value, made[name])
     gm.recompile()
     return gm
+
+
+def _written(node: fx.Node) -> fx.Node | None:
+    """The int8 value that a layer's kernel writes: its own, or that behind a clip; None where it writes floats."""
+    if annotation(node).output is not None:
+        return node
+    readers = list(node.users)
+    if len(readers) != 1 or readers[0].op != "call_module":
+        return None
+    clip = node.graph.owning_module.get_submodule(str(readers[0].target))  # type: ignore[union-attr]
+    clipped = type(clip) in CLIPS and annotation(readers[0]).output is not None
+    return readers[0] if clipped else None
 
 
 def _called(gm: fx.GraphModule, node: fx.Node) -> nn.Module | None:

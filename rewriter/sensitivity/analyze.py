@@ -132,7 +132,7 @@ def analyze(
 
 
 def _network_macs(gm: fx.GraphModule) -> int:
-    """``cost(gm).macs``; loading torch's counter takes seconds, which plain networks can do without."""
+    """``cost(gm).macs``; a plain network does without torch's counter, which loads for seconds."""
     products = ("matmul", "mm", "einsum", "attention", "linear", "conv")
     other = gm.meta.get("opaque") or any(
         word in str(n.target).lower()

@@ -63,7 +63,7 @@ def flat(outputs: object) -> list[Tensor]:
 
 
 def switched(q: Quantized, layer: fx.Node) -> fx.GraphModule:
-    """An oracle: a simulation with all switched off but one layer and the rounding of its result."""
+    """An oracle: a simulation with only one layer switched on, and the rounding of its result."""
     sim = simulate(q)
     for part in switches(sim).values():
         part.enabled = False

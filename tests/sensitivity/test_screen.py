@@ -1,4 +1,4 @@
-"""What a projection must be: the random direction times the change that one part makes at the outputs."""
+"""A projection is the random direction times the change that one part makes at the outputs."""
 
 from __future__ import annotations
 
