@@ -14,40 +14,112 @@ Source: after Nagel et al., 2019 (arXiv:1906.04721), section 4.1; Boyd et al., 2
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor, fx, nn
 
 from rewriter.channels import HOMOGENEOUS, Channels
 from rewriter.graph import is_call, layers, module_of
 from rewriter.int8.scheme import QuantSpec
 
+Array = NDArray[Any]
+TINY = 1e-300
 # A norm of this order stands for the maximum: differentiable, and at most a few percent above it.
 ORDER = 24.0
 # Scales beyond this ratio gain nothing and cost float precision.
 LARGEST = 1e3
-STEPS = 60
+STEPS = 80
+RATE = 0.2
 
 
 @dataclass(frozen=True)
-class _Weights:
-    """One layer's term: which variables its rows and columns are, |w| and F, each (O, I)."""
+class _Dense:
+    """A layer whose every output reads all inputs: variables of its rows (O,) and columns (I,), and (O, I) tables."""
 
-    rows: Tensor
-    columns: Tensor
-    size: Tensor
-    influence: Tensor
+    rows: Array
+    columns: Array
+    influence: Array
+    powers: Array  # (|w| / peak) ^ ORDER
+    peak: float
     per_channel: bool
+
+    def __call__(self, x: Array, slope: Array) -> float:
+        out, into = x[self.rows], x[self.columns]
+        least, most = into.min(), out.max()
+        a, r = np.exp(2 * into), np.exp(ORDER * (least - into))
+        noise, reach = self.influence @ a, self.powers @ r
+        if self.per_channel:  # the rows' own scales cancel: step and error grow alike
+            square = (self.peak * np.exp(-least)) ** 2 * np.maximum(reach, TINY) ** (2 / ORDER)
+            each = noise * square
+            d_into = 2 * (square @ self.influence) * a
+            d_into -= 2 * ((each / np.maximum(reach, TINY)) @ self.powers) * r
+            slope += np.bincount(self.columns, d_into, len(slope))
+            return float(each.sum())
+        b, t = np.exp(-2 * out), np.exp(ORDER * (out - most))
+        each, share = noise * b, reach * t
+        total, sum_ = each.sum(), max(share.sum(), TINY)
+        value = total * (self.peak * np.exp(most - least)) ** 2 * sum_ ** (2 / ORDER)
+        d_out = share / sum_ - each / max(total, TINY)
+        d_into = (b @ self.influence) * a / max(total, TINY) - (t @ self.powers) * r / sum_
+        slope += 2 * value * np.bincount(self.rows, d_out, len(slope))
+        slope += 2 * value * np.bincount(self.columns, d_into, len(slope))
+        return float(value)
+
+
+@dataclass(frozen=True)
+class _Grouped:
+    """A layer with groups: (O, I / groups) tables, ``columns`` too, since each output has inputs of its own."""
+
+    rows: Array
+    columns: Array
+    influence: Array
+    powers: Array
+    peak: float
+    per_channel: bool
+
+    def __call__(self, x: Array, slope: Array) -> float:
+        out, into = x[self.rows][:, None], x[self.columns]
+        noise = self.influence * np.exp(2 * (into - out))
+        most = (out - into).max(1, keepdims=True) if self.per_channel else (out - into).max()
+        share = self.powers * np.exp(ORDER * (out - into - most))
+        axes = 1 if self.per_channel else (0, 1)
+        total = noise.sum(axes, keepdims=True)
+        sums = np.maximum(share.sum(axes, keepdims=True), TINY)
+        value = total * (self.peak * np.exp(most)) ** 2 * sums ** (2 / ORDER)
+        change = 2 * value * (noise / np.maximum(total, TINY) - share / sums)  # by the columns
+        slope += np.bincount(self.columns.ravel(), change.ravel(), len(slope))
+        slope -= np.bincount(self.rows, change.sum(1), len(slope))
+        return float(value.sum())
 
 
 @dataclass(frozen=True)
 class _Values:
-    """One int8 value's term: its variables, the two ends of its range and F, each (C,)."""
+    """An int8 value: its variables (C,), the two ends of its range, both positive, and its influence."""
 
-    channels: Tensor
-    low: Tensor
-    high: Tensor
-    influence: Tensor
+    channels: Array
+    low: Array
+    high: Array
+    influence: Array
+
+    def __call__(self, x: Array, slope: Array) -> float:
+        s = x[self.channels]
+        noise = self.influence * np.exp(-2 * s)
+        total, width = noise.sum(), 0.0
+        change = np.zeros_like(s)
+        for end in (self.low, self.high):
+            reach = end * np.exp(s)
+            peak = max(reach.max(), TINY)
+            powers = (reach / peak) ** ORDER
+            norm = peak * powers.sum() ** (1 / ORDER) if powers.any() else 0.0
+            width += norm
+            change += norm * powers / max(powers.sum(), TINY)
+        value = total * width**2
+        d = 2 * (change * total * width - noise * width**2)
+        slope += np.bincount(self.channels, d, len(slope))
+        return float(value)
 
 
 class Damage:
@@ -68,80 +140,55 @@ class Damage:
         weights: QuantSpec | None = None,
         linear_weights: QuantSpec | None = None,
     ) -> None:
-        self.weights: list[_Weights] = []
-        self.values: list[_Values] = []
         self.count = len(channels.fixed)
+        self.terms: list[tuple[_Dense | _Grouped | _Values, float]] = []
         known = _Known(gm)
         for node in layers(gm):
-            source = node.args[0]
-            assert isinstance(source, fx.Node)
-            if node.meta.get("keep_float") or node.name not in channels.of:
-                continue
-            if source.name not in channels.of:
+            if not _scaled(gm, node, channels) or node.meta.get("keep_float"):
                 continue
             spec = linear_weights if is_call(gm, node, nn.Linear) else weights
-            m = module_of(gm, node)
-            size = m.weight.detach().double().abs().flatten(1).unflatten(1, (m.weight.shape[1], -1))
-            into = channels.of[source.name].view(getattr(m, "groups", 1), -1)
-            if len(into) > 1:
-                into = into.repeat_interleave(len(size) // len(into), 0)
-            per_channel = spec is not None and spec.ch_axis is not None
-            self.weights.append(
-                _Weights(
-                    channels.of[node.name], into, size.amax(2), known.of_weights(gm, node), per_channel
-                )
-            )
+            self.terms.append((_layer(gm, node, channels, known, spec), 1 / 127**2))
         for node in gm.graph.nodes:
             if node.name in channels.of and "channel_range" in node.meta and _stored(gm, node):
-                low, high = (r.double() for r in node.meta["channel_range"])
-                self.values.append(
-                    _Values(
-                        channels.of[node.name],
-                        (-low).clamp_min(0),
-                        high.clamp_min(0),
-                        known.of_value(node),
-                    )
+                low, high = (r.double().numpy() for r in node.meta["channel_range"])
+                ends = np.maximum(-low, 0), np.maximum(high, 0)
+                term = _Values(
+                    channels.of[node.name].numpy(), *ends, known.of_value(node).numpy()
                 )
+                self.terms.append((term, 1 / 255**2))
 
-    def __call__(self, log_scale: Tensor) -> Tensor:
-        """D for (V,) logarithms of the scales."""
-        total = log_scale.new_zeros(())
-        for t in self.weights:
-            out, into = log_scale[t.rows], log_scale[t.columns]
-            if into.shape[0] == 1:
-                into = into[0]
-                noise = (t.influence @ (2 * into).exp()) * (-2 * out).exp()
-                if t.per_channel:
-                    largest = self._norm_rows(t.size, into) * out.exp()
-                else:
-                    largest = self._norm_all(t.size, out, into)
-            else:  # grouped: each row has inputs of its own
-                noise = (t.influence * (2 * into).exp()).sum(1) * (-2 * out).exp()
-                each = t.size * (-into).exp() * out.exp()[:, None]
-                dims = 1 if t.per_channel else (0, 1)
-                largest = torch.linalg.vector_norm(each, ORDER, dim=dims)
-            total = total + (noise * (largest / 127) ** 2).sum()
-        for v in self.values:
-            s = log_scale[v.channels].exp()
-            width = torch.linalg.vector_norm(v.high * s, ORDER) + torch.linalg.vector_norm(v.low * s, ORDER)
-            total = total + (v.influence / s**2).sum() * (width / 255) ** 2
-        return total / 24  # 1/12 of a step squared, and 1/2 of the second-order term
+    def __call__(self, logs: Array) -> tuple[float, Array]:
+        """D and its gradient for (V,) logarithms of the scales."""
+        total, slope = 0.0, np.zeros(self.count)
+        for term, unit in self.terms:
+            part = np.zeros(self.count)
+            total += unit * term(logs, part)
+            slope += unit * part
+        return total / 24, slope / 24  # 1/12 of a step squared, and 1/2 of the second-order term
 
-    @staticmethod
-    def _norm_all(size: Tensor, out: Tensor, into: Tensor) -> Tensor:
-        top = (out.detach().max() - into.detach().min()).item()
-        peak = size.max().clamp_min(1e-30)
-        powers = (size / peak) ** ORDER
-        inner = powers @ (ORDER * (into.detach().min() - into)).exp()
-        total = inner @ (ORDER * (out - out.detach().max())).exp()
-        return peak * total.clamp_min(1e-300) ** (1 / ORDER) * torch.exp(torch.tensor(top))
 
-    @staticmethod
-    def _norm_rows(size: Tensor, into: Tensor) -> Tensor:
-        peak = size.max().clamp_min(1e-30)
-        least = into.detach().min()
-        inner = ((size / peak) ** ORDER) @ (ORDER * (least - into)).exp()
-        return peak * inner.clamp_min(1e-300) ** (1 / ORDER) * (-least).exp()
+def _scaled(gm: fx.GraphModule, node: fx.Node, channels: Channels) -> bool:
+    source = node.args[0]
+    known = node.name in channels.of and isinstance(source, fx.Node) and source.name in channels.of
+    return known and is_call(gm, node, nn.Conv1d, nn.Conv2d, nn.Linear)
+
+
+def _layer(
+    gm: fx.GraphModule, node: fx.Node, channels: Channels, known: _Known, spec: QuantSpec | None
+) -> _Dense | _Grouped:
+    m, source = module_of(gm, node), node.args[0]
+    assert isinstance(source, fx.Node)
+    size = m.weight.detach().double().abs().flatten(1).unflatten(1, (m.weight.shape[1], -1))
+    size = size.amax(2).numpy()
+    peak = max(float(size.max()), TINY)
+    rows, into = channels.of[node.name].numpy(), channels.of[source.name].numpy()
+    groups = getattr(m, "groups", 1)
+    kind = _Dense
+    if groups > 1:
+        kind, into = _Grouped, into.reshape(groups, -1).repeat(len(size) // groups, 0)
+    per_channel = spec is not None and spec.ch_axis is not None
+    influence = known.of_weights(gm, node).numpy()
+    return kind(rows, into, influence, (size / peak) ** ORDER, peak, per_channel)
 
 
 class _Known:
@@ -225,32 +272,29 @@ def least_damage(
 ) -> tuple[Tensor, float, float]:
     """The scales that minimise ``damage``.
 
+    Adam needs no line search and stands the kinks of the bounds.
+
     Args:
         damage: D(s).
         upper: (V,) bounds of the logarithms.
         free: (V,) which may move.
-        steps: of Adam, which needs no line search and stands the kinks of the maxima.
+        steps: of Adam.
 
     Returns:
         (V,) logarithms of the scales, D before, D after.
     """
-    x = torch.zeros(damage.count, dtype=torch.float64, requires_grad=True)
-    bound = torch.log(torch.tensor(LARGEST))
-    upper = upper.clamp(-bound, bound)
-    optimiser = torch.optim.Adam([x], lr=0.2, betas=(0.9, 0.99))
-    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimiser, steps)
-    with torch.no_grad():
-        before = float(damage(x))
-    best, best_damage = x.detach().clone(), before
-    for _ in range(steps):
-        optimiser.zero_grad()
-        value = damage(x)
-        now = float(value.detach())
-        if now < best_damage:
-            best, best_damage = x.detach().clone(), now
-        value.log().backward()
-        optimiser.step()
-        schedule.step()
-        with torch.no_grad():
-            x.copy_(torch.where(free, torch.minimum(x, upper).clamp_min(-bound), torch.zeros_like(x)))
-    return best, before, best_damage
+    bound = float(np.log(LARGEST))
+    above, moves = np.minimum(upper.numpy(), bound), free.numpy()
+    x, mean, square = (np.zeros(damage.count) for _ in range(3))
+    best, before, least = x, damage(x)[0], float("inf")
+    for step in range(1, steps + 1):
+        now, slope = damage(x)
+        if now < least:
+            best, least = x, now
+        slope = slope / max(now, TINY)  # of log D
+        mean += 0.1 * (slope - mean)
+        square += 0.01 * (slope**2 - square)
+        rate = RATE * (1 + np.cos(np.pi * step / steps)) / 2
+        move = mean / (1 - 0.9**step) / (np.sqrt(square / (1 - 0.99**step)) + 1e-8)
+        x = np.where(moves, np.clip(x - rate * move, -bound, above), 0.0)
+    return torch.from_numpy(best), before, least

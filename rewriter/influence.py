@@ -20,7 +20,7 @@ from rewriter.fidelity import is_class_output
 from rewriter.graph import LAYER_TYPES, module_of, outputs, run_node
 
 # The answers of this many inputs are enough: the sums are over thousands of positions and weights.
-INPUTS = 64
+INPUTS = 48
 # Inputs in one backward pass; bounds the memory.
 ROWS = 8
 

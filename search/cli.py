@@ -231,6 +231,10 @@ def export(
     out_dir: Annotated[
         Path | None, typer.Option("--out", metavar="DIR2", help="Default: DIR/export.")
     ] = None,
+    compared: Annotated[
+        bool,
+        typer.Option("--compare", help="Compare simulation and runtime value by value."),
+    ] = False,
     quiet: Quiet = False,
 ) -> None:
     """The chosen network: int8 ONNX, float source and weights, ranges, and what changed.
@@ -243,7 +247,7 @@ def export(
         load_config(Path(results.facts["config"])), **results.facts.get("options", {})
     )
     job = open_job(cfg, folder, _progress(quiet))
-    _export(job, score, out_dir or folder / "export", quiet)
+    _export(job, score, out_dir or folder / "export", quiet, compared)
 
 
 @app.command()
@@ -326,14 +330,26 @@ def _opened(config: Path, folder: Path | None, **options: Any) -> tuple[Config, 
     return cfg, folder or Path("runs") / cfg.path.stem
 
 
-def _export(job: Job, score: Score, folder: Path, quiet: bool) -> None:
+def _export(
+    job: Job, score: Score, folder: Path, quiet: bool, compared: bool = False
+) -> None:
     from search.export import export as write
 
     with _progress(quiet)("writing and measuring the file") as tick:
         tick(0, 1)
-        exported = write(job.evaluator, Plan.parse(score.plan), folder, score)
+        exported = write(job.evaluator, Plan.parse(score.plan), folder, score, compared)
         tick(1, 1)
     if not quiet:
+        for found in exported.findings:
+            _say(f"{found.code}: {found.node + ': ' if found.node else ''}{found.message}")
+        if compared:
+            first = exported.departure
+            _say(
+                "simulation and ONNX Runtime agree on every value"
+                if first is None
+                else f"simulation and ONNX Runtime first depart at {first.layer}: {first.differs:.2%} of its "
+                f"elements differ, {first.sqnr_db:.1f} dB"
+            )
         for file in exported.files:
             _say(f"written: {file}")
 

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import types
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,8 @@ from rewriter.assemble import Assembled, assemble
 from rewriter.errors import RewriteError
 from rewriter.fit import FitReport
 from rewriter.graph import layer_name, layers, module_of
+from rewriter.int8.compare import Comparison, compare, first_departure
+from rewriter.int8.lint import Finding, lint
 from rewriter.int8.onnx import to_onnx
 from rewriter.int8.session import Session
 from rewriter.plan import rule_named
@@ -25,6 +28,7 @@ from search.evaluator import RewriteEvaluator
 from search.records import Score, replacing, write_json
 from search.source import Source, construct, source_of
 
+COMPARED = 4  # inputs on which simulation and runtime are compared value by value
 TOLERANCE = 1e-4  # of the largest output: another order of additions moves the last bits
 
 
@@ -35,10 +39,16 @@ class Exported:
     folder: Path
     files: tuple[Path, ...]
     score: Score
+    findings: tuple[Finding, ...] = ()
+    departure: Comparison | None = None
 
 
 def export(
-    evaluator: RewriteEvaluator, plan: Plan, folder: Path, searched: Score | None = None
+    evaluator: RewriteEvaluator,
+    plan: Plan,
+    folder: Path,
+    searched: Score | None = None,
+    compared: bool = False,
 ) -> Exported:
     """Write a plan's network into a folder.
 
@@ -51,6 +61,7 @@ def export(
         plan: What to export.
         folder: Made when missing; files of an earlier export are replaced.
         searched: The plan's score in the search, to compare with.
+        compared: Also write ``comparison.json``: simulation and runtime, value by value.
 
     Raises:
         RewriteError: the plan cannot be carried out, or the written source does not compute what
@@ -75,8 +86,10 @@ def export(
         folder / n
         for n in ("model_int8.onnx", "model.py", "model.safetensors", "ranges.json", "CHANGES.md")
     ]
+    model = to_onnx(quantized)
+    findings = tuple(lint(quantized, model))
     with replacing(files[0], "wb") as file:
-        file.write(to_onnx(quantized).SerializeToString())
+        file.write(model.SerializeToString())
     onnx.checker.check_model(str(files[0]))
     with replacing(files[1]) as file:
         file.write(source.text)
@@ -86,7 +99,23 @@ def export(
     score = measure_file(evaluator, plan, files[0])
     with replacing(files[4]) as file:
         file.write(changes(evaluator, plan, assembled, source, score, searched))
-    return Exported(folder, tuple(files), score)
+        file.write(linted(findings))
+    if not compared:
+        return Exported(folder, tuple(files), score, findings)
+    rows = compare(quantized, evaluator.calibration[0][:COMPARED], threads=evaluator.threads)
+    files.append(folder / "comparison.json")
+    # no difference at all is an infinite ratio, which JSON cannot hold
+    values = [{**asdict(r), "sqnr_db": r.sqnr_db if r.differs else None} for r in rows]
+    write_json(files[-1], {"format": 1, "samples": COMPARED, "values": values})
+    return Exported(folder, tuple(files), score, findings, first_departure(rows))
+
+
+def linted(findings: Sequence[Finding]) -> str:
+    """The section of ``CHANGES.md`` on what to know before deployment."""
+    if not findings:
+        return ""
+    rows = [f"- `{f.code}` {f.node}: {f.message}" for f in findings]
+    return "\n".join(["", "## Before deployment", "", *rows, ""])
 
 
 def measure_file(evaluator: RewriteEvaluator, plan: Plan, file: Path) -> Score:

@@ -256,7 +256,8 @@ def _try(
     # A plan that a killed run of this study scored and could not tell any more counts; one from
     # elsewhere is free.
     ours = any(t.number != trial.number for t in others)
-    free = text in records and not ours
+    # So does the empty plan, which every run scores before it searches.
+    free = bool(text) and text in records and not ours
     try:
         score = evaluate(plan)
     except BaseException:

@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 import torch
-from torch import Tensor, fx, nn
+from torch import Tensor, fx
 
 from rewriter.errors import QuantizeError
 from rewriter.graph import layer_name, layers, module_of, walk
@@ -239,8 +239,3 @@ def input_scale(
     if note.output is None or note.range_of not in values:
         return None
     return note.output.params(*values[note.range_of])[0]
-
-
-def bias_of(layer: nn.Module) -> Tensor | None:
-    """The bias of a layer, or None."""
-    return layer.bias if isinstance(layer.bias, Tensor) else None

@@ -7,6 +7,7 @@ training, and scores candidates for targets whose kernels are not at hand.
 from __future__ import annotations
 
 import copy
+import operator
 from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
@@ -133,6 +134,31 @@ class QuantizedLayer(nn.Module):
         self._rounded = None
 
 
+class IntegerAdd(nn.Module):
+    """The sum of two int8 values as ONNX Runtime's QLinearAdd computes it.
+
+    Two fused multiply-adds in float32, on the stored integers, with what the zero points contribute computed beforehand.
+    """
+
+    def __init__(self, *params: tuple[float, int]) -> None:
+        super().__init__()
+        (a, zero_a), (b, zero_b), (out, zero) = params
+        scales = torch.tensor([a, b, out], dtype=torch.float32)
+        self.ratios = (scales[:2] / scales[2]).double().tolist()
+        self.scales, self.zeros = (a, b, out), (zero_a, zero_b, zero)
+        shift = torch.tensor(self.ratios[1] * zero_b).float().double()
+        inner = (self.ratios[0] * zero_a + shift).float().double()
+        self.fixed = float((zero - inner).float())
+
+    def forward(self, x: Tensor, y: Tensor) -> Tensor:
+        # float64 holds a product of two float32 exactly, and so stands for the fused operation
+        a = torch.round(x / self.scales[0]).double() + self.zeros[0]
+        b = torch.round(y / self.scales[1]).double() + self.zeros[1]
+        inner = (b * self.ratios[1] + self.fixed).float().double()
+        total = torch.round((a * self.ratios[0] + inner).float())
+        return (total - self.zeros[2]) * self.scales[2]
+
+
 def quantize(
     gm: fx.GraphModule,
     scheme: QuantScheme,
@@ -170,6 +196,8 @@ def simulate(quantized: Quantized, kernels: bool = False) -> fx.GraphModule:
             if kernels and written is not None:
                 layer.writes = quantized.value_params(written)[0]
             gm.set_submodule(str(node.target), layer)
+    if kernels:
+        _add_integers(quantized, gm, by_name)
     made: dict[str, fx.Node] = {}
     for node in list(gm.graph.nodes):
         if isinstance(_called(gm, node), QuantizedLayer):
@@ -187,6 +215,20 @@ def simulate(quantized: Quantized, kernels: bool = False) -> fx.GraphModule:
             node.replace_input_with(value, made[name])
     gm.recompile()
     return gm
+
+
+def _add_integers(quantized: Quantized, gm: fx.GraphModule, by_name: dict[str, fx.Node]) -> None:
+    """Sums of two int8 values that are written in int8 become ``IntegerAdd``; edits gm."""
+    for node in gm.graph.find_nodes(op="call_function", target=operator.add):
+        written, reads = _written(node), annotation(node).reads
+        operands = [n.name for n in node.args if isinstance(n, fx.Node)]
+        if written is None or len(operands) != 2 or set(operands) != set(reads):
+            continue
+        values = [by_name[name] for name in operands]
+        params = [quantized.value_params(v) for v in (*values, written)]
+        target = f"integer_{node.name}"
+        gm.add_submodule(target, IntegerAdd(*params))
+        node.op, node.target = "call_module", target
 
 
 def _written(node: fx.Node) -> fx.Node | None:

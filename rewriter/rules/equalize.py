@@ -19,7 +19,6 @@ from __future__ import annotations
 
 from typing import ClassVar
 
-import torch
 from torch import fx
 
 from rewriter.channels import rescale, scale_variables
@@ -52,6 +51,5 @@ class Equalize(WholeModelRule):
         scheme = gm.meta.get("scheme")
         specs = (scheme.weights, scheme.linear_weights) if scheme is not None else (None, None)
         upper, free = log_bounds(gm, channels, MARGIN)
-        with torch.enable_grad():
-            logs, _, _ = least_damage(Damage(gm, channels, *specs), upper, free)
+        logs, _, _ = least_damage(Damage(gm, channels, *specs), upper, free)
         rescale(gm, channels, logs.exp())

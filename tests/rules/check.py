@@ -103,7 +103,7 @@ def check_site(
         assert bool(torch.isfinite(a).all())
     if rule.contract == "annotation":
         assert new.code == code
-    else:
+    elif site.anchor != "model":  # a rule for all layers at once may find nothing to improve
         assert new.code != code or any(
             not torch.equal(v, state[k]) for k, v in new.state_dict().items() if k in state
         ), "nothing was rewritten"

@@ -313,7 +313,9 @@ def test_mcunet(assets: Path, monkeypatch: pytest.MonkeyPatch, name: str, least:
     assert len(exact) == 55
     assert rank_correlation(exact, screened) >= least
     by_screen = sorted(found.layers, key=lambda r: -r.screened)
-    assert {r.layer for r in by_screen[:5]} == {r.layer for r in found.layers[:5]}
+    leaders = {r.layer for r in found.layers[:5]}
+    assert len({r.layer for r in by_screen[:5]} & leaders) >= 4
+    assert leaders <= {r.layer for r in by_screen[:8]}  # so the default analysis measures them
     assert {"stem.0", "blocks.0.dw.0"} <= {r.layer for r in found.layers[:3]}
 
 

@@ -1,0 +1,117 @@
+"""Measure what tests/conformance/test_conformance.py pins: ``python -m tests.conformance.measure > reference.yaml``.
+
+For each network of the assets and each target: the metric in float, in simulation, in ONNX Runtime as the file is written
+(graph optimizations off) and on its int8 kernels; and how far each engine's outputs are from the simulation's.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+from torch import Tensor
+
+from rewriter import quantize, simulate, target, trace
+from rewriter.int8.onnx import Session, to_onnx
+from search.tasks.classification import Classification
+from search.tasks.detection import Detection
+
+NETWORKS = {
+    "mcunet": ("classification", {"resolution": 176}),
+    "mobilenetv2": ("classification", {"resolution": 224, "normalise": "imagenet"}),
+    "yolo_fastest": ("detection", {}),
+}
+TARGETS = ("onnxruntime", "per_tensor")
+CALIBRATION = 64
+
+
+def assets() -> Path:
+    """Where the trained networks and images lie."""
+    here = Path(__file__).resolve().parents[2]
+    return Path(os.environ.get("QUANTFIX_ASSETS", here.parent / "shared" / "assets"))
+
+
+def zoo() -> Any:
+    """The module of factories beside the assets."""
+    spec = importlib.util.spec_from_file_location("zoo", assets() / "zoo.py")
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules["zoo"] = module
+    spec.loader.exec_module(module)
+    return module
+
+
+def load(name: str, count: int | None = None) -> tuple[Any, Any, Tensor, Tensor, Any]:
+    """Model, task, calibration inputs, evaluation inputs and targets of one network."""
+    module, (kind, args) = zoo(), NETWORKS[name]
+    data = module.imagenet(**args) if kind == "classification" else module.coco()
+    task: Any = (
+        Classification() if kind == "classification" else Detection(module.YoloFastestDecode())
+    )
+    pairs = [data.evaluation[i] for i in range(count or len(data.evaluation))]
+    calibration = torch.stack([data.calibration[i] for i in range(CALIBRATION)])
+    inputs = torch.stack([x for x, _ in pairs])
+    targets: Any = [y for _, y in pairs]
+    if kind == "classification":
+        targets = torch.tensor(targets)
+    return getattr(module, name)(), task, calibration, inputs, targets
+
+
+def engines(name: str, scheme: str, count: int | None = None) -> dict[str, dict[str, float]]:
+    """The figures of one network on one target."""
+    model, task, calibration, inputs, targets = load(name, count)
+    gm = trace(model, calibration[:2])
+    quantized = quantize(gm, target(scheme), calibration.split(16))
+    file = to_onnx(quantized)
+    outputs = {
+        "float": _torch(gm, inputs),
+        "simulation": _torch(simulate(quantized, kernels=True), inputs),
+        "as written": _runtime(Session(file, optimize=False), inputs),
+        "kernels": _runtime(Session(file), inputs),
+    }
+    rows: dict[str, dict[str, float]] = {}
+    for engine, found in outputs.items():
+        row = {"metric": round(float(task.score(found, targets)), 4)}
+        if engine != "float":
+            row["damage"] = round(float(task.damage(outputs["float"], found).mean()), 4)
+        if engine in ("as written", "kernels"):
+            row["sqnr_db"] = round(sqnr_db(outputs["simulation"], found), 1)
+            if task.metric == "top1":
+                same = outputs["simulation"][0].argmax(1) == found[0].argmax(1)
+                row["same_top1"] = round(float(same.float().mean()), 4)
+        rows[engine] = row
+    return rows
+
+
+def sqnr_db(reference: list[Tensor], found: list[Tensor]) -> float:
+    """Energy of the reference over that of the difference, 200 dB where there is none."""
+    energy = sum(float(r.double().square().sum()) for r in reference)
+    noise = sum(
+        float((r.double() - f.double()).square().sum())
+        for r, f in zip(reference, found, strict=True)
+    )
+    return min(200.0, 10 * float(torch.tensor(energy / max(noise, 1e-300)).log10()))
+
+
+def _torch(gm: Any, inputs: Tensor) -> list[Tensor]:
+    parts: list[list[Tensor]] = []
+    with torch.no_grad():
+        for x in inputs.split(16):
+            found = gm(x.contiguous(memory_format=torch.channels_last))
+            parts.append(list(found) if isinstance(found, (tuple, list)) else [found])
+    return [torch.cat(column) for column in zip(*parts, strict=True)]
+
+
+def _runtime(session: Session, inputs: Tensor) -> list[Tensor]:
+    parts = [[torch.from_numpy(o) for o in session.run(x)] for x in inputs.split(16)]
+    return [torch.cat(column) for column in zip(*parts, strict=True)]
+
+
+if __name__ == "__main__":
+    measured = {n: {t: engines(n, t) for t in TARGETS} for n in NETWORKS}
+    sys.stdout.write(yaml.safe_dump(measured, sort_keys=False))
