@@ -87,10 +87,11 @@ class QuantScheme:
     """One named deployment target.
 
     Args:
-        name: what ``target:`` in a config says. weights: of convolutions; ``linear_weights`` of
-        linear layers. activations: of all other values. fuses: activation modules that the
-        target's kernels compute inside the operation before them,
-            so that no int8 value exists between the two.
+        name: what ``target:`` in a config says.
+        weights: of convolutions; ``linear_weights`` of linear layers.
+        activations: of all other values.
+        fuses: activation modules that the target's kernels compute inside the operation before
+            them, so that no int8 value exists between the two.
         shared_at: operations whose inputs and output must have one range ("cat", "add", "pool").
         engine: which engine scores a candidate by default.
     """
@@ -104,8 +105,9 @@ class QuantScheme:
     engine: str = "onnxruntime"
 
 
-# What saturation of the int8 output can carry out by itself. ONNX Runtime's kernels absorb only these: a convolution with
-# another activation behind it and no int8 value in between would run in float, slower than the float network.
+# What saturation of the int8 output can carry out by itself. ONNX Runtime's kernels absorb only
+# these: a convolution with another activation behind it and no int8 value in between would run in
+# float, slower than the float network.
 CLIPS = frozenset({nn.ReLU, nn.ReLU6, nn.Hardtanh})
 _POINTWISE = CLIPS | {
     nn.LeakyReLU,

@@ -68,8 +68,8 @@ def _problem(gm: fx.GraphModule, node: fx.Node) -> str:
     weight = torch.stack([g / g.mean().clamp_min(1e-30) for g in gains]).sum(0)
     whole = rounding_error(low, high, [list(range(len(low)))], weight)
     left = rounding_error(low, high, _groups(sources), weight)
-    if left > (1 - LEAST_GAIN) * whole:
-        share = left / max(whole, 1e-30)
+    if left >= (1 - LEAST_GAIN) * whole:  # also where all are zero
+        share = left / whole if whole else 1.0
         return f"its inputs' ranges are alike: {share:.0%} of the rounding error is left"
     return ""
 

@@ -96,6 +96,8 @@ def _problem(gm: fx.GraphModule, component: Component) -> str:
     if widths is None:
         return "no calibrated channel ranges"
     count, most = len(_outliers(gm, component)), int(component.channels * LARGEST_SHARE)
+    if count == 0:
+        return "all channels are zero"
     if count > most:
         return f"{count} of {component.channels} channels are wider than half the range"
     return ""

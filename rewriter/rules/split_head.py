@@ -79,8 +79,8 @@ class SplitHead(RewriteRule):
         whole = rounding_error(low, high, [list(range(channels))], weight)
         groups = self._groups(gm, node)
         left = rounding_error(low, high, groups, weight)
-        if left > (1 - LEAST_GAIN) * whole:
-            share = left / max(whole, 1e-30)
+        if left >= (1 - LEAST_GAIN) * whole:  # also where all are zero
+            share = left / whole if whole else 1.0
             return f"the ranges are alike: {len(groups)} leave {share:.0%} of the rounding error"
         return ""
 

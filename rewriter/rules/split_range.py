@@ -97,8 +97,8 @@ class SplitRange(RewriteRule):
         whole = rounding_error(low, high, [list(range(component.channels))], weight)
         groups = group_by_range(low, high, self.groups, weight)
         left = rounding_error(low, high, groups, weight)
-        if left > (1 - LEAST_GAIN) * whole:
-            share = left / max(whole, 1e-30)
+        if left >= (1 - LEAST_GAIN) * whole:  # also where all are zero
+            share = left / whole if whole else 1.0
             return f"{self.groups} groups leave {share:.0%} of the rounding error"
         return ""
 

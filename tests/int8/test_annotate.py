@@ -55,7 +55,7 @@ def lines(text: str) -> str:
 
 CASES = {
     "activations are computed inside the convolution": (
-        lambda s, x: s.b(F.silu(s.a(x))),
+        lambda s, x: s.b(F.relu6(s.a(x))),
         """x -> x
            a <- x [w]
            act -> act
@@ -127,8 +127,8 @@ CASES = {
         """x -> x
            a <- x -> a [w]
            pool <- a -> pool
-           c <- pool [w]
-           act -> act
+           c <- pool -> c [w]
+           act <- c -> act
            mul <- a act -> mul
            b <- mul -> b [w]
            output <- b""",
@@ -302,7 +302,7 @@ def test_moved_value_read_by_a_float_and_an_int8_layer_exists_in_int8_only() -> 
 
 
 def test_activation_kept_in_float_is_not_fused() -> None:
-    found = golden(lambda s, x: s.b(F.silu(s.a(x))), keep=("act",))
+    found = golden(lambda s, x: s.b(F.relu(s.a(x))), keep=("act",))
     assert found == "x -> x\na <- x -> a [w]\nact <- a -> act\nb <- act -> b [w]\noutput <- b"
 
 
@@ -340,11 +340,13 @@ def test_tflite_shares_ranges_at_cat_and_pool() -> None:
     assert golden(joined, "tflite", channels=8) == lines(expected)
 
 
-def test_tflite_does_not_fuse_silu() -> None:
-    expected = "x -> x\na <- x -> a [w]\nact <- a -> act\nb <- act -> b [w]\noutput <- b"
-    assert golden(lambda s, x: s.b(F.silu(s.a(x))), "tflite") == expected
+@pytest.mark.parametrize("name", ["onnxruntime", "per_tensor", "tensorrt", "tflite"])
+def test_which_activations_a_kernel_computes(name: str) -> None:
+    apart = "x -> x\na <- x -> a [w]\nact <- a -> act\nb <- act -> b [w]\noutput <- b"
     fused = "x -> x\na <- x [w]\nact -> act\nb <- act -> b [w]\noutput <- b"
-    assert golden(lambda s, x: s.b(F.relu6(s.a(x))), "tflite") == fused
+    assert golden(lambda s, x: s.b(F.relu6(s.a(x))), name) == fused
+    silu = golden(lambda s, x: s.b(F.silu(s.a(x))), name)
+    assert silu == (fused if name == "tensorrt" else apart)
 
 
 def test_specs_of_the_target_are_written() -> None:

@@ -189,7 +189,8 @@ def test_targets_say_what_they_are() -> None:
     assert target("per_tensor").weights.ch_axis is None
     assert target("tensorrt").activations.qmin == -127
     assert target("tflite").shared_at == {"cat", "pool"}
-    assert nn.SiLU not in target("tflite").fuses
+    assert nn.SiLU in target("tensorrt").fuses
+    assert nn.SiLU not in target("onnxruntime").fuses | target("tflite").fuses
 
 
 def test_unknown_target_names_the_nearest() -> None:

@@ -106,7 +106,7 @@ def check_site(
     elif site.anchor != "model":  # a rule for all layers at once may find nothing to improve
         assert new.code != code or any(
             not torch.equal(v, state[k]) for k, v in new.state_dict().items() if k in state
-        ), "nothing was rewritten"
+        ), f"{site}: nothing was rewritten"
     if rule.contract in ("exact", "annotation"):
         for a, b in zip(outputs, expected, strict=True):
             scale = float(b.abs().max())
