@@ -215,7 +215,11 @@ def peer(name: str, s: Setting) -> Result | None:
     with tempfile.TemporaryDirectory() as folder:
         data, out = Path(folder) / "data.npz", Path(folder) / "out.json"
         np.savez(data, calibration=s.calibration.numpy(), images=s.images.numpy())
-        options = {"factory": s.factory, "threads": s.threads, "per_channel": s.scheme.weights.ch_axis == 0}
+        options = {
+            "factory": s.factory,
+            "threads": s.threads,
+            "per_channel": s.scheme.weights.ch_axis == 0,
+        }
         done = subprocess.run(
             [str(python), str(PEERS / f"{name}.py"), str(data), str(out), json.dumps(options)],
             check=False,
@@ -239,7 +243,9 @@ def report_time(r: Result) -> None:
 
 def report(results: list[Result], exact: Result) -> None:
     slowest = next((r for r in results if r.name.startswith("naive")), results[-1])
-    print(f"\n{'method':44s} {'CPU s':>8s} {'clock s':>8s} {'x faster':>9s} {'Spearman':>9s} {'top 5':>6s}")
+    print(
+        f"\n{'method':44s} {'CPU s':>8s} {'clock s':>8s} {'x faster':>9s} {'Spearman':>9s} {'top 5':>6s}"
+    )
     for r in results:
         shared = [n for n in exact.damage if n in r.damage]
         rho, top = float("nan"), "-"
@@ -249,7 +255,9 @@ def report(results: list[Result], exact: Result) -> None:
             top = str(len(leaders(exact.damage, shared) & leaders(r.damage, shared)))
         ratio = slowest.cpu / r.cpu
         print(f"{r.name:44s} {r.cpu:8.2f} {r.wall:8.2f} {ratio:9.1f} {rho:9.3f} {top:>6s}")
-    print("x faster: than the naive loop, by CPU seconds; Spearman and top 5: with our exact damage")
+    print(
+        "x faster: than the naive loop, by CPU seconds; Spearman and top 5: with our exact damage"
+    )
 
 
 def leaders(damage: dict[str, float], among: list[str]) -> set[str]:
@@ -265,7 +273,9 @@ def growth() -> None:
     """Screening against layers and images, with networks of timm, random weights, small images."""
     import timm
 
-    print(f"\n{'network':18s} {'layers':>6s} {'MMACs':>7s} {'images':>6s} {'pass s':>8s} {'screen s':>9s} {'passes':>7s}")
+    print(
+        f"\n{'network':18s} {'layers':>6s} {'MMACs':>7s} {'images':>6s} {'pass s':>8s} {'screen s':>9s} {'passes':>7s}"
+    )
     for name in ("efficientnet_b0", "efficientnet_b4"):
         for count in (8, 16, 32):
             torch.manual_seed(0)
@@ -291,7 +301,9 @@ def memory(s: Setting) -> None:
     analyze(gm, s.scheme, s.calibration.split(16), s.images)
     after = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
     allowed = 3 * live / 2**20 + 300
-    print(f"peak memory: {after - before:.0f} MiB over network and images; three batches of {size} live")
+    print(
+        f"peak memory: {after - before:.0f} MiB over network and images; three batches of {size} live"
+    )
     print(f"activations ({live / 2**20:.0f} MiB each) and 300 MiB: {allowed:.0f} MiB")
 
 
@@ -300,10 +312,16 @@ def live_bytes(gm: Any) -> int:
     forks = Forks(Quantized(gm, None, target("onnxruntime")))  # type: ignore[arg-type]
     alive, most = 0, 0
     for i, node in enumerate(forks.nodes):
-        alive += 4 * int(np.prod(node.meta["shape"])) if isinstance(node.meta["shape"], tuple) else 0
+        alive += (
+            4 * int(np.prod(node.meta["shape"])) if isinstance(node.meta["shape"], tuple) else 0
+        )
         most = max(most, alive)
         for done in forks.dying[i]:
-            alive -= 4 * int(np.prod(done.meta["shape"])) if isinstance(done.meta["shape"], tuple) else 0
+            alive -= (
+                4 * int(np.prod(done.meta["shape"]))
+                if isinstance(done.meta["shape"], tuple)
+                else 0
+            )
     return most
 
 
@@ -315,7 +333,9 @@ def setting(options: argparse.Namespace) -> Setting:
     sys.path.insert(0, str(assets()))
     import zoo  # type: ignore[import-not-found]
 
-    data = zoo.imagenet(*{"mcunet": (176, "half"), "mobilenetv2": (224, "imagenet")}[options.network])
+    data = zoo.imagenet(
+        *{"mcunet": (176, "half"), "mobilenetv2": (224, "imagenet")}[options.network]
+    )
     calibration = torch.stack([data.calibration[i] for i in range(64)])
     images = torch.stack([data.evaluation[i][0] for i in range(options.images)])
     return Setting(options.network, target(options.target), calibration, images, options.threads)
@@ -338,8 +358,12 @@ def main() -> None:
     if options.memory:
         memory(s)
         return
-    print(f"{options.network}, {options.target}, {options.images} images, {options.threads} threads")
-    ours_screen(Setting(s.factory, s.scheme, s.calibration[:16], s.images[:16], s.threads))  # warm up
+    print(
+        f"{options.network}, {options.target}, {options.images} images, {options.threads} threads"
+    )
+    ours_screen(
+        Setting(s.factory, s.scheme, s.calibration[:16], s.images[:16], s.threads)
+    )  # warm up
     forward(s)
     exact = timed("ours, exact, all layers", lambda: ours_exact(s))
     results = [

@@ -102,15 +102,17 @@ def scale_variables(gm: fx.GraphModule) -> Channels:
     roots = [union.root(i) for i in range(len(union.parent))]
     kept = {r: k for k, r in enumerate(dict.fromkeys(roots))}
     found.fixed = torch.tensor([union.fixed[r] for r in kept], dtype=torch.bool)
-    found.of = {
-        n.name: torch.tensor([kept[roots[i]] for i in v]) for n, v in of.items() if v
-    }
+    found.of = {n.name: torch.tensor([kept[roots[i]] for i in v]) for n, v in of.items() if v}
     return found
 
 
 def _count(node: fx.Node) -> int:
     shape = node.meta.get("shape")
-    return shape[1] if isinstance(shape, tuple) and len(shape) >= 2 and isinstance(shape[1], int) else 0
+    return (
+        shape[1]
+        if isinstance(shape, tuple) and len(shape) >= 2 and isinstance(shape[1], int)
+        else 0
+    )
 
 
 def _called(gm: fx.GraphModule, node: fx.Node) -> str:
@@ -156,7 +158,11 @@ def _layer(gm: fx.GraphModule, node: fx.Node, union: _Union) -> list[int] | None
 
 def _keeps_axis(node: fx.Node) -> bool:
     source = node.all_input_nodes[0]
-    return _count(source) == _count(node) and len(source.meta["shape"]) >= 3 or source.meta["shape"] == node.meta["shape"]
+    return (
+        (_count(source) == _count(node)
+        and len(source.meta["shape"]) >= 3)
+        or source.meta["shape"] == node.meta["shape"]
+    )
 
 
 def _function(
@@ -165,7 +171,9 @@ def _function(
     target, count = node.target, _count(node)
     tensors = [a for a in node.args if isinstance(a, fx.Node)]
     if target in (operator.add, operator.sub) and len(tensors) == 2:
-        if any(n.op == "get_attr" or _count(n) != count or _rank(n) != _rank(node) for n in tensors):
+        if any(
+            n.op == "get_attr" or _count(n) != count or _rank(n) != _rank(node) for n in tensors
+        ):
             return None
         first, second = (read[node.all_input_nodes.index(t)] for t in tensors)
         union.unite(first, second)
@@ -188,7 +196,11 @@ def _function(
         rank = _rank(node.all_input_nodes[0])
         spatial = all(isinstance(a, int) and a % rank > 1 for a in axes)
         return read[0] if spatial and _count(node) == len(read[0]) else None
-    if target is operator.getitem and isinstance(node.args[1], tuple) and _rank(node) == _rank(node.all_input_nodes[0]):
+    if (
+        target is operator.getitem
+        and isinstance(node.args[1], tuple)
+        and _rank(node) == _rank(node.all_input_nodes[0])
+    ):
         index = node.args[1]
         if all(isinstance(i, slice) for i in index) and not any(_holds_node(i) for i in index):
             return read[0][index[1]] if len(index) > 1 else read[0]
@@ -223,7 +235,9 @@ def rescale(gm: fx.GraphModule, channels: Channels, scales: Tensor) -> None:
         source = node.args[0] if node.args else None
         read = None
         if is_call(gm, node, nn.Conv1d, nn.Conv2d, nn.Linear) and isinstance(source, fx.Node):
-            read = scales[channels.of[source.name]].double() if source.name in channels.of else None
+            read = (
+                scales[channels.of[source.name]].double() if source.name in channels.of else None
+            )
             _rescale_layer(module_of(gm, node), made, read)
         _rescale_meta(node, made, read)
 

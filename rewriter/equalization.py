@@ -152,9 +152,7 @@ class Damage:
             if node.name in channels.of and "channel_range" in node.meta and _stored(gm, node):
                 low, high = (r.double().numpy() for r in node.meta["channel_range"])
                 ends = np.maximum(-low, 0), np.maximum(high, 0)
-                term = _Values(
-                    channels.of[node.name].numpy(), *ends, known.of_value(node).numpy()
-                )
+                term = _Values(channels.of[node.name].numpy(), *ends, known.of_value(node).numpy())
                 self.terms.append((term, 1 / 255**2))
 
     def __call__(self, logs: Array) -> tuple[float, Array]:
@@ -240,7 +238,9 @@ def _power(node: fx.Node) -> Tensor:
 
 def _stored(gm: fx.GraphModule, node: fx.Node) -> bool:
     """Whether a value exists in int8: an activation that follows is computed in the same kernel."""
-    if len(node.users) == 1 and is_call(gm, next(iter(node.users)), *HOMOGENEOUS, nn.ReLU6, nn.Hardtanh):
+    if len(node.users) == 1 and is_call(
+        gm, next(iter(node.users)), *HOMOGENEOUS, nn.ReLU6, nn.Hardtanh
+    ):
         return False
     return any(n.op != "output" for n in node.users)
 

@@ -125,7 +125,10 @@ def _weight_gradients(layer: nn.Module, x: Tensor, g: Tensor) -> Tensor:
         x, g, groups, taps = x.transpose(1, 2), g.transpose(1, 2), 1, 1
     elif isinstance(layer, (nn.Conv1d, nn.Conv2d)):
         groups, taps = layer.groups, math.prod(layer.kernel_size)
-        steps = tuple(slice(s // 2 if k > 1 else 0, None, s) for s, k in zip(layer.stride, layer.kernel_size, strict=True))
+        steps = tuple(
+            slice(s // 2 if k > 1 else 0, None, s)
+            for s, k in zip(layer.stride, layer.kernel_size, strict=True)
+        )
         x = x[(..., *steps)]
         sizes = [min(a, b) for a, b in zip(x.shape[2:], g.shape[2:], strict=True)]
         x, g = (v[(..., *[slice(0, n) for n in sizes])] for v in (x, g))
@@ -136,11 +139,17 @@ def _weight_gradients(layer: nn.Module, x: Tensor, g: Tensor) -> Tensor:
         return torch.full(size, each, dtype=torch.float64)
     mean = x.mean((0, 2))
     if groups == x.shape[1]:
-        each = torch.linalg.vecdot(x, g) if g.shape[1] == x.shape[1] else _grouped(x, g, groups)[..., 0]
+        each = (
+            torch.linalg.vecdot(x, g)
+            if g.shape[1] == x.shape[1]
+            else _grouped(x, g, groups)[..., 0]
+        )
         each = each - mean.repeat_interleave(g.shape[1] // groups) * g.sum(2)
         return taps * each.square().sum(0).double().unsqueeze(1)
     each = _grouped(x, g, groups)
-    inner = mean.view(groups, -1).repeat_interleave(g.shape[1] // groups, 0)  # (C_out, C_in / groups)
+    inner = mean.view(groups, -1).repeat_interleave(
+        g.shape[1] // groups, 0
+    )  # (C_out, C_in / groups)
     each = each - inner * g.sum(2).unsqueeze(2)
     return taps * each.square().sum(0).double()
 

@@ -23,6 +23,9 @@ REMEDIES: tuple[tuple[str, str], ...] = (
 )
 
 
+EMPTY = Plan()
+
+
 class Measured(Protocol):
     """What the ladder reads of a plan's score."""
 
@@ -55,7 +58,7 @@ class Rung:
 
 
 def climb(
-    gm: fx.GraphModule, score: Callable[[Plan], Measured], base: Plan = Plan()
+    gm: fx.GraphModule, score: Callable[[Plan], Measured], base: Plan = EMPTY
 ) -> tuple[Rung, ...]:
     """Measure plain int8, then every free remedy on top of those that helped.
 

@@ -50,9 +50,7 @@ def refine(
     """
     gm = copy_graph(quantized.gm)
     scales = dict(quantized.calibration.weights)
-    result = replace(
-        quantized, gm=gm, calibration=replace(quantized.calibration, weights=scales)
-    )
+    result = replace(quantized, gm=gm, calibration=replace(quantized.calibration, weights=scales))
     inputs = _affordable(quantized.gm, batches)
     twins = dict(zip(quantized.gm.graph.nodes, gm.graph.nodes, strict=True))
     last = _last_uses(quantized.gm)
@@ -119,7 +117,9 @@ def _size(node: fx.Node) -> int:
     return math.prod(shape) if all(isinstance(s, int) for s in shape) else 0
 
 
-def _as_read(quantized: Quantized, node: fx.Node, values: dict[fx.Node, Any]) -> dict[fx.Node, Any]:
+def _as_read(
+    quantized: Quantized, node: fx.Node, values: dict[fx.Node, Any]
+) -> dict[fx.Node, Any]:
     """The values of a node's arguments as it reads them."""
     names = annotation(node).reads if "int8" in node.meta else ()
     return {
@@ -195,7 +195,11 @@ def _round(
     largest = wanted.abs().amax(2, keepdim=True) / spec.qmax
     if axis is None:
         largest = largest.amax().expand_as(largest)
-    least = _least_scale(quantized, node, layer, axis).view_as(largest) if axis is not None else _least_scale(quantized, node, layer, axis)
+    least = (
+        _least_scale(quantized, node, layer, axis).view_as(largest)
+        if axis is not None
+        else _least_scale(quantized, node, layer, axis)
+    )
     scale = best_scale(wanted, largest, moments.hessian, spec.qmin, spec.qmax, axis is None)
     scale = torch.maximum(scale, least).clamp_min(TINY).float().double()
     q = round_weights(wanted, scale, moments.hessian, spec.qmin, spec.qmax)

@@ -19,7 +19,8 @@ from search.records import Baseline, RunError, read_json, write_json
 
 log = logging.getLogger(__name__)
 
-LARGEST = 1000  # samples: the order of the layers is settled long before
+# Samples on which layers are measured: the order is settled long before. With --exact, all of them.
+ENOUGH = 256
 
 
 @dataclass(frozen=True)
@@ -50,6 +51,7 @@ class Sensitivity:
     engine: str
     baseline: Baseline
     layers: tuple[Layer, ...]
+    layer_samples: int = 0
 
     def damage_by_node(self) -> dict[str, float]:
         """Damage of each layer alone, by the node name that plans use."""
@@ -72,7 +74,8 @@ def analyze(
         tick: Told how far it is.
     """
     baseline = evaluator.baseline()
-    inputs = _first_inputs(evaluator, LARGEST)
+    count = evaluator.samples.count
+    inputs = _first_inputs(evaluator, count if exact else min(count, ENOUGH))
     targets = evaluator.samples.targets
     metric = None if targets is None else _per_sample(evaluator)
     found = analyze_layers(
@@ -96,6 +99,8 @@ def analyze(
         {
             **content,
             "baseline": asdict(baseline),
+            "samples": count,
+            "layer_samples": len(inputs),
             "engine": "simulate",
             "exact": exact,
             "fingerprint": evaluator.records.fingerprint,
@@ -138,6 +143,7 @@ def read_sensitivity(
             **{key: stored[key] for key in names},
             baseline=Baseline(**{k: _frozen(v) for k, v in stored["baseline"].items()}),
             layers=tuple(layers),
+            layer_samples=stored["layer_samples"],
         )
     except (RunError, KeyError, TypeError, AttributeError) as cause:
         log.warning("%s: not readable, analysed again: %s", path, cause)

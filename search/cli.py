@@ -330,9 +330,7 @@ def _opened(config: Path, folder: Path | None, **options: Any) -> tuple[Config, 
     return cfg, folder or Path("runs") / cfg.path.stem
 
 
-def _export(
-    job: Job, score: Score, folder: Path, quiet: bool, compared: bool = False
-) -> None:
+def _export(job: Job, score: Score, folder: Path, quiet: bool, compared: bool = False) -> None:
     from search.export import export as write
 
     with _progress(quiet)("writing and measuring the file") as tick:

@@ -87,8 +87,10 @@ def space_of(job: Job, sensitivity: Sensitivity) -> Space:
 def worth_trying(
     gm: fx.GraphModule, space: Space, sensitivity: Sensitivity, trials: int
 ) -> Callable[[Mapping[str, Score]], list[Plan]]:
-    """What to score first: references, the ladder of free remedies, each answer on top of its best
-    rung, then what these predict to be best.
+    """What to score first, before any search.
+
+    References, the ladder of free remedies, each answer on top of its best rung, then what these
+    predict to be best.
 
     A step is taken to multiply the damage by the factor that it has alone: so the prediction never
     falls below zero, and the logarithm is additive. A layer in float that was not scored takes

@@ -241,10 +241,16 @@ def _try(
         trial.set_user_attr("worker", worker)
     plan = Plan.parse(trial.user_attrs["plan"])
     text = str(plan)
-    others = [t for t in study.get_trials(deepcopy=False) if t.user_attrs.get("plan") == text]
-    if any(
-        t.number < trial.number and (t.state in (CLAIMED, DONE) or _has_score(t)) for t in others
-    ):
+    everyone = study.get_trials(deepcopy=False)
+    others = [t for t in everyone if t.user_attrs.get("plan") == text]
+    before = [t for t in everyone if t.number < trial.number]
+    taken = any(
+        t.user_attrs.get("plan") == text and (t.state in (CLAIMED, DONE) or _has_score(t))
+        for t in before
+    )
+    # Two workers may have seen the same last place in the budget: the first trial has it.
+    ahead = sum(t.state == CLAIMED or t.user_attrs.get("counts", False) for t in before)
+    if taken or ahead >= settings.trials:
         study.tell(trial, state=FAILED)
         return None
     # First of all: a trial without a constraint counts as feasible, whatever becomes of it.

@@ -32,7 +32,7 @@ def sensitivity_table(sensitivity: Sensitivity, rows: int = 15) -> Table:
     base = sensitivity.baseline
     title = (
         f"{sensitivity.metric} float {percent(base.float)}, int8 {percent(base.int8)} on "
-        f"{sensitivity.target}; each layer alone in int8, {sensitivity.samples} samples, "
+        f"{sensitivity.target}; each layer alone in int8, {sensitivity.layer_samples} samples, "
         f"{sensitivity.engine}"
     )
     return _rich_table(title, *layer_rows(sensitivity, rows))

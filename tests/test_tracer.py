@@ -99,9 +99,7 @@ def test_in_place_on_a_part_is_refused_with_the_line() -> None:
         y[:, :2].mul_(2)
         return y
 
-    with pytest.raises(
-        graph.TraceError, match=r"only a part or a view at .*test_tracer\.py:\d+"
-    ):
+    with pytest.raises(graph.TraceError, match=r"only a part or a view at .*test_tracer\.py:\d+"):
         graph.trace(randomise(Forward(part, conv=conv())), torch.randn(2, *IMAGE))
 
 

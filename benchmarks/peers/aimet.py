@@ -1,6 +1,6 @@
 """AIMET's QuantAnalyzer: one layer's quantizers enabled at a time. Runs in an environment of its own.
 
-    python aimet.py DATA.npz OUT.json '{"factory": "mcunet", "threads": 1, "per_channel": true}'
+python aimet.py DATA.npz OUT.json '{"factory": "mcunet", "threads": 1, "per_channel": true}'
 """
 
 from __future__ import annotations
@@ -42,10 +42,19 @@ def main(data: str, out: str, options: dict) -> None:
         )
         from aimet_torch.quantsim import QuantizationSimModel  # type: ignore[import-not-found]
 
-        settings = {"quant_scheme": "post_training_tf", "default_param_bw": 8, "default_output_bw": 8}
-        create = getattr(analyzer, "create_quantsim_and_encodings", None) or analyzer._create_quantsim_and_encodings
+        settings = {
+            "quant_scheme": "post_training_tf",
+            "default_param_bw": 8,
+            "default_output_bw": 8,
+        }
+        create = (
+            getattr(analyzer, "create_quantsim_and_encodings", None)
+            or analyzer._create_quantsim_and_encodings
+        )
         try:
-            sim = create(**{"quant_scheme": "min_max", "default_param_bw": 8, "default_output_bw": 8, "config_file": None})
+            sim = create(
+                quant_scheme="min_max", default_param_bw=8, default_output_bw=8, config_file=None
+            )
         except Exception:  # the name of the scheme differs between versions
             sim = create(**settings, config_file=None)
         assert isinstance(sim, QuantizationSimModel)

@@ -1,6 +1,6 @@
 """NVIDIA ModelOpt's gradient scores (auto_quantize). Runs in an environment of its own.
 
-    python modelopt.py DATA.npz OUT.json '{"factory": "mcunet", "threads": 1, "per_channel": true}'
+python modelopt.py DATA.npz OUT.json '{"factory": "mcunet", "threads": 1, "per_channel": true}'
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ def main(data: str, out: str, options: dict) -> None:
         # the labels of the float network: no others are given
         return torch.nn.functional.cross_entropy(output, output.argmax(1))
 
-    config = getattr(mtq, "INT8_DEFAULT_CFG")
+    config = mtq.INT8_DEFAULT_CFG
     cpu, wall = time.process_time(), time.perf_counter()
     _, state = mtq.auto_quantize(
         model,
@@ -44,7 +44,12 @@ def main(data: str, out: str, options: dict) -> None:
     for name, stats in state["candidate_stats"].items():
         # formats and scores are ordered alike; the last format is "not quantized"
         damage[name.removesuffix(".quant_recipe")] = max(map(float, stats["scores"]))
-    result = {"name": "ModelOpt auto_quantize, gradient", "cpu": seconds[0], "wall": seconds[1], "damage": damage}
+    result = {
+        "name": "ModelOpt auto_quantize, gradient",
+        "cpu": seconds[0],
+        "wall": seconds[1],
+        "damage": damage,
+    }
     with open(out, "w", encoding="utf-8") as file:
         json.dump(result, file)
 

@@ -46,6 +46,7 @@ def compare(
         quantized: annotated graph and its ranges.
         inputs: (n, C, H, W) a few inputs; all values of them are held in memory.
         optimize: compare with ONNX Runtime's int8 kernels; False: with the file as it is written.
+        threads: of ONNX Runtime.
     """
     nodes = [n for n in quantized.gm.graph.nodes if _stored(n)]
     names = [n.name for n in nodes]

@@ -39,7 +39,9 @@ class AbsorbBias(WholeModelRule):
             maker = activation.args[0]
             assert isinstance(maker, fx.Node)
             layer: Any = module_of(gm, maker)
-            layer.bias = nn.Parameter(_bias(layer) - constant.to(layer.weight), requires_grad=False)
+            layer.bias = nn.Parameter(
+                _bias(layer) - constant.to(layer.weight), requires_grad=False
+            )
             for node in (maker, activation):
                 low, high = node.meta["channel_range"]
                 node.meta["channel_range"] = (low - constant.to(low), high - constant.to(high))
@@ -62,7 +64,9 @@ def _places(gm: fx.GraphModule) -> list[tuple[fx.Node, Tensor]]:
         low, high = (r.double() for r in maker.meta["channel_range"])
         constant = SHARE * low.clamp_min(0)
         if isinstance(act, nn.Hardtanh):  # ReLU6 too: below the cap it is linear
-            constant = torch.where(high < act.max_val, constant, 0) if act.min_val == 0 else 0 * low
+            constant = (
+                torch.where(high < act.max_val, constant, 0) if act.min_val == 0 else 0 * low
+            )
         if bool((constant > 0).any()):
             found.append((node, constant))
     return found
@@ -85,7 +89,11 @@ def _bias(layer: Any) -> Tensor:
 
 def _add_constant(layer: Any, constant: Tensor) -> None:
     """Add what a layer makes of a constant input (C_in,) to its bias, in place."""
-    weight = layer.weight.detach().double().flatten(2).sum(2) if layer.weight.ndim > 2 else layer.weight.detach().double()
+    weight = (
+        layer.weight.detach().double().flatten(2).sum(2)
+        if layer.weight.ndim > 2
+        else layer.weight.detach().double()
+    )
     rows = constant.view(-1, weight.shape[1])
     rows = rows.repeat_interleave(len(weight) // len(rows), 0)
     added = (weight * rows).sum(1)

@@ -103,7 +103,11 @@ def test_reproducing_weights_undo_a_distortion_of_the_inputs() -> None:
     ],
 )
 def test_patches_times_weights_are_the_layers_outputs(layer: nn.Module) -> None:
-    shapes = {nn.Conv2d: (3, layer.weight.shape[1] * getattr(layer, "groups", 1), 9, 11), nn.Conv1d: (3, 4, 13), nn.Linear: (3, 5, 7)}
+    shapes = {
+        nn.Conv2d: (3, layer.weight.shape[1] * getattr(layer, "groups", 1), 9, 11),
+        nn.Conv1d: (3, 4, 13),
+        nn.Linear: (3, 5, 7),
+    }
     x = torch.randn(shapes[type(layer)], generator=torch.Generator().manual_seed(1))
     (found,) = patches(layer, (x,), samples=3)
     groups = getattr(layer, "groups", 1)
@@ -113,7 +117,11 @@ def test_patches_times_weights_are_the_layers_outputs(layer: nn.Module) -> None:
         expected = layer(x)
     if layer.bias is not None:
         made = made + layer.bias.detach()[:, None]
-    expected = expected.flatten(0, -2).T if isinstance(layer, nn.Linear) else expected.transpose(0, 1).flatten(1)
+    expected = (
+        expected.flatten(0, -2).T
+        if isinstance(layer, nn.Linear)
+        else expected.transpose(0, 1).flatten(1)
+    )
     torch.testing.assert_close(made.sort(1).values, expected.sort(1).values, rtol=1e-4, atol=1e-5)
 
 

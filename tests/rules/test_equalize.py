@@ -54,11 +54,31 @@ class SqueezeExcite(nn.Module):
 
 CHAINS = [
     nn.Sequential(conv(3, 6, 3, bias=False), nn.ReLU(), conv(6, 4)),
-    nn.Sequential(conv(3, 6), nn.PReLU(6), conv(6, 6, (3, 2), groups=6, stride=2), nn.PReLU(), conv(6, 4)),
-    nn.Sequential(conv(3, 6), nn.LeakyReLU(0.2), conv(6, 12, 3, groups=3, dilation=2), nn.ReLU(), conv(12, 4)),
-    nn.Sequential(conv(3, 6), nn.MaxPool2d(2), conv(6, 8, 3, padding=1, padding_mode="reflect"), nn.ReLU(), nn.Flatten(), nn.Linear(8 * 6 * 5, 4)),
-    nn.Sequential(conv(3, 6), nn.ReLU6(), conv(6, 6, 3, groups=6, padding=1), nn.ReLU6(), conv(6, 4)),
-    nn.Sequential(conv(3, 6), nn.ReLU(), conv(6, 8), nn.Upsample(scale_factor=2), nn.AvgPool2d(3, 1, 1), conv(8, 4)),
+    nn.Sequential(
+        conv(3, 6), nn.PReLU(6), conv(6, 6, (3, 2), groups=6, stride=2), nn.PReLU(), conv(6, 4)
+    ),
+    nn.Sequential(
+        conv(3, 6), nn.LeakyReLU(0.2), conv(6, 12, 3, groups=3, dilation=2), nn.ReLU(), conv(12, 4)
+    ),
+    nn.Sequential(
+        conv(3, 6),
+        nn.MaxPool2d(2),
+        conv(6, 8, 3, padding=1, padding_mode="reflect"),
+        nn.ReLU(),
+        nn.Flatten(),
+        nn.Linear(8 * 6 * 5, 4),
+    ),
+    nn.Sequential(
+        conv(3, 6), nn.ReLU6(), conv(6, 6, 3, groups=6, padding=1), nn.ReLU6(), conv(6, 4)
+    ),
+    nn.Sequential(
+        conv(3, 6),
+        nn.ReLU(),
+        conv(6, 8),
+        nn.Upsample(scale_factor=2),
+        nn.AvgPool2d(3, 1, 1),
+        conv(8, 4),
+    ),
     Residual(),
     SqueezeExcite(),
 ]
@@ -70,7 +90,9 @@ def test_is_exact_through_everything_homogeneous(model: nn.Module) -> None:
     assert new.code.count("(") > 0
 
 
-@pytest.mark.parametrize("act", [nn.SiLU(), nn.Hardswish(), nn.Sigmoid(), nn.Hardtanh(-1, 1), nn.GELU()])
+@pytest.mark.parametrize(
+    "act", [nn.SiLU(), nn.Hardswish(), nn.Sigmoid(), nn.Hardtanh(-1, 1), nn.GELU()]
+)
 def test_refuses_what_is_not_homogeneous(act: nn.Module) -> None:
     model = nn.Sequential(conv(3, 6, 3), act, conv(6, 4))
     check.refuses(RULE, model, type(act).__name__, SHAPE)
@@ -116,7 +138,9 @@ def test_planted_unevenness_is_taken_out_again() -> None:
 
 
 def test_a_channel_at_the_cap_keeps_its_scale_and_the_cap_stays_one_number() -> None:
-    model = check.randomise(nn.Sequential(conv(3, 8, 3), nn.ReLU6(), conv(8, 8, 3, groups=8), nn.ReLU6(), conv(8, 4)))
+    model = check.randomise(
+        nn.Sequential(conv(3, 8, 3), nn.ReLU6(), conv(8, 8, 3, groups=8), nn.ReLU6(), conv(8, 4))
+    )
     with torch.no_grad():
         model[0].weight[:3] *= 40  # these reach 6
         model[0].weight[3:] *= 0.05
@@ -128,7 +152,9 @@ def test_a_channel_at_the_cap_keeps_its_scale_and_the_cap_stays_one_number() -> 
     assert float((ratio[3:] - 1).abs().max()) > 0.1
     high = find(new, "_0").meta["channel_range"][1]
     assert float(high[3:].max()) <= 6 / 1.1 + 1e-6
-    assert all(module_of(new, n).max_val == 6.0 for n in new.graph.nodes if "ReLU6" in str(n.target))
+    assert all(
+        module_of(new, n).max_val == 6.0 for n in new.graph.nodes if "ReLU6" in str(n.target)
+    )
 
 
 def test_what_is_known_of_values_follows_the_scales() -> None:
@@ -153,7 +179,9 @@ def test_influence_follows_the_scales() -> None:
     for node in new.graph.nodes:
         for key in ("influence", "weight_influence"):
             if key in node.meta:
-                torch.testing.assert_close(said[node.name][key], node.meta[key], rtol=1e-6, atol=1e-12)
+                torch.testing.assert_close(
+                    said[node.name][key], node.meta[key], rtol=1e-6, atol=1e-12
+                )
 
 
 def brute_force(gm: fx.GraphModule, scales: Tensor, per_channel: bool) -> float:
@@ -174,8 +202,13 @@ def brute_force(gm: fx.GraphModule, scales: Tensor, per_channel: bool) -> float:
     for o, top in enumerate(largest(new2)):
         total += (top / 127) ** 2 * sum(f * s[i] ** 2 for i, f in enumerate(f2[o]))
     low, high = value.meta["channel_range"]
-    step = (max(h * a for h, a in zip(high.tolist(), s, strict=True)) + max(-v * a for v, a in zip(low.tolist(), s, strict=True))) / 255
-    total += step**2 * sum(f / a**2 for f, a in zip(value.meta["influence"].tolist(), s, strict=True))
+    step = (
+        max(h * a for h, a in zip(high.tolist(), s, strict=True))
+        + max(-v * a for v, a in zip(low.tolist(), s, strict=True))
+    ) / 255
+    total += step**2 * sum(
+        f / a**2 for f, a in zip(value.meta["influence"].tolist(), s, strict=True)
+    )
     source = find(gm, "input_1")
     low, high = source.meta["channel_range"]
     step = (float(high.clamp_min(0).max()) - float(low.clamp_max(0).min())) / 255

@@ -1,0 +1,131 @@
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from rewriter import trace
+from rewriter.fidelity import kl_divergence
+from rewriter.graph import find, layers, module_of
+from rewriter.influence import weigh
+from tests.rules import check
+
+SHAPE = (3, 9, 8)
+
+
+class Classifier(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.dw = nn.Conv2d(3, 5, 1), nn.Conv2d(5, 5, 1, groups=5)
+        self.act, self.head = nn.SiLU(), nn.Linear(5, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.act(self.dw(self.act(self.stem(x)))).mean((2, 3)))
+
+
+def test_predicts_the_divergence_that_small_independent_errors_cause() -> None:
+    """1/2 sum_c F_c sigma_c^2 against the measured mean KL of noise in one value."""
+    x = check.inputs(SHAPE, 24)
+    gm = trace(check.randomise(Classifier()), x.float()).double()
+    weigh(gm, [x] * 40, inputs=960)  # many draws of the answers
+    node = layers(gm)[0]
+    layer = module_of(gm, node)
+    generator = torch.Generator().manual_seed(5)
+    for channel in range(5):
+        noise = 0.2 * torch.randn(24 * 50, 1, 9, 8, generator=generator, dtype=torch.float64)
+
+        def disturb(
+            m: nn.Module, args: tuple[Tensor], y: Tensor, c: int = channel, d: Tensor = noise
+        ) -> Tensor:
+            y = y.clone()
+            y[:, c : c + 1] += d
+            return y
+
+        many = x.repeat(50, 1, 1, 1)
+        exact = gm(many)
+        hook = layer.register_forward_hook(disturb)  # type: ignore[arg-type]
+        measured = float(kl_divergence(gm(many), exact).mean())
+        hook.remove()
+        predicted = 0.5 * float(node.meta["influence"][channel]) * 0.2**2
+        assert predicted == pytest.approx(measured, rel=0.25)
+
+
+@pytest.mark.parametrize(
+    "layer",
+    [
+        nn.Conv2d(6, 4, 1),
+        nn.Conv2d(6, 6, 1, groups=6),
+        nn.Conv2d(6, 9, 1, groups=3),
+        nn.Conv2d(6, 12, 1, groups=6, stride=2),
+        nn.Conv1d(6, 4, 1),
+        nn.Linear(6, 4),
+    ],
+)
+def test_weight_influence_is_the_square_of_each_samples_gradient(layer: nn.Module) -> None:
+    sizes = {nn.Linear: (6,), nn.Conv1d: (6, 7)}
+    shape = sizes.get(type(layer), (6, 7, 5))
+    x = torch.randn(4, *shape, generator=torch.Generator().manual_seed(1))
+    model = check.randomise(nn.Sequential(layer, nn.Flatten(), nn.Tanh()))
+    gm = trace(model, x).double()
+    weigh(gm, [x.double()])
+    (node,) = layers(gm)
+    m = module_of(gm, node)
+    # the same answers drawn again, one sample at a time
+    generator = torch.Generator().manual_seed(0)
+    y = gm(x.double())
+    log = y.log_softmax(1)
+    drawn = torch.multinomial(log.exp(), 1, generator=generator)
+    total = torch.zeros_like(m.weight)
+    m.weight.requires_grad_(True)
+    centred = x.double() - x.double().mean([d for d in range(x.ndim) if d != 1], keepdim=True)
+    for i in range(4):
+        out = m(x[i : i + 1].double())
+        slope = torch.autograd.grad(
+            gm(x[i : i + 1].double()).log_softmax(1)[0, drawn[i, 0]], m.weight, retain_graph=True
+        )[0]
+        del slope
+        z = out.detach().requires_grad_(True)
+        g = torch.autograd.grad(torch.tanh(z.flatten(1)).log_softmax(1)[0, drawn[i, 0]], z)[0]
+        through = torch.autograd.grad(
+            torch.func.functional_call(
+                m, {"weight": m.weight, "bias": None}, (centred[i : i + 1],)
+            ),
+            m.weight,
+            g,
+        )[0]
+        total += through**2
+    expected = total.flatten(2).sum(2) / 4 if total.ndim > 2 else total / 4
+    torch.testing.assert_close(
+        node.meta["weight_influence"], expected.detach(), rtol=1e-6, atol=1e-12
+    )
+
+
+def test_other_outputs_count_relative_to_their_size() -> None:
+    class Two(nn.Module):
+        def __init__(self, factor: float) -> None:
+            super().__init__()
+            self.stem, self.factor = nn.Conv2d(3, 4, 3), factor
+            self.a, self.b = nn.Conv2d(4, 3, 1), nn.Conv2d(4, 2, 1)
+
+        def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+            x = torch.relu(self.stem(x))
+            return self.a(x), self.b(x) * self.factor
+
+    x = check.inputs(SHAPE, 6).float()
+    found = []
+    for factor in (1.0, 1000.0):
+        torch.manual_seed(3)
+        model = Two(factor)
+        gm = trace(check.randomise(model), x)
+        weigh(gm, [x])
+        found.append(find(gm, "stem").meta["influence"])
+    torch.testing.assert_close(found[0], found[1], rtol=1e-4, atol=0)
+
+
+def test_weights_stay_as_they_were() -> None:
+    x = check.inputs(SHAPE, 6).float()
+    gm = trace(check.randomise(Classifier()), x)
+    before = {k: v.clone() for k, v in gm.state_dict().items()}
+    weigh(gm, [x], inputs=4)
+    assert all(torch.equal(v, before[k]) for k, v in gm.state_dict().items())
+    assert not any(p.requires_grad for p in gm.parameters())
