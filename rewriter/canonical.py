@@ -141,7 +141,9 @@ def _use_positions(gm: fx.GraphModule) -> None:
         elif name in ("fill_", "zero_"):
             node.op, node.target = "call_function", torch.full_like
             node.args = (*node.args, 0.0)[:2]
-        else:  # copy_ and the like work on a copy
+        elif name == "copy_":
+            node.target, node.args = "expand_as", (node.args[1], node.args[0])
+        else:  # random_ and the like work on a copy
             with gm.graph.inserting_before(node):
                 copied = gm.graph.call_function(torch.clone, (node.args[0],))
             node.args = (copied, *node.args[1:])

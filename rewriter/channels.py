@@ -158,11 +158,9 @@ def _layer(gm: fx.GraphModule, node: fx.Node, union: _Union) -> list[int] | None
 
 def _keeps_axis(node: fx.Node) -> bool:
     source = node.all_input_nodes[0]
-    return (
-        (_count(source) == _count(node)
-        and len(source.meta["shape"]) >= 3)
-        or source.meta["shape"] == node.meta["shape"]
-    )
+    return (_count(source) == _count(node) and len(source.meta["shape"]) >= 3) or source.meta[
+        "shape"
+    ] == node.meta["shape"]
 
 
 def _function(
@@ -196,19 +194,20 @@ def _function(
         rank = _rank(node.all_input_nodes[0])
         spatial = all(isinstance(a, int) and a % rank > 1 for a in axes)
         return read[0] if spatial and _count(node) == len(read[0]) else None
-    if (
-        target is operator.getitem
-        and isinstance(node.args[1], tuple)
-        and _rank(node) == _rank(node.all_input_nodes[0])
-    ):
-        index = node.args[1]
-        if all(isinstance(i, slice) for i in index) and not any(_holds_node(i) for i in index):
-            return read[0][index[1]] if len(index) > 1 else read[0]
+    if target is operator.getitem and _rank(node) == _rank(node.all_input_nodes[0]):
+        return _sliced(node.args[1], read[0])
     return None
 
 
-def _holds_node(index: slice) -> bool:
-    return any(isinstance(v, fx.Node) for v in (index.start, index.stop, index.step))
+def _sliced(index: Any, variables: list[int]) -> list[int] | None:
+    """The variables that a slice along the channels (and others along other axes) leaves."""
+    parts = index if isinstance(index, tuple) else (index,)
+    for part in parts:
+        if not isinstance(part, slice):
+            return None
+        if any(isinstance(v, fx.Node) for v in (part.start, part.stop, part.step)):
+            return None
+    return variables[parts[1]] if len(parts) > 1 else variables
 
 
 def _rank(node: fx.Node) -> int:

@@ -78,7 +78,9 @@ def _accumulate(
                 values[node] = run_node(gm, node, values, feed)
         score = _score([values[n] for n in outputs(gm)], generator)
     watched = [n for n, v in values.items() if isinstance(v, Tensor) and v.requires_grad]
-    found = torch.autograd.grad(score, [values[n] for n in watched], allow_unused=True)
+    found: tuple[Tensor | None, ...] = torch.autograd.grad(
+        score, [values[n] for n in watched], allow_unused=True
+    )
     for node, g in zip(watched, found, strict=True):
         if g is None or g.ndim < 2:
             continue
@@ -115,7 +117,7 @@ def _score(answers: list[Tensor], generator: torch.Generator) -> Tensor:
     return total
 
 
-def _weight_gradients(layer: nn.Module, x: Tensor, g: Tensor) -> Tensor:
+def _weight_gradients(layer: Any, x: Tensor, g: Tensor) -> Tensor:
     """(C_out, C_in / groups): sum over samples of the squared gradients of a filter's weights, the input's mean taken out.
 
     Of a k x k filter the middle weight stands for all: neighbouring pixels are alike, and unfolding costs ten times the rest.
@@ -126,8 +128,8 @@ def _weight_gradients(layer: nn.Module, x: Tensor, g: Tensor) -> Tensor:
     elif isinstance(layer, (nn.Conv1d, nn.Conv2d)):
         groups, taps = layer.groups, math.prod(layer.kernel_size)
         steps = tuple(
-            slice(s // 2 if k > 1 else 0, None, s)
-            for s, k in zip(layer.stride, layer.kernel_size, strict=True)
+            slice(start, None, step)
+            for start, step in zip(_middles(layer), layer.stride, strict=True)
         )
         x = x[(..., *steps)]
         sizes = [min(a, b) for a, b in zip(x.shape[2:], g.shape[2:], strict=True)]
@@ -152,6 +154,14 @@ def _weight_gradients(layer: nn.Module, x: Tensor, g: Tensor) -> Tensor:
     )  # (C_out, C_in / groups)
     each = each - inner * g.sum(2).unsqueeze(2)
     return taps * each.square().sum(0).double()
+
+
+def _middles(layer: nn.Conv1d | nn.Conv2d) -> list[int]:
+    """Where the middle weight of the filter lies for the first output, along each axis."""
+    middles = [(k - 1) * d // 2 for k, d in zip(layer.kernel_size, layer.dilation, strict=True)]
+    if isinstance(layer.padding, str):
+        return middles if layer.padding == "valid" else [0] * len(middles)
+    return [max(0, m - int(p)) for m, p in zip(middles, layer.padding, strict=True)]
 
 
 def _grouped(x: Tensor, g: Tensor, groups: int) -> Tensor:

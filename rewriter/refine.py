@@ -146,7 +146,8 @@ def _repair(
     layer: Any = module_of(quantized.gm, node)
     spec = annotation(node).weight
     source = node.args[0]
-    assert spec is not None and isinstance(source, fx.Node)
+    assert spec is not None
+    assert isinstance(source, fx.Node)
     inputs = [_as_read(quantized, node, values)[source] for values in rounded]
     if "rounding" in repairs and is_call(quantized.gm, node, nn.Conv1d, nn.Conv2d, nn.Linear):
         wanted = [values[original.args[0]] for values in exact]  # type: ignore[index]

@@ -184,7 +184,9 @@ def test_every_rule_has_its_test_file(rule) -> None:
     assert (ROOT / "rewriter/rules" / f"{file}.py").is_file()
     assert (ROOT / "tests/rules" / f"test_{file}.py").is_file(), f"{rule.name}: no test"
     plain = rule.name.rstrip("0123456789").rstrip("_")
-    assert plain.startswith(file) or SHARES_FILE.get(plain) == file, f"{rule.name} in {file}.py"
+    assert rule.name.startswith(file) or SHARES_FILE.get(plain) == file, (
+        f"{rule.name} in {file}.py"
+    )
 
 
 def test_every_rule_file_is_in_the_catalogue() -> None:

@@ -7,7 +7,7 @@ from torch import Tensor, nn
 from rewriter import trace
 from rewriter.fidelity import kl_divergence
 from rewriter.graph import find, layers, module_of
-from rewriter.influence import weigh
+from rewriter.influence import _middles, weigh
 from tests.rules import check
 
 SHAPE = (3, 9, 8)
@@ -77,13 +77,11 @@ def test_weight_influence_is_the_square_of_each_samples_gradient(layer: nn.Modul
     drawn = torch.multinomial(log.exp(), 1, generator=generator)
     total = torch.zeros_like(m.weight)
     m.weight.requires_grad_(True)
-    centred = x.double() - x.double().mean([d for d in range(x.ndim) if d != 1], keepdim=True)
+    steps = [slice(None, None, s) for s in getattr(layer, "stride", ())]
+    read = x.double()[(..., *steps)] if steps else x.double()
+    centred = x.double() - read.mean([d for d in range(x.ndim) if d != 1], keepdim=True)
     for i in range(4):
         out = m(x[i : i + 1].double())
-        slope = torch.autograd.grad(
-            gm(x[i : i + 1].double()).log_softmax(1)[0, drawn[i, 0]], m.weight, retain_graph=True
-        )[0]
-        del slope
         z = out.detach().requires_grad_(True)
         g = torch.autograd.grad(torch.tanh(z.flatten(1)).log_softmax(1)[0, drawn[i, 0]], z)[0]
         through = torch.autograd.grad(
@@ -98,6 +96,19 @@ def test_weight_influence_is_the_square_of_each_samples_gradient(layer: nn.Modul
     torch.testing.assert_close(
         node.meta["weight_influence"], expected.detach(), rtol=1e-6, atol=1e-12
     )
+
+
+@pytest.mark.parametrize(
+    ("layer", "first"),
+    [
+        (nn.Conv2d(1, 1, 3, padding=1, stride=2), [0, 0]),
+        (nn.Conv2d(1, 1, (5, 3)), [2, 1]),
+        (nn.Conv2d(1, 1, 3, padding="same", dilation=2), [0, 0]),
+        (nn.Conv1d(1, 1, 7, padding=1), [2]),
+    ],
+)
+def test_the_middle_weight_stands_for_a_filter(layer: nn.Conv2d, first: list[int]) -> None:
+    assert _middles(layer) == first
 
 
 def test_other_outputs_count_relative_to_their_size() -> None:

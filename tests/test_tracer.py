@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from rewriter import graph
 from rewriter.graph import layer_name, layers
@@ -122,3 +122,51 @@ def test_forgotten_in_place_does_not_pass(monkeypatch: pytest.MonkeyPatch) -> No
     model = Forward(read_after_relu, conv=conv(), relu=nn.ReLU(inplace=True))
     with pytest.raises(graph.TraceError, match="differs"):
         graph.trace(randomise(model), torch.randn(2, *IMAGE))
+
+
+# -------------------------------------------------------------------- values that are no tensor
+
+
+class Dictionary(nn.Module):
+    """Untraceable, and returns a dictionary and a list."""
+
+    def forward(self, x: Tensor) -> tuple[dict[str, Tensor], list[Tensor]]:
+        if float(x.sum()) > 1e9:
+            return {}, []
+        return {"a": x * 2, "b": x + 1}, [x, x.exp()]
+
+
+def dictionary_is_walked(self, x):
+    found, rest = self.odd(self.conv(x))
+    assert len(found) == 2
+    assert "a" in found
+    total = sum(v * (1 if k == "a" else 3) for k, v in found.items())
+    total = total + sum(found.values()) + sum(found[k] for k in found)
+    first, *others = rest
+    return total + first - others[0] * len(rest)
+
+
+def returned_whole(self, x):
+    return self.odd(self.conv(x))
+
+
+def copied_into(self, x):
+    y = self.conv(x)
+    z = y * 2
+    z.copy_(y.flip(1))
+    return y - z
+
+
+def attributes(self, x):
+    y = self.conv(x)
+    assert y.dtype is torch.float32
+    assert y.device.type == "cpu"
+    assert (y.ndim, y.dim(), len(y.shape), y.is_cuda, y.requires_grad) == (4, 4, 4, False, False)
+    return y.mT.T if False else y.mT.reshape(-1, y[0].numel())
+
+
+@pytest.mark.parametrize(
+    "function", [dictionary_is_walked, returned_whole, copied_into, attributes]
+)
+def test_what_is_no_tensor(function) -> None:
+    traced(randomise(Forward(function, conv=conv(), odd=Dictionary())), IMAGE)

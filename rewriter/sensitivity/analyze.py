@@ -46,7 +46,7 @@ SCREEN_PASSES = 5.0
 SURE = 3.0
 HARMLESS = 0.1
 # Projections for each part of the error that make the ranking steady.
-ENOUGH = 150
+ENOUGH = 100
 CURVE = (0, 1, 2, 3, 5, 8)
 
 

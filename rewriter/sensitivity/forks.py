@@ -148,6 +148,8 @@ def modules_of(gm: fx.GraphModule) -> dict[fx.Node, nn.Module]:
 
 def call(modules: Mapping[fx.Node, nn.Module], node: fx.Node, values: dict[fx.Node, Any]) -> Any:
     """The value of a ``call_module`` node."""
+    if len(node.args) == 1 and not node.kwargs and isinstance(node.args[0], fx.Node):
+        return modules[node](values[node.args[0]])
     args: Any = fx.map_arg(node.args, values.__getitem__)
     kwargs: Any = fx.map_arg(node.kwargs, values.__getitem__)
     return modules[node](*args, **kwargs)
@@ -322,7 +324,7 @@ class Forks:
     def _evaluate(
         self,
         node: fx.Node,
-        values: Mapping[fx.Node, Any],
+        values: dict[fx.Node, Any],
         rounded: dict[fx.Node, Tensor],
         variant: Variant,
         overwrite: bool,
@@ -330,8 +332,8 @@ class Forks:
         state = variant.get(node.name, FLOAT)
         if overwrite and not state.reads:
             return _overwrite(self.modules[node], values[node.all_input_nodes[0]])
-        seen: dict[fx.Node, Any] = {n: values[n] for n in node.all_input_nodes}
-        for n in node.all_input_nodes:
+        seen = dict(values) if state.reads else values
+        for n in node.all_input_nodes if state.reads else ():
             if n.name in state.reads and not self._on_grid(n, variant):
                 seen[n] = self._rounded(n, seen[n], rounded)
         if state.weight:

@@ -224,10 +224,9 @@ class Screener:
                         # a view for each reader, so that its gradient is this reader's alone
                         seen[n] = seen[n].view_as(seen[n]) if len(n.users) > 1 else seen[n]
                         hang.rounding((node.name, n.name), seen[n], self.params[n])
-                if node.op == "call_module":
-                    value = call(self.modules, node, seen)
-                else:
-                    value = run_node(self.gm, node, seen, feed)
+                made = node.op == "call_module"
+                value = call(self.modules, node, seen) if made else None
+                value = value if made else run_node(self.gm, node, seen, feed)
                 if node.op == "placeholder" and value.is_floating_point():
                     value = value.detach().requires_grad_()
                     roots.append(value)

@@ -130,9 +130,12 @@ def _noise_per_damage(tallies: Sequence[Tally]) -> float:
 
 
 def _values(quantized: Quantized, screening: Screening) -> list[ValueDamage]:
-    gm, found = quantized.gm, []
+    gm = quantized.gm
+    found: list[ValueDamage] = []
+    nodes = {n.name: n for n in gm.graph.nodes}
+    weighted = [(n.name, layer_name(n)) for n in layers(gm)]
     for name, harm in screening.value_damage().items():
-        node = find(gm, name)
+        node = nodes[name]
         low, high = quantized.calibration.values[annotation(node).range_of]
         stats = quantized.calibration.stats.get(name)
         channels: tuple[int, ...] = ()
@@ -144,7 +147,7 @@ def _values(quantized: Quantized, screening: Screening) -> list[ValueDamage]:
             channels = tuple(c for c in order if float(wide[c]) >= SETS_RANGE * most)[:8]
             spread = most / max(float(wide.median()), 1e-30)
         readers = {reader for reader, _ in screening.parts.values[name]}
-        feeds = tuple(layer_name(n) for n in layers(gm) if n.name in readers)
+        feeds = tuple(layer for n, layer in weighted if n in readers)
         found.append(
             ValueDamage(name, _made_by(gm, node), low, high, channels, spread, feeds, harm)
         )
