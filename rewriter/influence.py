@@ -78,7 +78,7 @@ def _accumulate(
                 values[node] = run_node(gm, node, values, feed)
         score = _score([values[n] for n in outputs(gm)], generator)
     watched = [n for n, v in values.items() if isinstance(v, Tensor) and v.requires_grad]
-    found: tuple[Tensor | None, ...] = torch.autograd.grad(
+    found: Any = torch.autograd.grad(
         score, [values[n] for n in watched], allow_unused=True
     )
     for node, g in zip(watched, found, strict=True):

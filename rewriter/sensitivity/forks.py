@@ -146,8 +146,16 @@ def modules_of(gm: fx.GraphModule) -> dict[fx.Node, nn.Module]:
     return {n: module_of(gm, n) for n in gm.graph.nodes if n.op == "call_module"}
 
 
-def call(modules: Mapping[fx.Node, nn.Module], node: fx.Node, values: dict[fx.Node, Any]) -> Any:
-    """The value of a ``call_module`` node."""
+def compute(
+    gm: fx.GraphModule,
+    modules: Mapping[fx.Node, nn.Module],
+    node: fx.Node,
+    values: dict[fx.Node, Any],
+    feed: Iterator[Tensor] = iter(()),
+) -> Any:
+    """The value of one node, as ``run_node`` gives it."""
+    if node.op != "call_module":
+        return run_node(gm, node, values, feed)
     if len(node.args) == 1 and not node.kwargs and isinstance(node.args[0], fx.Node):
         return modules[node](values[node.args[0]])
     args: Any = fx.map_arg(node.args, values.__getitem__)
@@ -343,9 +351,7 @@ class Forks:
                 bias = rounded_bias(self.quantized, node, self._params(source)[0])
             weight = rounded_weight(self.quantized, node)
             return with_weight(layer, weight, bias)(seen[source])
-        if node.op == "call_module":
-            return call(self.modules, node, seen)
-        return run_node(self.gm, node, seen)
+        return compute(self.gm, self.modules, node, seen)
 
     def _on_grid(self, node: fx.Node, variant: Variant) -> bool:
         """What was moved in int8 needs no second rounding."""

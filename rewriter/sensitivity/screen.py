@@ -28,13 +28,13 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from rewriter.graph import outputs, run_node
+from rewriter.graph import outputs
 from rewriter.int8.annotate import annotation
 from rewriter.int8.scheme import QuantSpec
 from rewriter.int8.simulate import Quantized
 from rewriter.sensitivity.forks import (
     PIECE,
-    call,
+    compute,
     modules_of,
     round_to_int8,
     rounded_bias,
@@ -224,9 +224,7 @@ class Screener:
                         # a view for each reader, so that its gradient is this reader's alone
                         seen[n] = seen[n].view_as(seen[n]) if len(n.users) > 1 else seen[n]
                         hang.rounding((node.name, n.name), seen[n], self.params[n])
-                made = node.op == "call_module"
-                value = call(self.modules, node, seen) if made else None
-                value = value if made else run_node(self.gm, node, seen, feed)
+                value = compute(self.gm, self.modules, node, seen, feed)
                 if node.op == "placeholder" and value.is_floating_point():
                     value = value.detach().requires_grad_()
                     roots.append(value)
