@@ -47,6 +47,7 @@ from rewriter.sensitivity.screen import Screener, Screening  # noqa: E402
 PEERS = ROOT / "benchmarks" / "peers"
 BUILD = ROOT / "build" / "peers"
 # How each peer is installed; what it needs of torch it brings along.
+SCRIPTS = {"aimet": "aimet_enable_one.py", "modelopt": "modelopt_gradient.py"}
 REQUIREMENTS = {
     "aimet": ["aimet-torch", "safetensors", "pillow"],
     "modelopt": ["nvidia-modelopt", "torch", "torchvision", "safetensors", "pillow"],
@@ -221,7 +222,7 @@ def peer(name: str, s: Setting) -> Result | None:
             "per_channel": s.scheme.weights.ch_axis == 0,
         }
         done = subprocess.run(
-            [str(python), str(PEERS / f"{name}.py"), str(data), str(out), json.dumps(options)],
+            [str(python), str(PEERS / SCRIPTS[name]), str(data), str(out), json.dumps(options)],
             check=False,
             capture_output=True,
             text=True,

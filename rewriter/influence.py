@@ -1,9 +1,9 @@
 """How much an error in a value or a weight matters to the output: diagonal Fisher information, from a few images.
 
 The float network is the least of the damage, so a small error d at some place costs damage ~ 1/2 E[(g . d)^2] with g the
-gradient of log p(y | x) there and y drawn from the network's own answer; for outputs that are no class scores, g is the gradient
-of a random projection of the outputs, each divided by its root mean square (Hutchinson). Rounding errors are independent from value
-to value, so sums of g^2 are enough, and they carry over to a rescaled channel by a factor.
+gradient there of a random projection of the answers: of class scores, with the second moment diag(p) - p p' of the
+KL divergence; of other outputs, with random signs, each output divided by its size (Hutchinson). Rounding errors are independent
+from value to value, so sums of g^2 are enough, and they carry over to a rescaled channel by a factor.
 Source: Martens, 2014 (arXiv:1412.1193); Hutchinson, 1990 (doi:10.1080/03610919008812866).
 """
 
@@ -41,7 +41,7 @@ def weigh(
         gm: canonical graph; its weights are not changed.
         batches: inputs (N, ...), or a tuple with one tensor for each input.
         inputs: how many of them are used.
-        seed: of the answers drawn.
+        seed: of the projections.
     """
     generator = torch.Generator().manual_seed(seed)
     sums: dict[tuple[fx.Node, str], Tensor] = {}
@@ -70,19 +70,9 @@ def _accumulate(
     sums: dict[tuple[fx.Node, str], Tensor],
     generator: torch.Generator,
 ) -> None:
-    values: dict[fx.Node, Any] = {}
-    feed = iter(x.detach().requires_grad_(x.is_floating_point()) for x in inputs)
-    with torch.enable_grad():
-        for node in gm.graph.nodes:
-            if node.op != "output":
-                values[node] = run_node(gm, node, values, feed)
-        score = _score([values[n] for n in outputs(gm)], generator)
-    watched = [n for n, v in values.items() if isinstance(v, Tensor) and v.requires_grad]
-    found: Any = torch.autograd.grad(
-        score, [values[n] for n in watched], allow_unused=True
-    )
-    for node, g in zip(watched, found, strict=True):
-        if g is None or g.ndim < 2:
+    values, slopes = gradients(gm, inputs, generator)
+    for node, g in slopes.items():
+        if g.ndim < 2:
             continue
         new = {"influence": _squares(g)}
         if node.op == "call_module" and isinstance(module_of(gm, node), LAYER_TYPES):
@@ -91,6 +81,26 @@ def _accumulate(
         for name, value in new.items():
             key = (node, name)
             sums[key] = sums[key] + value if key in sums else value
+
+
+def gradients(
+    gm: fx.GraphModule, inputs: tuple[Tensor, ...], generator: torch.Generator
+) -> tuple[dict[fx.Node, Any], dict[fx.Node, Tensor]]:
+    """Every value of a graph, and g at every value that the answers depend on, for one projection of each input's answers.
+
+    For an error d of a value, half the mean over inputs of (sum of g d)^2 is its damage to second order.
+    """
+    values: dict[fx.Node, Any] = {}
+    feed = iter(x.detach().requires_grad_(x.is_floating_point()) for x in inputs)
+    with torch.enable_grad():
+        for node in gm.graph.nodes:
+            if node.op != "output":
+                values[node] = run_node(gm, node, values, feed)
+        score = _score([values[n] for n in outputs(gm)], generator)
+    watched = [n for n, v in values.items() if isinstance(v, Tensor) and v.requires_grad]
+    found: Any = torch.autograd.grad(score, [values[n] for n in watched], allow_unused=True)
+    slopes = {n: g for n, g in zip(watched, found, strict=True) if g is not None}
+    return values, slopes
 
 
 def _squares(x: Tensor) -> Tensor:
@@ -102,19 +112,25 @@ def _squares(x: Tensor) -> Tensor:
 def _score(answers: list[Tensor], generator: torch.Generator) -> Tensor:
     """A number whose gradient has the Gauss-Newton matrix of the damage as its second moment."""
     if is_class_output(answers):
-        log = answers[0].log_softmax(1)
-        drawn = torch.multinomial(log.detach().exp(), 1, generator=generator)
-        return log.gather(1, drawn).sum()
+        # F = diag(p) - p p' = S S' with S = diag(sqrt p) - p sqrt(p)'; S r with random signs r has the second moment F, and
+        # none of the rare large values that an answer drawn by p brings
+        p = answers[0].detach().softmax(1)
+        root = p.sqrt() * _signs(p, generator)
+        return ((root - p * root.sum(1, keepdim=True)) * answers[0]).sum()
     total = answers[0].new_zeros(())
     for answer in answers:
         if not answer.is_floating_point():
             continue
         rows = answer.flatten(1)
         size = rows.detach().square().sum(1, keepdim=True).clamp_min(1e-12).sqrt()
-        signs = torch.randint(0, 2, rows.shape, generator=generator).to(rows) * 2 - 1
+        signs = _signs(rows, generator)
         # damage is the squared error relative to the output, averaged over outputs; 2 for the half in 1/2 g^2
         total = total + (rows * signs / size).sum() * (2 / len(answers)) ** 0.5
     return total
+
+
+def _signs(like: Tensor, generator: torch.Generator) -> Tensor:
+    return torch.randint(0, 2, like.shape, generator=generator).to(like) * 2 - 1
 
 
 def _weight_gradients(layer: Any, x: Tensor, g: Tensor) -> Tensor:

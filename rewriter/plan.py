@@ -100,7 +100,11 @@ def rewrite(
         if not steps:
             continue
         sites = {s.anchor: s for s in rule.match(gm)}
-        for step in steps:
+        for i, step in enumerate(steps):
+            if (
+                i and rule.stage == "split"
+            ):  # the split before may have changed what this one finds
+                sites = {s.anchor: s for s in rule.match(gm)}
             site = _site(gm, sites, step, taken)
             for name in site.nodes if rule.exclusive else ():
                 if (rule.stage, name) in taken:

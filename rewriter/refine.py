@@ -43,7 +43,7 @@ def refine(
     Args:
         quantized: annotated graph and its ranges; it is not touched.
         batches: unlabelled calibration inputs, each (N, ...), or a tuple with one tensor for each input.
-        repairs: what to do: "rounding", "biases".
+        repairs: what to do: "biases", or "rounding", which leaves every mean to the bias and so corrects it too.
 
     Returns:
         A copy with new weights (on their grid where they were rounded), biases and weight scales.
@@ -155,7 +155,7 @@ def _repair(
     scale = quantized.calibration.weights[node.name]
     weight = dequantized_weight(layer.weight, scale, spec, channel_axis(layer, spec))
     made = [torch.func.functional_call(layer, {"weight": weight}, (x,)) for x in inputs]
-    if "biases" in repairs:
+    if repairs & {"biases", "rounding"}:
         axis = made[0].ndim - 1 if isinstance(layer, nn.Linear) else 1
         shift = _mean([values[original] for values in exact], axis) - _mean(made, axis)
         old = layer.bias.double() if layer.bias is not None else 0.0

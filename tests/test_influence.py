@@ -70,11 +70,11 @@ def test_weight_influence_is_the_square_of_each_samples_gradient(layer: nn.Modul
     weigh(gm, [x.double()])
     (node,) = layers(gm)
     m = module_of(gm, node)
-    # the same answers drawn again, one sample at a time
-    generator = torch.Generator().manual_seed(0)
-    y = gm(x.double())
-    log = y.log_softmax(1)
-    drawn = torch.multinomial(log.exp(), 1, generator=generator)
+    # the same projections again, one sample at a time, with the root of Fisher's matrix written out
+    p = gm(x.double()).softmax(1)
+    signs = (
+        torch.randint(0, 2, p.shape, generator=torch.Generator().manual_seed(0)).double() * 2 - 1
+    )
     total = torch.zeros_like(m.weight)
     m.weight.requires_grad_(True)
     steps = [slice(None, None, s) for s in getattr(layer, "stride", ())]
@@ -83,7 +83,9 @@ def test_weight_influence_is_the_square_of_each_samples_gradient(layer: nn.Modul
     for i in range(4):
         out = m(x[i : i + 1].double())
         z = out.detach().requires_grad_(True)
-        g = torch.autograd.grad(torch.tanh(z.flatten(1)).log_softmax(1)[0, drawn[i, 0]], z)[0]
+        root = p[i].sqrt().diag() - torch.outer(p[i], p[i].sqrt())
+        assert torch.allclose(root @ root.T, p[i].diag() - torch.outer(p[i], p[i]))
+        g = torch.autograd.grad(torch.tanh(z.flatten(1))[0], z, root @ signs[i])[0]
         through = torch.autograd.grad(
             torch.func.functional_call(
                 m, {"weight": m.weight, "bias": None}, (centred[i : i + 1],)

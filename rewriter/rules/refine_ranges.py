@@ -1,13 +1,11 @@
 """Choose the range of every int8 value by what its rounding and clipping do to the output.
 
-Before: range = [smallest, largest] seen          After: the range with the least expected damage
+Before: range = [smallest, largest] seen          After: the range with the least predicted damage
 
-    damage(low, high) = sum_c F_c E[(x_c - Q(x_c))^2]      F_c: influence of channel c
-    (``rewriter.influence``)
+    damage(low, high) = 1/2 E[(sum g (x - Q(x)))^2]      g: gradient of the answer (``rewriter.influence``)
 
-so a value is clipped where its outliers lie in channels that matter little, and not where they
-carry the answer (a range of least mean square error clips both alike). The weights are not
-touched.
+so a value is clipped where its outliers do not carry the answer, and not where they do (a range of least mean square error
+clips both alike). The weights are not touched.
 Why: one outlier makes the step of a whole tensor coarse.
 Source: after Nagel et al., 2021 (arXiv:2106.08295), section 3.1.
 """
@@ -27,7 +25,6 @@ class RefineRanges(WholeModelRule):
 
     name: ClassVar[str] = "refine_ranges"
     contract: ClassVar[Contract] = "annotation"
-    weighs: ClassVar[bool] = True
     repair: ClassVar[str] = "ranges"
 
     def problem(self, gm: fx.GraphModule) -> str:

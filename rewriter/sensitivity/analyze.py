@@ -122,7 +122,7 @@ def analyze(
         screening,
         Measured(run.tallies, without, curve),
         ranked,
-        inputs=evaluation_inputs[:size],
+        inputs=evaluation_inputs[: min(3 * size, 16)],
         metric_name=metric_name or ("metric" if metric is not None else ""),
         higher_is_better=higher_is_better,
         macs=layer_macs(gm),

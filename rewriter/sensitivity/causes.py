@@ -29,7 +29,7 @@ THRESHOLDS: dict[str, float] = {
     "bias_overflow": float(2**30),
     "activation_channel_spread": 3.0,
     "activation_outliers": 0.5,
-    "shared_range": 3.0,
+    "shared_range": 2.5,
     "saturating_input": 0.001,
 }
 # A side of the layer with less than this share of the damage is not what hurts.

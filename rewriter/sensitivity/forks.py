@@ -151,11 +151,11 @@ def compute(
     modules: Mapping[fx.Node, nn.Module],
     node: fx.Node,
     values: dict[fx.Node, Any],
-    feed: Iterator[Tensor] = iter(()),
+    feed: Iterator[Tensor] | None = None,
 ) -> Any:
     """The value of one node, as ``run_node`` gives it."""
     if node.op != "call_module":
-        return run_node(gm, node, values, feed)
+        return run_node(gm, node, values, iter(()) if feed is None else feed)
     if len(node.args) == 1 and not node.kwargs and isinstance(node.args[0], fx.Node):
         return modules[node](values[node.args[0]])
     args: Any = fx.map_arg(node.args, values.__getitem__)

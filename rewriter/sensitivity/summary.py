@@ -155,10 +155,11 @@ def _values(quantized: Quantized, screening: Screening) -> list[ValueDamage]:
 
 
 def _made_by(gm: fx.GraphModule, node: fx.Node) -> str:
-    """The layer that a value is the (activated) result of."""
-    if not is_layer(gm, node) and len(node.all_input_nodes) == 1 and node.op == "call_module":
-        before = node.all_input_nodes[0]
-        node = before if annotation(before).output is None else node
+    """The layer that a value is the (activated) result of; "" for any other value."""
+    while not is_layer(gm, node) and node.op == "call_module":
+        (node, *others) = node.all_input_nodes
+        if others:
+            return ""
     return layer_name(node) if is_layer(gm, node) else ""
 
 

@@ -1,6 +1,6 @@
 """NVIDIA ModelOpt's gradient scores (auto_quantize). Runs in an environment of its own.
 
-python modelopt.py DATA.npz OUT.json '{"factory": "mcunet", "threads": 1, "per_channel": true}'
+python modelopt_gradient.py DATA.npz OUT.json '{"factory": "mcunet", "threads": 1, "per_channel": true}'
 """
 
 from __future__ import annotations

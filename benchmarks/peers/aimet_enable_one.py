@@ -1,6 +1,6 @@
 """AIMET's QuantAnalyzer: one layer's quantizers enabled at a time. Runs in an environment of its own.
 
-python aimet.py DATA.npz OUT.json '{"factory": "mcunet", "threads": 1, "per_channel": true}'
+python aimet_enable_one.py DATA.npz OUT.json '{"factory": "mcunet", "threads": 1, "per_channel": true}'
 """
 
 from __future__ import annotations
