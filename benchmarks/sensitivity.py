@@ -50,7 +50,15 @@ BUILD = ROOT / "build" / "peers"
 SCRIPTS = {"aimet": "aimet_enable_one.py", "modelopt": "modelopt_gradient.py"}
 REQUIREMENTS = {
     "aimet": ["aimet-torch", "safetensors", "pillow"],
-    "modelopt": ["nvidia-modelopt", "torch", "torchvision", "safetensors", "pillow"],
+    "modelopt": [
+        "nvidia-modelopt",
+        "huggingface_hub",
+        "requests",
+        "torch",
+        "torchvision",
+        "safetensors",
+        "pillow",
+    ],
 }
 
 

@@ -108,7 +108,7 @@ def _yolo_row(image: Path, text: Path) -> Labelled:
     centre, half = table[:, 1:3], table[:, 3:5] / 2
     return Labelled(
         image,
-        np.concatenate([centre - half, centre + half], 1),
+        np.concatenate([centre - half, centre + half], 1).astype(np.float32),
         table[:, 0].astype(np.int64),
         np.zeros(len(table), bool),
     )

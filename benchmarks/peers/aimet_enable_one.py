@@ -9,11 +9,14 @@ import json
 import sys
 import tempfile
 import time
+from pathlib import Path
 
 import numpy as np
 import torch
 import zoo  # type: ignore[import-not-found]
-from aimet_torch.quant_analyzer import CallbackFunc, QuantAnalyzer  # type: ignore[import-not-found]
+from aimet_torch.common import quantsim_config  # type: ignore[import-not-found]
+from aimet_torch.common.defs import CallbackFunc, QuantScheme  # type: ignore[import-not-found]
+from aimet_torch.quant_analyzer import QuantAnalyzer  # type: ignore[import-not-found]
 
 
 def main(data: str, out: str, options: dict) -> None:
@@ -35,32 +38,18 @@ def main(data: str, out: str, options: dict) -> None:
             found = torch.cat([model(x) for x in images.split(50)]).double().log_softmax(1)
         return -float((reference.exp() * (reference - found)).sum(1).mean())
 
+    config = None
+    if options["per_channel"]:
+        folder = Path(quantsim_config.__file__).parent
+        config = str(next(folder.rglob("default_config_per_channel.json")))
     cpu, wall = time.process_time(), time.perf_counter()
     with tempfile.TemporaryDirectory() as folder:
         analyzer = QuantAnalyzer(
-            model, images[:1], CallbackFunc(calibrate, None), CallbackFunc(evaluate, None)
+            model, images[:1], CallbackFunc(calibrate), CallbackFunc(evaluate)
         )
-        from aimet_torch.quantsim import QuantizationSimModel  # type: ignore[import-not-found]
-
-        settings = {
-            "quant_scheme": "post_training_tf",
-            "default_param_bw": 8,
-            "default_output_bw": 8,
-        }
-        create = (
-            getattr(analyzer, "create_quantsim_and_encodings", None)
-            or analyzer._create_quantsim_and_encodings
-        )
-        try:
-            sim = create(
-                quant_scheme="min_max", default_param_bw=8, default_output_bw=8, config_file=None
-            )
-        except Exception:  # the name of the scheme differs between versions
-            sim = create(**settings, config_file=None)
-        assert isinstance(sim, QuantizationSimModel)
-        one = getattr(analyzer, "perform_per_layer_analysis_by_enabling_quantizers", None)
-        one = one or analyzer.perform_per_layer_analysis_by_enabling_quant_wrappers
-        scores = one(sim, folder)
+        # what analyze() does, without the analyses that we have no counterpart for
+        sim = analyzer._create_quantsim_and_encodings(QuantScheme.post_training_tf, 8, 8, config)
+        scores = analyzer.perform_per_layer_analysis_by_enabling_quant_wrappers(sim, folder)
     seconds = time.process_time() - cpu, time.perf_counter() - wall
     result = {
         "name": "AIMET QuantAnalyzer, enable one",

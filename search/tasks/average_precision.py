@@ -8,6 +8,7 @@ Source: the COCO evaluation protocol (Lin et al., 2014, arXiv:1405.0312).
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -79,7 +80,7 @@ def match_image(
     return hit, ignored
 
 
-def match(detections: list[dict], targets: list[dict]) -> list[Matches]:
+def match(detections: list[dict[str, Any]], targets: list[dict[str, Any]]) -> list[Matches]:
     """Match all images class by class.
 
     Args:
@@ -119,7 +120,7 @@ def match(detections: list[dict], targets: list[dict]) -> list[Matches]:
     return result
 
 
-def _arrays(entry: dict) -> dict[str, NDArray]:
+def _arrays(entry: dict[str, Any]) -> dict[str, NDArray[Any]]:
     boxes = np.asarray(entry["boxes"], np.float64).reshape(-1, 4)
     labels = np.asarray(entry["labels"], np.int64).reshape(-1)
     scores = np.asarray(entry.get("scores", np.ones(len(labels))), np.float64)

@@ -163,7 +163,7 @@ def test_what_is_known_of_values_follows_the_scales() -> None:
     said = {n.name: n.meta["channel_range"] for n in new.graph.nodes if "channel_range" in n.meta}
     for node in new.graph.nodes:
         node.meta.pop("channel_range", None)
-    profile(new, [check.inputs(SHAPE, 4)])
+    profile(new, check.calibration(SHAPE))
     for name, (low, high) in said.items():
         seen = find(new, name).meta["channel_range"]
         torch.testing.assert_close(low, seen[0], rtol=1e-8, atol=1e-10)
