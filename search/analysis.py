@@ -143,7 +143,7 @@ def read_sensitivity(
             **{key: stored[key] for key in names},
             baseline=Baseline(**{k: _frozen(v) for k, v in stored["baseline"].items()}),
             layers=tuple(layers),
-            layer_samples=stored["layer_samples"],
+            layer_samples=stored.get("layer_samples", stored["samples"]),
         )
     except (RunError, KeyError, TypeError, AttributeError) as cause:
         log.warning("%s: not readable, analysed again: %s", path, cause)

@@ -159,7 +159,7 @@ def assert_plan(model: nn.Module, chosen: list[float]) -> None:
 
 
 FEW = settings(
-    max_examples=8, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck)
+    max_examples=4, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck)
 )
 MANY = settings(
     max_examples=30, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck)
