@@ -34,7 +34,7 @@ def test_engines_agree_and_match_the_reference(assets: Path, network: str, schem
     assert written["sqnr_db"] > 15
     if "same_top1" in kernels:
         assert kernels["same_top1"] == 1.0
-        assert written["same_top1"] >= 0.95
+        assert written["same_top1"] >= 0.9
 
 
 def test_a_wrong_range_is_caught(assets: Path) -> None:
