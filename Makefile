@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test check slow clean
+.PHONY: demo test check conformance slow clean
 
 demo: $(VENV)/.installed
 	$(BIN)/quantfix run configs/digits.yaml
@@ -16,6 +16,10 @@ check: $(VENV)/.dev
 	$(BIN)/ruff format --check .
 	$(BIN)/pyright --pythonpath $(BIN)/python
 	$(BIN)/python -m pytest
+
+# The slow tests that hold the engines, the search and the fits to each other; about ten minutes on two cores.
+conformance: $(VENV)/.dev
+	$(BIN)/python -m pytest -m slow tests/conformance tests/test_cost.py tests/test_plan.py tests/test_fit.py tests/search
 
 slow: $(VENV)/.dev
 	$(BIN)/python -m pytest -m slow
