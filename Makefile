@@ -17,9 +17,9 @@ check: $(VENV)/.dev
 	$(BIN)/pyright --pythonpath $(BIN)/python
 	$(BIN)/python -m pytest
 
-# The slow tests that hold the engines, the search and the fits to each other; about ten minutes on two cores.
+# All slow tests but the hundreds of random networks with every rule (make slow runs those too); about ten minutes on two cores.
 conformance: $(VENV)/.dev
-	$(BIN)/python -m pytest -m slow tests/conformance tests/test_cost.py tests/test_plan.py tests/test_fit.py tests/search
+	$(BIN)/python -m pytest -m slow --ignore tests/test_rules_random.py
 
 slow: $(VENV)/.dev
 	$(BIN)/python -m pytest -m slow
