@@ -276,13 +276,3 @@ def _upsample(node: Any) -> tuple[nn.Module, str] | None:
     size = tuple(size) if isinstance(size, (tuple, list)) else size
     factor = tuple(factor) if isinstance(factor, (tuple, list)) else factor
     return nn.Upsample(size, factor, mode, corners, given["recompute_scale_factor"]), "up"
-
-
-def is_arithmetic(node: fx.Node) -> bool:
-    """Whether a node is one of the plain element-wise functions of the normal form."""
-    return node.op == "call_function" and node.target in (
-        operator.add,
-        operator.sub,
-        operator.mul,
-        operator.truediv,
-    )
