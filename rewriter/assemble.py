@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor, fx, nn
 
+from rewriter.errors import RewriteError
 from rewriter.fit import FitReport, fit
+from rewriter.graph import layers
 from rewriter.influence import weigh
+from rewriter.int8.annotate import annotate
+from rewriter.int8.calibrate import Calibration, ValueStats
 from rewriter.int8.clipping import least_damage_ranges
 from rewriter.int8.scheme import QuantScheme
 from rewriter.int8.simulate import Quantized, quantize
-from rewriter.plan import Plan, copy_graph, rewrite, rule_named
+from rewriter.plan import Plan, Step, copy_graph, rewrite, rule_named
 from rewriter.ranges import profile
 from rewriter.refine import refine
 from rewriter.rules._whole import WholeModelRule
@@ -22,7 +26,8 @@ from rewriter.store import data_digest, graph_digest, key, load, save_to
 
 Batches = Sequence[Tensor | tuple[Tensor, ...]]
 # Raised when the result of the repairs changes, so that stored ones are not reused.
-VERSION = 1
+VERSION = 2
+_MEASURED = ("channel_range", "influence", "weight_influence")
 
 
 @dataclass(frozen=True)
@@ -59,20 +64,10 @@ def assemble(
         PlanError: the plan does not apply.
         QuantizeError: the calibration inputs are unusable.
     """
-    rules = [(s, rule_named(s.rule)) for s in plan.steps]
-    whole = [(s, r) for s, r in rules if isinstance(r, WholeModelRule)]
-    single = Plan(tuple(s for s, r in rules if not isinstance(r, WholeModelRule)))
-    fits = fit(gm, single, batches, scheme, store, seed)
-    base = rewrite(gm, single, fits.weights) if single.steps else gm
-    facts = {"scheme": scheme}
-    if not whole:
-        made = base if single.steps else copy_graph(gm)
-        return Assembled(
-            quantize(made, scheme, batches, made.meta.get("calibration", "minmax")), fits.reports
-        )
+    base, whole, fits = _single(gm, plan, scheme, batches, store, seed)
     name = ""
-    if store is not None:
-        versions = [f"{r.name} {r.version}" for _, r in whole]
+    if store is not None and whole.steps:
+        rules = [rule_named(s.rule) for s in whole.steps]
         name = key(
             [
                 graph_digest(base),
@@ -80,35 +75,79 @@ def assemble(
                 repr(scheme),
                 str(plan),
                 str(VERSION),
-                *versions,
+                *(f"{r.name} {r.version}" for r in rules),
             ]
         )
         found = load(store, name)
         if found is not None:
-            shape = Plan(tuple(s for s, r in whole if r.replaces))
-            made = rewrite(base, shape, facts=facts)
-            return Assembled(_restored(made, found, scheme, batches), fits.reports)
-    if any(r.weighs for _, r in whole):
-        _measure(base, batches, again=bool(single.steps))
-    made = rewrite(base, Plan(tuple(s for s, _ in whole)), facts=facts)
-    quantized = _repaired(made, scheme, batches)
-    if store is not None:
-        save_to(store, name, *_record(quantized))
-    return Assembled(quantized, fits.reports)
+            shape = Plan(tuple(s for s in whole.steps if _whole(s).replaces))
+            made = rewrite(base, shape, facts={"scheme": scheme})
+            return Assembled(restored(made, found, scheme), fits)
+    quantized = repaired(_scaled(base, whole, plan, scheme, batches), scheme, batches)
+    if name:
+        save_to(store or Path(), name, *record(quantized))
+    return Assembled(quantized, fits)
+
+
+def rewritten(
+    gm: fx.GraphModule,
+    plan: Plan,
+    scheme: QuantScheme,
+    batches: Batches,
+    store: Path | None = None,
+    seed: int = 0,
+) -> fx.GraphModule:
+    """The float network of a plan: rewritten, fitted and scaled, but neither calibrated nor repaired; see ``assemble``."""
+    base, whole, _ = _single(gm, plan, scheme, batches, store, seed)
+    return _scaled(base, whole, plan, scheme, batches)
+
+
+def _single(
+    gm: fx.GraphModule,
+    plan: Plan,
+    scheme: QuantScheme,
+    batches: Batches,
+    store: Path | None,
+    seed: int,
+) -> tuple[fx.GraphModule, Plan, tuple[FitReport, ...]]:
+    """The graph after the steps at single places, the steps that are left, and how the fits came out."""
+    whole = Plan(tuple(s for s in plan.steps if isinstance(rule_named(s.rule), WholeModelRule)))
+    single = Plan(tuple(s for s in plan.steps if s not in whole.steps))
+    fits = fit(gm, single, batches, scheme, store, seed)
+    base = rewrite(gm, single, fits.weights) if single.steps else gm
+    return base, whole, fits.reports
+
+
+def _scaled(
+    base: fx.GraphModule, whole: Plan, plan: Plan, scheme: QuantScheme, batches: Batches
+) -> fx.GraphModule:
+    """The graph after the rules of the whole model."""
+    single = len(plan.steps) > len(whole.steps)
+    if not whole.steps:
+        return base if single else copy_graph(base)
+    if any(_whole(s).weighs for s in whole.steps):
+        _measure(base, batches, again=single)
+    return rewrite(base, whole, facts={"scheme": scheme})
+
+
+def _whole(step: Step) -> WholeModelRule:
+    rule = rule_named(step.rule)
+    assert isinstance(rule, WholeModelRule)
+    return rule
 
 
 def _measure(gm: fx.GraphModule, batches: Batches, again: bool) -> None:
     """Write ranges and influences into the meta of a graph; those of the values before a rewrite are not those after it."""
     if again:
         for node in gm.graph.nodes:
-            for known in ("channel_range", "influence", "weight_influence"):
+            for known in _MEASURED:
                 node.meta.pop(known, None)
         profile(gm, batches)
     if not any("influence" in n.meta for n in gm.graph.nodes):
         weigh(gm, batches)
 
 
-def _repaired(gm: fx.GraphModule, scheme: QuantScheme, batches: Batches) -> Quantized:
+def repaired(gm: fx.GraphModule, scheme: QuantScheme, batches: Batches) -> Quantized:
     """Calibrate and repair a rewritten graph as its steps asked for; edits its annotations."""
     repairs: frozenset[str] = gm.meta.get("repairs", frozenset())
     quantized = quantize(gm, scheme, batches, gm.meta.get("calibration", "minmax"))
@@ -119,31 +158,74 @@ def _repaired(gm: fx.GraphModule, scheme: QuantScheme, batches: Batches) -> Quan
     return quantized
 
 
-def _record(quantized: Quantized) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """What the rules of the whole model made, apart from the structure: weights, scales, ranges."""
+def record(quantized: Quantized) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """What the rules of the whole model made, apart from the structure: weights, scales, ranges, and what calibration saw."""
+    found = quantized.calibration
     tensors = {f"state.{k}": v for k, v in quantized.gm.state_dict().items()}
-    tensors |= {f"scale.{k}": v for k, v in quantized.calibration.weights.items()}
-    return tensors, {"ranges": quantized.calibration.values}
+    tensors |= {f"scale.{k}": v for k, v in found.weights.items()}
+    tensors |= {f"low.{k}": s.channel_low for k, s in found.stats.items()}
+    tensors |= {f"high.{k}": s.channel_high for k, s in found.stats.items()}
+    return tensors, {"ranges": found.values, "samples": found.samples}
 
 
-def _restored(
+def reassemble(
+    quantized: Quantized, plan: Plan, original: fx.GraphModule, gm: fx.GraphModule
+) -> fx.GraphModule:
+    """The float network of an assembled plan on another graph of the same network, such as one for other input sizes.
+
+    Args:
+        quantized: what ``assemble`` made of ``plan``.
+        plan: the plan.
+        original: the profiled graph that it was made from.
+        gm: canonical graph with the same layers under the same names.
+
+    Raises:
+        RewriteError: the plan does not apply there, or makes other layers there.
+    """
+    gm = copy_graph(gm)
+    known = {n.name: n for n in original.graph.nodes}
+    for node in gm.graph.nodes:  # what rules decide by
+        meta = known[node.name].meta if node.name in known else {}
+        node.meta.update({k: meta[k] for k in _MEASURED if k in meta})
+    rules = [(s, rule_named(s.rule)) for s in plan.steps]
+    single = Plan(tuple(s for s, r in rules if not isinstance(r, WholeModelRule)))
+    whole = Plan(tuple(s for s, r in rules if isinstance(r, WholeModelRule) and r.replaces))
+    made = rewrite(rewrite(gm, single), whole, facts={"scheme": quantized.scheme})
+    if {n.name for n in layers(made)} != {n.name for n in layers(quantized.gm)}:
+        raise RewriteError(f"plan {plan}: makes other layers for inputs {gm.meta['example']}")
+    _put(made, quantized.gm.state_dict())
+    return made
+
+
+def _put(gm: fx.GraphModule, state: Mapping[str, Tensor]) -> None:
+    """Edit gm: set all parameters and buffers, new biases too."""
+    for path, value in state.items():
+        owner, _, name = path.rpartition(".")
+        module = gm.get_submodule(owner)
+        if name in dict(module.named_buffers(recurse=False)):
+            setattr(module, name, value)
+        else:
+            setattr(module, name, nn.Parameter(value, requires_grad=False))
+
+
+def restored(
     gm: fx.GraphModule,
     found: tuple[dict[str, Tensor], dict[str, Any]],
     scheme: QuantScheme,
-    batches: Batches,
 ) -> Quantized:
-    """The inverse of ``_record``, on a graph of the same structure; edits gm."""
+    """The inverse of ``record``, on a graph of the same structure; edits gm. Nothing is run."""
     tensors, facts = found
+    kinds: dict[str, dict[str, Tensor]] = {"state": {}, "scale": {}, "low": {}, "high": {}}
     for path, value in tensors.items():
-        if path.startswith("state."):
-            owner, _, name = path.removeprefix("state.").rpartition(".")
-            module = gm.get_submodule(owner)
-            if name in dict(module.named_buffers(recurse=False)):
-                setattr(module, name, value)
-            else:
-                setattr(module, name, nn.Parameter(value, requires_grad=False))
-    quantized = quantize(gm, scheme, batches, gm.meta.get("calibration", "minmax"))
-    weights = {k.removeprefix("scale."): v for k, v in tensors.items() if k.startswith("scale.")}
+        kind, _, name = path.partition(".")
+        kinds[kind][name] = value
+    _put(gm, kinds["state"])
+    annotate(gm, scheme)
+    stats = {
+        name: ValueStats(
+            float(low.min()), float(kinds["high"][name].max()), low, kinds["high"][name]
+        )
+        for name, low in kinds["low"].items()
+    }
     ranges = {k: (low, high) for k, (low, high) in facts["ranges"].items()}
-    calibration = replace(quantized.calibration, weights=weights, values=ranges)
-    return replace(quantized, calibration=calibration)
+    return Quantized(gm, Calibration(ranges, kinds["scale"], stats, facts["samples"]), scheme)

@@ -12,6 +12,7 @@ After ``canonicalise``:
   SiLU, ``x * relu6(x + 3) / 6`` is Hardswish, a clamp to [0, 6] is ReLU6;
 * a batch norm that follows a convolution or linear layer is folded into it (``rewriter.fold``);
   only lone ones remain;
+* a loop over frames is one call on all of them (``rewriter.loops``);
 * no module is called twice: each call has a copy (exact in eval mode; modules that change their
   own buffers stay shared and are opaque);
 * ``chunk``, ``split`` and ``unbind`` are slices (``operator.getitem``);
@@ -41,6 +42,7 @@ from rewriter.graph import (
     propagate_shapes,
 )
 from rewriter.graph import add_module as add_module
+from rewriter.loops import join_loops
 from rewriter.recognise import recognise_activations
 from rewriter.sizes import fix_sizes, plain_dimensions, slices_for_parts
 
@@ -99,6 +101,7 @@ def canonicalise(gm: fx.GraphModule) -> fx.GraphModule:
     _use_positions(gm)
     _use_plain_functions(gm)
     _use_modules(gm)
+    gm = join_loops(gm, (*_KNOWN, *_DROPOUTS, nn.Flatten))
     _unshare(gm)
     _plain_classes(gm)
     _remove_nothings(gm)

@@ -102,7 +102,21 @@ def scale_variables(gm: fx.GraphModule) -> Channels:
     roots = [union.root(i) for i in range(len(union.parent))]
     kept = {r: k for k, r in enumerate(dict.fromkeys(roots))}
     found.fixed = torch.tensor([union.fixed[r] for r in kept], dtype=torch.bool)
-    found.of = {n.name: torch.tensor([kept[roots[i]] for i in v]) for n, v in of.items() if v}
+    sequences = _sequences(gm)
+    found.of = {
+        n.name: torch.tensor([kept[roots[i]] for i in v])
+        for n, v in of.items()
+        if v and n not in sequences
+    }
+    return found
+
+
+def _sequences(gm: fx.GraphModule) -> set[fx.Node]:
+    """What linear layers read and make whose features are the last dimension, and not dimension 1: it has no channels."""
+    found: set[fx.Node] = set()
+    for node in gm.graph.nodes:
+        if is_call(gm, node, nn.Linear) and len(node.meta["shape"]) != 2:
+            found |= {node, *node.all_input_nodes}
     return found
 
 

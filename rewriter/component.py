@@ -211,7 +211,8 @@ def joined_values(gm: fx.GraphModule, component: Component, groups: int) -> set[
         if whole < summed:
             found.add(value)
     # nothing would be left of a split whose every value is concatenated again
-    return set() if found >= set(int8_values(gm, component)) else found
+    known = {n for n in int8_values(gm, component) if "channel_range" in n.meta}
+    return set() if found >= known else found
 
 
 def _span(node: fx.Node) -> float:

@@ -122,8 +122,8 @@ def rounded_weight(layer: nn.Conv2d, scheme: QuantScheme) -> Tensor:
 class _Damage:
     """Damage of answers against the teacher's, the same measure for every part of the data."""
 
-    def __init__(self, reference: list[Tensor]) -> None:
-        self.classes = is_class_output(reference)
+    def __init__(self, reference: list[Tensor], kind: str | None = None) -> None:
+        self.classes = is_class_output(reference, kind)
         self.groups: list[OutputGroups] = (
             [] if self.classes else [output_groups(r) for r in reference]
         )
@@ -183,7 +183,7 @@ def distil(
         answers = [_answers(teacher, p) for p in pieces]
     if not all(a.is_floating_point() for a in answers[0]):
         return 0
-    damage = _Damage([torch.cat(a) for a in zip(*answers, strict=True)])
+    damage = _Damage([torch.cat(a) for a in zip(*answers, strict=True)], teacher.meta.get("kind"))
     data = list(zip(pieces, answers, strict=True))
     # all views of an input are on the same side
     held = [d for i, d in enumerate(data) if i // VIEWS % 5 == 0]
@@ -237,7 +237,9 @@ class _Solver:
             for draw in range(draws):
                 score = damage.score(answers, reference, generator)
                 (g,) = torch.autograd.grad(score, z, retain_graph=draw < draws - 1)
-                found.append(student.gradients(x, g))
+                each = student.gradients(x, g)
+                # an input may be a sequence, whose frames are so many rows of the layer's input
+                found.append(each.unflatten(0, (len(inputs[0]), -1)).sum(1))
         rows_of = torch.cat(found).double() / (images * draws) ** 0.5  # (n, groups, K, O / groups)
         total = equations.xx[:, -1:, -1:].clamp_min(1.0)
         a = equations.xx / total
@@ -313,7 +315,12 @@ def _views(pieces: Iterator[tuple[Tensor, ...]], seed: int) -> Iterator[tuple[Te
 
 
 def _view(x: Tensor, mirror: bool, generator: torch.Generator) -> Tensor:
-    """(N, C, H, W) mirrored, and the same random window of each enlarged to the old size."""
+    """(N, C, H, W) mirrored, and the same random window of each enlarged to the old size.
+
+    Sequences (N, T, C, H, W) are seen so too, with one window for all frames.
+    """
+    if x.ndim == 5:
+        return _view(x.flatten(0, 1), mirror, generator).view_as(x)
     if x.ndim != 4 or min(x.shape[2:]) < 16:
         return x
     size = tuple(x.shape[2:])

@@ -94,13 +94,18 @@ def kl_divergence(logits: Tensor, reference: Tensor) -> Tensor:
     return (p.exp() * (p - q)).sum(1)
 
 
-def is_class_output(reference: list[Tensor]) -> bool:
-    """Whether the outputs are one (N, classes) tensor of logits."""
-    return len(reference) == 1 and reference[0].ndim == 2 and reference[0].shape[1] > 1
+def is_class_output(reference: list[Tensor], kind: str | None = None) -> bool:
+    """Whether the outputs are one (N, classes) tensor of logits; ``kind`` "values" says that they are none."""
+    return (
+        kind != "values"
+        and len(reference) == 1
+        and reference[0].ndim == 2
+        and reference[0].shape[1] > 1
+    )
 
 
-def damage(outputs: list[Tensor], reference: list[Tensor]) -> Tensor:
+def damage(outputs: list[Tensor], reference: list[Tensor], kind: str | None = None) -> Tensor:
     """(N,) damage of each sample: KL for class outputs, grouped relative squared error for all others."""
-    if is_class_output(reference):
+    if is_class_output(reference, kind):
         return kl_divergence(outputs[0], reference[0])
     return relative_error(outputs, reference, [output_groups(r) for r in reference])

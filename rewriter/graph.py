@@ -324,6 +324,17 @@ def walk(gm: fx.GraphModule, inputs: tuple[Tensor, ...]) -> Iterator[tuple[fx.No
             del values[used]
 
 
+def channels_last(x: Tensor) -> Tensor:
+    """Images (N, C, H, W) and sequences (N, T, C, H, W) with the channels of a pixel side by side.
+
+    This is about twice as fast for depthwise convolutions on the CPU; others are left alone.
+    """
+    if x.ndim == 4:
+        return x.contiguous(memory_format=torch.channels_last)
+    # so that the frames, moved into the batch, are channels_last without a copy
+    return x.movedim(2, -1).contiguous().movedim(-1, 2) if x.ndim == 5 else x
+
+
 def run_node(
     gm: fx.GraphModule,
     node: fx.Node,
@@ -334,8 +345,7 @@ def run_node(
     if node.op == "placeholder":
         assert feed is not None, node.name
         x = next(feed)
-        # channels_last is about twice as fast for depthwise convolutions on CPU
-        return x.contiguous(memory_format=torch.channels_last) if x.ndim == 4 else x
+        return channels_last(x)
     if node.op == "get_attr":
         return operator.attrgetter(str(node.target))(gm)
     args = map_arg(node.args, values.__getitem__)

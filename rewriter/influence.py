@@ -96,7 +96,7 @@ def gradients(
         for node in gm.graph.nodes:
             if node.op != "output":
                 values[node] = run_node(gm, node, values, feed)
-        score = _score([values[n] for n in outputs(gm)], generator)
+        score = _score([values[n] for n in outputs(gm)], generator, gm.meta.get("kind"))
     watched = [n for n, v in values.items() if isinstance(v, Tensor) and v.requires_grad]
     found: Any = torch.autograd.grad(score, [values[n] for n in watched], allow_unused=True)
     slopes = {n: g for n, g in zip(watched, found, strict=True) if g is not None}
@@ -109,9 +109,9 @@ def _squares(x: Tensor) -> Tensor:
     return torch.linalg.vector_norm(x, dim=axes).double().square()
 
 
-def _score(answers: list[Tensor], generator: torch.Generator) -> Tensor:
+def _score(answers: list[Tensor], generator: torch.Generator, kind: str | None = None) -> Tensor:
     """A number whose gradient has the Gauss-Newton matrix of the damage as its second moment."""
-    if is_class_output(answers):
+    if is_class_output(answers, kind):
         # F = diag(p) - p p' = S S' with S = diag(sqrt p) - p sqrt(p)'; S r with random signs r has the second moment F, and
         # none of the rare large values that an answer drawn by p brings
         p = answers[0].detach().softmax(1)

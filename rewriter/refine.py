@@ -169,9 +169,9 @@ def _repair(
 def _mean(parts: list[Tensor], axis: int) -> Tensor:
     """(C,) mean over all samples and positions."""
     axes = [d for d in range(parts[0].ndim) if d != axis]
-    total = sum(p.sum(axes, dtype=torch.float64) for p in parts)
-    count = sum(p.numel() for p in parts) // parts[0].shape[axis]
-    return total / count  # type: ignore[operator,return-value]
+    # sums of one batch in float32 are pairwise, and a twentieth of the time of float64
+    total = torch.stack([p.sum(axes).double() for p in parts]).sum(0)
+    return total / (sum(p.numel() for p in parts) // parts[0].shape[axis])
 
 
 def _round(

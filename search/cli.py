@@ -5,35 +5,35 @@ from __future__ import annotations
 import logging
 import shlex
 import sys
-from collections.abc import Generator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from rich.console import Console
 from rich.logging import RichHandler
-from rich.progress import (
-    BarColumn,
-    MofNCompleteColumn,
-    Progress,
-    TextColumn,
-    TimeElapsedColumn,
-    TimeRemainingColumn,
-)
 from rich.table import Table
 
 from rewriter import Plan, RewriteError, cost, find_sites
 from search.config import Config, ConfigError, load_config, shipped_config
-from search.evaluator import Tick, extra_macs
-from search.job import Job, float_metric, load_network, open_job, silent
+from search.console import err, out, progress, refused, say
+from search.evaluator import extra_macs
+from search.job import Job, float_metric, load_network, open_job
 from search.records import RunError, Score, read_json
 from search.report import write_report
 from search.results import Results, load_results, write_front
-from search.run import helpers, note_run, run_search, sensitivity_of, with_options, work
+from search.run import (
+    Goal,
+    cheapest,
+    confirm_front,
+    helpers,
+    note_run,
+    run_search,
+    sensitivity_of,
+    with_options,
+    work,
+)
 from search.tables import front_table, reference_table, sensitivity_table
 
-GOAL_NOT_MET, BAD_INPUT, INTERRUPTED = 1, 2, 130
+GOAL_NOT_MET, INTERRUPTED = 1, 130
 
 app = typer.Typer(
     name="quantfix",
@@ -42,10 +42,6 @@ app = typer.Typer(
     add_completion=False,
     rich_markup_mode=None,
 )
-# a pipe or a file has no width of its own; tables need more than the usual 80 columns
-out = Console(width=None if sys.stdout.isatty() else 160)
-err = Console(stderr=True)
-
 ConfigPath = Annotated[Path, typer.Argument(metavar="CONFIG", help="YAML file of the run.")]
 RunFolder = Annotated[Path, typer.Argument(metavar="DIR", help="Run directory.")]
 Out = Annotated[
@@ -60,7 +56,7 @@ Trials = Annotated[
 Timeout = Annotated[
     float | None, typer.Option(min=0, metavar="SECONDS", help="Begin no plan after so long.")
 ]
-Workers = Annotated[int | None, typer.Option(min=1, help="Processes that search.")]
+Workers = Annotated[int | None, typer.Option(min=1, max=64, help="Processes that search.")]
 MaxDrop = Annotated[
     float | None, typer.Option(min=0, metavar="POINTS", help="Largest loss against float.")
 ]
@@ -86,13 +82,13 @@ def main() -> None:
     except SystemExit as stop:  # typer has spoken itself: help, a misspelt option, or an exit code
         code = stop.code if isinstance(stop.code, int) else 0
     except (ConfigError, RewriteError, RunError) as error:
-        code = _refused(str(error))
+        code = refused(str(error))
     except OSError as error:
         place = f"{error.filename}: " if error.filename else ""
-        code = _refused(f"{place}{error.strerror or error}")
+        code = refused(f"{place}{error.strerror or error}")
     if code == INTERRUPTED:
         again = shlex.join(["quantfix", *sys.argv[1:]])
-        _say(f"\nstopped; nothing is lost. To go on: {again}", err)
+        say(f"\nstopped; nothing is lost. To go on: {again}", err)
     sys.exit(code)
 
 
@@ -103,7 +99,7 @@ def check(config: ConfigPath, quiet: Quiet = False) -> None:
     Example: quantfix check configs/digits.yaml
     """
     cfg = load_config(config)
-    network = load_network(cfg, _progress(quiet))
+    network = load_network(cfg, progress(quiet))
     if quiet:
         return
     gm, data = network.gm, network.data
@@ -124,7 +120,7 @@ def check(config: ConfigPath, quiet: Quiet = False) -> None:
         for part in gm.meta["opaque"]
     ]
     for name, fact in facts:
-        _say(f"{name:>10}  {fact}")
+        say(f"{name:>10}  {fact}")
 
 
 @app.command()
@@ -140,11 +136,11 @@ def analyze(
     Example: quantfix analyze configs/digits.yaml
     """
     cfg, folder = _opened(config, out_dir, seed=seed)
-    job = open_job(cfg, folder, _progress(quiet))
-    sensitivity = sensitivity_of(job, _progress(quiet), exact=exact)
+    job = open_job(cfg, folder, progress(quiet))
+    sensitivity = sensitivity_of(job, progress(quiet), exact=exact)
     if not quiet:
         out.print(sensitivity_table(sensitivity))
-        _say(f"written: {folder / 'sensitivity.json'}")
+        say(f"written: {folder / 'sensitivity.json'}")
 
 
 @app.command()
@@ -153,7 +149,7 @@ def sites(config: ConfigPath, quiet: Quiet = False) -> None:
 
     Example: quantfix sites configs/digits.yaml
     """
-    gm = load_network(load_config(config), _progress(quiet)).gm
+    gm = load_network(load_config(config), progress(quiet)).gm
     found = find_sites(gm)
     base = cost(gm).macs
     added = extra_macs(gm, [Plan.parse(f"{s.rule}@{s.nodes[0]}") for s in found if not s.blocked])
@@ -247,7 +243,7 @@ def export(
     cfg = with_options(
         load_config(Path(results.facts["config"])), **results.facts.get("options", {})
     )
-    job = open_job(cfg, folder, _progress(quiet))
+    job = open_job(cfg, folder, progress(quiet))
     _export(job, score, out_dir or folder / "export", quiet, compared)
 
 
@@ -272,24 +268,26 @@ def fix(
     cfg, folder = _opened(
         config, out_dir, seed=seed, trials=trials, timeout=timeout, workers=workers, **given
     )
-    if cfg.search.max_drop is None:
+    goal, ratio = Goal(cfg.search.max_drop, cfg.search.max_damage), cfg.search.max_macs
+    if goal == Goal():
         raise ConfigError(
-            "fix: how much may be lost? --max-drop POINTS, or search.max_drop in the config"
+            "fix: how much may be lost? --max-drop POINTS, or search.max_drop (without labels "
+            "search.max_damage) in the config"
         )
-    drop, ratio = cfg.search.max_drop, cfg.search.max_macs
-    job, results = _run(cfg, folder, storage, quiet, max_drop=drop)
-    if results.baseline.float is None:
-        raise ConfigError("fix: the evaluation data have no labels, so a drop cannot be measured")
-    chosen = results.cheapest(drop, ratio)
+    job, results = _run(cfg, folder, storage, quiet, goal)
+    if goal.max_drop is not None and results.baseline.float is None:
+        raise ConfigError(
+            "fix: the evaluation data have no labels, so a drop cannot be measured: give "
+            "search.max_damage in the config instead"
+        )
+    chosen = cheapest(job, goal, ratio)
     score = chosen or results.best()
     _export(job, score, folder / "fixed", quiet)
     lost = results.drop(score)
     said = f"{'' if lost is None else f'{lost:.2f} points lost, '}{score.macs_ratio:.3f} x MACs"
+    asked = f"{goal} at {ratio:g} x MACs"
     if chosen is None:
-        err.print(
-            f"goal not met (at most {drop:g} points at {ratio:g} x MACs); best so far: {said}",
-            style="yellow",
-        )
+        say(f"goal not met ({asked}); best so far: {said}", err)
         raise typer.Exit(GOAL_NOT_MET)
     if not quiet:
         out.print(
@@ -300,24 +298,25 @@ def fix(
 
 
 def _run(
-    cfg: Config, folder: Path, storage: str | None, quiet: bool, max_drop: float | None = None
+    cfg: Config, folder: Path, storage: str | None, quiet: bool, goal: Goal | None = None
 ) -> tuple[Job, Results]:
     """Analyse and search; whatever ends it, the front of what is scored is on disk."""
-    progress = _progress(quiet)
-    job = open_job(cfg, folder, progress)
-    sensitivity = sensitivity_of(job, progress)
+    bars = progress(quiet)
+    job = open_job(cfg, folder, bars)
+    sensitivity = sensitivity_of(job, bars)
     note_run(job, storage)
     if not quiet:
         out.print(sensitivity_table(sensitivity, 8))
     try:
-        with helpers(cfg, folder, storage), progress("scoring plans") as tick:
+        with helpers(cfg, folder, storage), bars("scoring plans") as tick:
             run_search(
                 job,
                 sensitivity,
                 storage,
                 lambda score, count: tick(count, cfg.search.trials),
-                max_drop,
+                goal,
             )
+        confirm_front(job, bars)
     finally:
         job.records.refresh()
         results = load_results(folder)
@@ -334,23 +333,33 @@ def _opened(config: Path, folder: Path | None, **options: Any) -> tuple[Config, 
 def _export(job: Job, score: Score, folder: Path, quiet: bool, compared: bool = False) -> None:
     from search.export import export as write
 
-    with _progress(quiet)("writing and measuring the file") as tick:
+    with progress(quiet)("writing and measuring the file") as tick:
         tick(0, 1)
         exported = write(job.evaluator, Plan.parse(score.plan), folder, score, compared)
         tick(1, 1)
+    files, refusal = exported.files, ""
+    if job.cfg.task == "video" and exported.quantized is not None:
+        from search.stream_export import export_stream
+
+        try:
+            files += export_stream(job, Plan.parse(score.plan), exported.quantized, folder)
+        except RewriteError as fact:  # the file for whole sequences is written all the same
+            refusal = str(fact)
     if not quiet:
+        if refusal:
+            say(f"no streaming file: {refusal}")
         for found in exported.findings:
-            _say(f"{found.code}: {found.node + ': ' if found.node else ''}{found.message}")
+            say(f"{found.code}: {found.node + ': ' if found.node else ''}{found.message}")
         if compared:
             first = exported.departure
-            _say(
+            say(
                 "simulation and ONNX Runtime agree on every value"
                 if first is None
                 else f"simulation and ONNX Runtime first depart at {first.layer}: {first.differs:.2%} of its "
                 f"elements differ, {first.sqnr_db:.1f} dB"
             )
-        for file in exported.files:
-            _say(f"written: {file}")
+        for file in files:
+            say(f"written: {file}")
 
 
 def _show(results: Results, quiet: bool) -> None:
@@ -359,40 +368,11 @@ def _show(results: Results, quiet: bool) -> None:
     if results.references:
         out.print(reference_table(results))
     out.print(front_table(results))
-    _say(results.advice())
+    say(results.advice())
+    if results.luck():
+        say(results.luck())
     for name in ("front.json", "report.html"):
-        _say(f"written: {results.folder / name}")
-
-
-def _progress(quiet: bool) -> Any:
-    """Progress bars with the time left, on stderr, so that tables can be piped."""
-    if quiet:
-        return silent
-
-    @contextmanager
-    def bars(label: str) -> Generator[Tick]:
-        columns = (
-            TextColumn("{task.description}"),
-            BarColumn(),
-            MofNCompleteColumn(),
-            TimeElapsedColumn(),
-            TimeRemainingColumn(),
-        )
-        with Progress(*columns, console=err) as progress:
-            task = progress.add_task(label, total=None)
-            yield lambda done, total: progress.update(task, completed=done, total=total)
-
-    return bars
-
-
-def _refused(message: str) -> int:
-    _say(f"quantfix: {message}", err)
-    return BAD_INPUT
-
-
-def _say(text: str, console: Console | None = None) -> None:
-    """Print text as it is: a path or a plan must stay on one line and without colours."""
-    (console or out).print(text, markup=False, highlight=False, soft_wrap=True)
+        say(f"written: {results.folder / name}")
 
 
 if __name__ == "__main__":

@@ -6,12 +6,9 @@ the line number, the key and, for a misspelt key, the right one.
 
 from __future__ import annotations
 
-import difflib
 import os
-import re
-from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeAlias
+from typing import Annotated, Any, Literal
 
 import yaml
 from pydantic import (
@@ -26,17 +23,13 @@ from pydantic import (
 
 from rewriter import QuantizeError
 from rewriter import target as named_target
-
-if TYPE_CHECKING:
-    from pydantic_core import ErrorDetails
-
-# where a key stands, ("search", "trials"), and an element of a list, ("data", "mean", 0)
-Location: TypeAlias = tuple[str | int, ...]
+from search.config_faults import Location, dotted, explain, line_of, reason, walk
 
 Channels = Annotated[tuple[float, ...], Field(min_length=1)]
 Factory = Annotated[str, Field(pattern=r"^[A-Za-z_][\w.]*:[A-Za-z_]\w*$")]
 
 SOURCES = ("factory", "imagefolder", "csv", "npz", "coco", "yolo", "digits")
+VIDEO_SOURCES = ("factory", "csv", "npz")
 PREPROCESSING = ("size", "mean", "std", "crop", "interpolation")
 
 
@@ -105,6 +98,7 @@ class DataConfig(_Section):
         coco: Annotations in COCO's JSON format.
         yolo: Folder of YOLO text labels, one file for each image.
         digits: Side in pixels of scikit-learn's handwritten digits.
+        frames: Video only: frames of a sequence that the network reads at once.
         calibration: How many images calibrate; the others evaluate. None: 300, or a quarter where
             there are few.
         evaluation: At most how many images evaluate. None: all others.
@@ -125,6 +119,7 @@ class DataConfig(_Section):
     coco: str | None = None
     yolo: str | None = None
     digits: int | None = Field(default=None, ge=8, le=512)
+    frames: int | None = Field(default=None, ge=1)
     calibration: int | None = Field(default=None, ge=1)
     evaluation: int | None = Field(default=None, ge=1)
     seed: int = Field(default=0, ge=0)
@@ -176,23 +171,45 @@ class SearchConfig(_Section):
     Attributes:
         trials: How many plans are tried.
         max_macs: Largest cost, as a ratio to the original: 1.15 allows 15 % more.
-        max_drop: Largest loss against the float model, in points of the metric.
+        max_params: Most parameters, as a ratio to the original.
+        max_weight_bytes: Largest size of the stored weights, in bytes.
         max_float_layers: Most layers that may stay in float.
+        max_float_islands: Most connected groups of such layers.
+        max_latency_ms: Longest time for one input, in ONNX Runtime on the machine that searches.
+        max_drop: Largest loss against the float model, in points of the metric; for ``fix``.
+        max_damage: Largest damage, where there are no labels; for ``fix``.
+        cost: What quality is weighed against: ``macs``, or ``latency``, measured as for
+            `max_latency_ms`. A time never repeats exactly, and so does no front over it.
         objective: What stands against MACs. ``auto``: the metric, or the damage where there are no
             labels.
         seed: Of the sampler and of the fits.
         timeout: Seconds after which no new trial starts.
+        candidate_timeout: Seconds after which a plan that is being scored is given up.
+        confirmation: Share of the evaluation images that has no part in choosing among plans, and
+            confirms those on the front at the end; 0: none. Default: a third where there are 300.
+        race: Images after which a plan may first be given up, because it is clear that it is not
+            on the front; 0: never. Four times as many are needed.
         workers: Processes that search.
     """
 
     trials: int = Field(default=100, ge=1)
     max_macs: float = Field(default=1.15, gt=0, le=100)
-    max_drop: float | None = Field(default=None, ge=0, le=100)
+    max_params: float | None = Field(default=None, gt=0, le=100)
+    max_weight_bytes: int | None = Field(default=None, ge=1)
     max_float_layers: int | None = Field(default=None, ge=0)
+    max_float_islands: int | None = Field(default=None, ge=0)
+    max_latency_ms: float | None = Field(default=None, gt=0)
+    max_drop: float | None = Field(default=None, ge=0, le=100)
+    max_damage: float | None = Field(default=None, ge=0)
+    cost: Literal["macs", "latency"] = "macs"
     objective: Literal["metric", "damage", "auto"] = "auto"
     seed: int = Field(default=0, ge=0)
     timeout: float | None = Field(default=None, gt=0)
-    workers: int = Field(default=1, ge=1)
+    candidate_timeout: float = Field(default=3600.0, gt=0)
+    confirmation: float | None = Field(default=None, ge=0, le=0.9)
+    race: int = Field(default=64, ge=0)
+    # each is a process with a network of its own; more belong on more machines (quantfix worker)
+    workers: int = Field(default=1, ge=1, le=64)
 
 
 class Config(_Section):
@@ -233,6 +250,14 @@ class Config(_Section):
             raise ValueError(f"postprocess goes with task detection, not {self.task}")
         return self
 
+    @model_validator(mode="after")
+    def _video_has_sequences(self) -> Config:
+        if self.task == "video" and all(getattr(self.data, k) is None for k in VIDEO_SOURCES):
+            raise ValueError(f"task video reads data from one of {', '.join(VIDEO_SOURCES)}")
+        if self.task != "video" and self.data.frames is not None:
+            raise ValueError(f"data.frames goes with task video, not {self.task}")
+        return self
+
     @property
     def path(self) -> Path:
         """The file that this was read from."""
@@ -258,7 +283,7 @@ def load_config(path: str | Path) -> Config:
     try:
         text = path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(f"{path}: cannot be read: {_reason(error)}") from error
+        raise ConfigError(f"{path}: cannot be read: {reason(error)}") from error
     try:
         root = yaml.compose(text, Loader=yaml.SafeLoader)
         content = yaml.safe_load(text)
@@ -275,13 +300,13 @@ def load_config(path: str | Path) -> Config:
         raise ConfigError(f"{path.name}: must hold keys such as task and model, but is {kind}")
 
     lines: dict[Location, int] = {(): 1}
-    faults = list(_walk(root, (), lines))
+    faults = list(walk(root, (), lines))
     if not faults:
         try:
             config = Config.model_validate(content)
         except ValidationError as error:
             faults = [
-                (_line(item["loc"], lines), f"{_dotted(item['loc'])}: {_explain(item)}")
+                (line_of(item["loc"], lines), f"{dotted(item['loc'])}: {explain(item, Config)}")
                 for item in error.errors()
             ]
         else:
@@ -299,83 +324,3 @@ def shipped_config(name: str) -> Path:
     if not found:
         raise ConfigError(f"{name}: no such shipped config; looked in {candidates[0].parent}")
     return found[0]
-
-
-def _walk(node: yaml.Node, at: Location, lines: dict[Location, int]) -> Iterator[tuple[int, str]]:
-    """Edit `lines`: the line of every key; yields keys that YAML wrongly lets pass."""
-    if isinstance(node, yaml.SequenceNode):
-        for i, item in enumerate(node.value):
-            lines[*at, i] = item.start_mark.line + 1
-            yield from _walk(item, (*at, i), lines)
-    if isinstance(node, yaml.MappingNode):
-        for key, value in node.value:
-            line = key.start_mark.line + 1
-            name = str(key.value)
-            if (*at, name) in lines:
-                first = lines[*at, name]
-                yield line, f"{_dotted((*at, name))}: given twice, first in line {first}"
-            lines[*at, name] = line
-            yield from _walk(value, (*at, name), lines)
-
-
-def _explain(fault: ErrorDetails) -> str:
-    """What one fault that pydantic found means to the writer of the file."""
-    kind, loc, given = fault["type"], fault["loc"], fault["input"]
-    message = fault["msg"].removeprefix("Value error, ").removeprefix("Input ")
-    if kind == "extra_forbidden":
-        return f"unknown key{_nearest(loc)}"
-    if kind == "missing":
-        return f"missing{_choices(loc)}"
-    if kind == "value_error":
-        return message
-    if kind in ("model_type", "model_attributes_type"):
-        return f"must hold keys{_choices(loc)}; is {given!r}"
-    if kind == "string_pattern_mismatch":
-        form = "auto, cpu, cuda or cuda:N" if loc[-1] == "device" else '"module:callable"'
-        return f"must be {form}; is {given!r}"
-    if kind == "literal_error":
-        choices = re.findall(r"'(\w+)'", fault.get("ctx", {}).get("expected", ""))
-        near = difflib.get_close_matches(str(given), choices, 1)
-        hint = f"; did you mean {near[0]}?" if near else ""
-        return f"{message}; is {given!r}{hint}"
-    return f"{message}; is {given!r}"
-
-
-def _line(loc: Location, lines: Mapping[Location, int]) -> int:
-    """The line of the key, or of the mapping that lacks it."""
-    while loc not in lines:
-        loc = loc[:-1]
-    return lines[loc]
-
-
-def _dotted(loc: Location) -> str:
-    return ".".join(str(part) for part in loc) or "the file"
-
-
-def _keys(section: type[BaseModel], at: Location = ()) -> Iterator[tuple[Location, list[str]]]:
-    """Every section with the keys it takes."""
-    yield at, list(section.model_fields)
-    for name, field in section.model_fields.items():
-        for option in (field.annotation, *getattr(field.annotation, "__args__", ())):
-            if isinstance(option, type) and issubclass(option, BaseModel):
-                yield from _keys(option, (*at, name))
-
-
-def _choices(loc: Location) -> str:
-    keys = dict(_keys(Config)).get(loc)
-    return f" (keys: {', '.join(keys)})" if keys else ""
-
-
-def _nearest(loc: Location) -> str:
-    """The right key: the same word in another section, else the nearest in this one."""
-    sections = dict(_keys(Config))
-    word, siblings = str(loc[-1]), sections.get(loc[:-1], [])
-    elsewhere = [(*at, word) for at, keys in sections.items() if word in keys]
-    near = difflib.get_close_matches(word, siblings, 1)
-    if elsewhere:
-        return f"; did you mean {_dotted(elsewhere[0])}?"
-    return f"; did you mean {near[0]}?" if near else f"; known here: {', '.join(siblings)}"
-
-
-def _reason(error: OSError | UnicodeDecodeError) -> str:
-    return (error.strerror or str(error)) if isinstance(error, OSError) else "not text in UTF-8"

@@ -25,6 +25,7 @@ from search.boxes import boxed_images
 from search.config import Config, ConfigError
 from search.digits import digits
 from search.images import Data, Inputs, Preprocessing, Samples, arrays, image_folder, image_table
+from search.video_data import frame_table, sequence_arrays
 
 __all__ = ["Data", "Inputs", "batches", "call_factory", "load_data", "load_model"]
 
@@ -66,6 +67,11 @@ def load_data(cfg: Config) -> Data:
                 f"{type(made).__name__}"
             )
         data = Data(made.calibration, made.evaluation, getattr(made, "training", None))
+    elif cfg.task == "video" and source.csv is not None:
+        table, images = cfg.resolve(source.csv), cfg.resolve(str(source.images))
+        data = frame_table(table, images, source, _preprocessing(cfg))
+    elif cfg.task == "video" and source.npz is not None:
+        data = sequence_arrays(cfg.resolve(source.npz), source, lambda: _preprocessing(cfg))
     elif source.imagefolder is not None:
         data = image_folder(cfg.resolve(source.imagefolder), source, _preprocessing(cfg))
     elif source.csv is not None and source.images is not None:
@@ -78,7 +84,7 @@ def load_data(cfg: Config) -> Data:
     else:
         annotations = str(source.coco or source.yolo)
         data = boxed_images(cfg.resolve(annotations), cfg.resolve(str(source.images)), source)
-    _check_splits(data, cfg.path.parent)
+    _check_splits(data, cfg.path.parent, "(T, C, H, W)" if cfg.task == "video" else "(C, H, W)")
     return data
 
 
@@ -284,7 +290,7 @@ def _preprocessing(cfg: Config) -> Preprocessing:
     return Preprocessing(**known)
 
 
-def _check_splits(data: Data, folder: Path) -> None:
+def _check_splits(data: Data, folder: Path, shape: str) -> None:
     """Look at the first sample of each split: a wrong form is best named before any work."""
     splits = {"calibration": data.calibration, "evaluation": data.evaluation}
     if data.training is not None:
@@ -303,7 +309,9 @@ def _check_splits(data: Data, folder: Path) -> None:
         x = first[0] if paired else first
         if not isinstance(x, Tensor) or x.dtype != torch.float32:
             kind = f"tensor of {x.dtype}" if isinstance(x, Tensor) else type(x).__name__
-            raise ConfigError(f"data.{name}: inputs must be float32 tensors (C, H, W): {kind}")
+            raise ConfigError(f"data.{name}: inputs must be float32 tensors {shape}: {kind}")
+        if shape == "(T, C, H, W)" and x.ndim != 4:
+            raise ConfigError(f"data.{name}: inputs must have the shape {shape}: {tuple(x.shape)}")
 
 
 def _sample(dataset: Samples, index: int, folder: Path) -> Any:

@@ -54,8 +54,8 @@ def digits(side: int = 32) -> Data:
     mean shifts all of them half a multiple away from there.
     Source: Alpaydin and Kaynak, 1998, UCI Optical Recognition of Handwritten Digits (CC BY 4.0).
     """
-    x, y = _images(side)
-    pairs = [Arrays(x[part], y[part].tolist(), Tensor.clone) for part in _parts()]
+    x, y = images_and_classes(side)
+    pairs = [Arrays(x[part], y[part].tolist(), Tensor.clone) for part in parts()]
     training, evaluation, calibration = pairs
     return Data(Inputs(calibration), evaluation, training)
 
@@ -67,10 +67,10 @@ def network(seed: int = 0) -> nn.Module:
     everything that the weights depend on.
     """
     net = architecture()
-    file = _cache_folder() / f"digits-{_recipe(seed)}.safetensors"
-    if not _restore(net, file):
+    file = cache_folder() / f"digits-{recipe(seed, Path(__file__))}.safetensors"
+    if not restore(net, file):
         train(net, seed)
-        _store(net, file)
+        store(net, file)
     return net.eval()
 
 
@@ -79,14 +79,14 @@ def architecture() -> nn.Module:
     return _Digits()
 
 
-def train(net: nn.Module, seed: int = 0, epochs: int = EPOCHS) -> None:
+def train(net: nn.Module, seed: int = 0, epochs: int = EPOCHS, shift: int = SHIFT) -> None:
     """Edit net: train it on the digits; one seed and one kind of processor give one result."""
     log.info("digits: training %d epochs, seed %d", epochs, seed)
-    x, y = _images(32)
-    x, y = x[_parts()[0]], y[_parts()[0]]
-    with _one_thread(), torch.random.fork_rng(devices=[]):
+    x, y = images_and_classes(32)
+    x, y = x[parts()[0]], y[parts()[0]]
+    with one_thread(), torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        _initialise(net)
+        initialise(net)
         weights = [m.weight for m in net.modules() if isinstance(m, (nn.Conv2d, nn.Linear))]
         known = {id(w) for w in weights}
         rest = [p for p in net.parameters() if id(p) not in known]
@@ -99,7 +99,7 @@ def train(net: nn.Module, seed: int = 0, epochs: int = EPOCHS) -> None:
         net.train()
         for _ in range(epochs):
             for batch in torch.randperm(len(y))[: steps * BATCH].split(BATCH):
-                loss = functional.cross_entropy(net(_shifted(x[batch])), y[batch])
+                loss = functional.cross_entropy(net(shifted(x[batch], shift)), y[batch])
                 optimizer.zero_grad()
                 loss.backward()
                 optimizer.step()
@@ -107,14 +107,14 @@ def train(net: nn.Module, seed: int = 0, epochs: int = EPOCHS) -> None:
     net.eval()
 
 
-class _Block(nn.Module):
+class InvertedResidual(nn.Module):
     """Inverted residual: expansion, depthwise, projection; the sum where shapes allow it."""
 
     def __init__(self, inputs: int, inner: int, outputs: int, stride: int) -> None:
         super().__init__()
-        self.expand = _conv(inputs, inner, 1) if inner != inputs else None
-        self.depthwise = _conv(inner, inner, 3, stride, groups=inner)
-        self.project = _conv(inner, outputs, 1, relu=False)
+        self.expand = conv_norm(inputs, inner, 1) if inner != inputs else None
+        self.depthwise = conv_norm(inner, inner, 3, stride, groups=inner)
+        self.project = conv_norm(inner, outputs, 1, relu=False)
         self.residual = stride == 1 and inputs == outputs
 
     def forward(self, x: Tensor) -> Tensor:
@@ -128,15 +128,15 @@ class _Digits(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.stem = _conv(1, 16, 3, 2)
+        self.stem = conv_norm(1, 16, 3, 2)
         self.blocks = nn.Sequential(
-            _Block(16, 16, 8, 1),
-            _Block(8, 32, 16, 2),
-            _Block(16, 64, 16, 1),
-            _Block(16, 64, 24, 2),
-            _Block(24, 96, 24, 1),
+            InvertedResidual(16, 16, 8, 1),
+            InvertedResidual(8, 32, 16, 2),
+            InvertedResidual(16, 64, 16, 1),
+            InvertedResidual(16, 64, 24, 2),
+            InvertedResidual(24, 96, 24, 1),
         )
-        self.head = _conv(24, 64, 1)
+        self.head = conv_norm(24, 64, 1)
         self.pool = nn.AdaptiveAvgPool2d(1)
         self.classifier = nn.Linear(64, CLASSES)
 
@@ -144,7 +144,7 @@ class _Digits(nn.Module):
         return self.classifier(self.pool(self.head(self.blocks(self.stem(x)))).flatten(1))
 
 
-def _conv(
+def conv_norm(
     inputs: int, outputs: int, kernel: int, stride: int = 1, groups: int = 1, relu: bool = True
 ) -> nn.Sequential:
     conv = nn.Conv2d(inputs, outputs, kernel, stride, kernel // 2, groups=groups, bias=False)
@@ -152,22 +152,22 @@ def _conv(
     return nn.Sequential(conv, norm, nn.ReLU6()) if relu else nn.Sequential(conv, norm)
 
 
-def _initialise(net: nn.Module) -> None:
+def initialise(net: nn.Module) -> None:
     for module in net.modules():
         if isinstance(module, (nn.Conv2d, nn.Linear, nn.BatchNorm2d)):
             module.reset_parameters()
 
 
-def _shifted(x: Tensor) -> Tensor:
-    """The batch moved by up to `SHIFT` pixels, all images alike."""
+def shifted(x: Tensor, shift: int) -> Tensor:
+    """The batch moved by up to ``shift`` pixels, all images alike."""
     side = x.shape[-1]
-    down, right = torch.randint(0, 2 * SHIFT + 1, (2,)).tolist()
-    padded = functional.pad(x, (SHIFT,) * 4, mode="replicate")
+    down, right = torch.randint(0, 2 * shift + 1, (2,)).tolist()
+    padded = functional.pad(x, (shift,) * 4, mode="replicate")
     return padded[:, :, down : down + side, right : right + side]
 
 
 @lru_cache(maxsize=2)
-def _images(side: int) -> tuple[Tensor, Tensor]:
+def images_and_classes(side: int) -> tuple[Tensor, Tensor]:
     """All inputs (1797, 1, side, side) and classes (1797,), in scikit-learn's order."""
     bunch: Any = load_digits()
     pixels = torch.from_numpy(bunch.images).float().unsqueeze(1) / 16
@@ -176,14 +176,14 @@ def _images(side: int) -> tuple[Tensor, Tensor]:
     return (x - MEAN) / STD, torch.from_numpy(bunch.target).long()
 
 
-def _parts() -> tuple[Tensor, Tensor, Tensor]:
+def parts() -> tuple[Tensor, Tensor, Tensor]:
     """Indices of training, evaluation and calibration images."""
     order = torch.from_numpy(np.random.default_rng(0).permutation(1797))
     return order[:TRAINING], order[TRAINING:], order[:CALIBRATION]
 
 
 @contextmanager
-def _one_thread() -> Generator[None]:
+def one_thread() -> Generator[None]:
     """Sums in the same order whatever the number of cores; on images this small no slower."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
@@ -193,17 +193,17 @@ def _one_thread() -> Generator[None]:
         torch.set_num_threads(threads)
 
 
-def _cache_folder() -> Path:
+def cache_folder() -> Path:
     return Path(os.environ.get("QUANTFIX_CACHE") or Path.home() / ".cache" / "quantfix")
 
 
-def _recipe(seed: int) -> str:
-    """Hash of what the weights depend on: this file, torch and the seed."""
-    text = Path(__file__).read_text(encoding="utf-8") + torch.__version__ + str(seed)
+def recipe(seed: int, *sources: Path) -> str:
+    """Hash of what the weights depend on: source files, torch and the seed."""
+    text = "".join(s.read_text(encoding="utf-8") for s in sources) + torch.__version__ + str(seed)
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
-def _restore(net: nn.Module, file: Path) -> bool:
+def restore(net: nn.Module, file: Path) -> bool:
     """Edit net: load cached weights; False where there are none, or none that can be read."""
     if not file.is_file():
         return False
@@ -215,7 +215,7 @@ def _restore(net: nn.Module, file: Path) -> bool:
     return True
 
 
-def _store(net: nn.Module, file: Path) -> None:
+def store(net: nn.Module, file: Path) -> None:
     """Write the weights under another name first: a reader never meets half a file."""
     try:
         file.parent.mkdir(parents=True, exist_ok=True)

@@ -1,109 +1,46 @@
 """From a plan to its score: rewrite, fit, quantize, run on the target's kernels, compare.
 
 The images are decoded once, the float outputs are computed once, and a plan is scored once:
-scores live in the run directory under a fingerprint of all that they depend on.
+scores live in the run directory under a fingerprint of all that they depend on. Plans are chosen
+by their scores on the first samples; the others are held back, to confirm what was chosen.
 """
 
 from __future__ import annotations
 
+import errno
 import logging
-import math
+import statistics
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, Protocol, runtime_checkable
+from typing import Any
 
-import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor, fx
 from torch.utils import _pytree as pytree
 
 from rewriter import Plan, Quantized, cost, simulate
 from rewriter.assemble import assemble
 from rewriter.errors import RewriteError
-from rewriter.graph import layers
+from rewriter.graph import channels_last
 from rewriter.int8.onnx import float_onnx, to_onnx
 from rewriter.int8.scheme import QuantScheme
 from rewriter.int8.session import Session
 from rewriter.plan import rewrite, rule_named
-from search.data import batches
-from search.fingerprint import Digest
-from search.front import paired_interval, replicate_interval, resampled_indices
-from search.images import Samples as Dataset
-from search.records import Array, Baseline, Records, Samples, Score
+from search.constraints import size_of
+from search.measure import Measure, Part
+from search.racing import Race
+from search.records import Baseline, Confirmations, Records, Samples, Score
+from search.samples import SampleSet, Tick
 from search.tasks import Task
 
 log = logging.getLogger(__name__)
 
-IN_MEMORY = 2 << 30  # bytes; more inputs than that are decoded again for each plan
-BATCH = 32
-REPLICATES = 500
-Tick = Callable[[int, int], None]
-
-
-@runtime_checkable
-class Resampled(Protocol):
-    """A task whose metric is no mean over samples, but can be resampled from stored matches."""
-
-    def matches(self, outputs: Sequence[Tensor], targets: Sequence[Any]) -> Any: ...
-
-    def resampled(self, matches: Any, weights: NDArray[np.float64]) -> NDArray[np.float64]: ...
-
-
-@dataclass(frozen=True)
-class SampleSet:
-    """The evaluation samples, decoded once where they fit into memory.
-
-    Attributes:
-        count: Number of samples.
-        inputs: (n, ...) all inputs, None where they are read again each time.
-        targets: n targets, None without labels.
-        digest: Hash of all inputs and targets.
-    """
-
-    dataset: Dataset
-    count: int
-    inputs: Tensor | None
-    targets: Any
-    digest: str
-
-    def batches(self, size: int = BATCH) -> Iterator[Tensor]:
-        """The inputs in order, (size, ...) each.
-
-        Raises:
-            ConfigError: the data set fails on a sample.
-        """
-        if self.inputs is not None:
-            yield from self.inputs.split(size)
-            return
-        for batch in batches(self.dataset, size):
-            yield batch[0] if isinstance(batch, tuple) else batch
-
-
-def load_samples(
-    dataset: Dataset, tick: Tick = lambda done, total: None, limit: int = IN_MEMORY
-) -> SampleSet:
-    """Read a data set once: inputs, or (input, target) pairs."""
-    total = len(dataset)
-    digest = Digest()
-    inputs: list[Tensor] | None = []
-    targets: list[Any] = []
-    done = 0
-    for batch in batches(dataset, BATCH):
-        x, y = batch if isinstance(batch, tuple) else (batch, None)
-        if done == 0 and total * x[0].numel() * x.element_size() > limit:
-            inputs = None
-        if inputs is not None:
-            inputs.append(x)
-        if y is not None:
-            targets.append(y)
-        digest.add((x, y))
-        done += len(x)
-        tick(done, total)
-    joined = None if inputs is None else torch.cat(inputs)
-    return SampleSet(dataset, total, joined, _join(targets), digest.hex())
+RUNS = 30  # of one input, behind a latency
+FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+Runner = Callable[[Tensor], list[Tensor]]
 
 
 @dataclass
@@ -122,6 +59,11 @@ class RewriteEvaluator:
         store: Folder of fitted weights.
         seed: Of the fits.
         threads: Of ONNX Runtime.
+        confirmations: Where scores of chosen plans on all samples are kept, and how many of the
+            samples choose. None: all samples choose, and none confirm.
+        race: When a plan is given up early; None: never.
+        timed: Whether a score carries the time that one input takes.
+        scorer: Measures a plan somewhere else (another process) by a method's name; None: here.
     """
 
     gm: fx.GraphModule
@@ -135,23 +77,34 @@ class RewriteEvaluator:
     store: Path | None = None
     seed: int = 0
     threads: int = 2
+    confirmations: Confirmations | None = None
+    race: Race | None = None
+    timed: bool = False
+    scorer: Callable[[str, Plan], Any] | None = None
     tick: Tick = lambda done, total: None
     _reference: list[Tensor] | None = field(default=None, init=False)
-    _float: tuple[float | None, Samples | None] | None = field(default=None, init=False)
+    _measure: Measure | None = field(default=None, init=False)
 
-    def __call__(self, plan: Plan) -> Score:
-        """The score of a plan, from the records where it is known.
+    def __call__(self, plan: Plan, *, whole: bool = False) -> Score:
+        """The score of a plan on the samples that choose, from the records where it is known.
 
         A plan that cannot be carried out or run is a score with an error, so that a search goes
         on without it.
 
+        Args:
+            plan: What to score.
+            whole: Not to be given up early, and scored again where it was.
+
         Raises:
             ConfigError: the user's data set or metric fails.
+            OSError: the disk is full.
         """
         known = self.records.get(str(plan))
-        if known is not None:
+        if known is not None and not (whole and known.stopped) and not self._untimed(known):
             return known
-        score, samples = self.measure(plan)
+        self.reference()  # before another process is made, which then has it too
+        race = not whole and self.race is not None
+        score, samples = self._elsewhere("measure_racing" if race else "measure", plan)
         self.records.add(score, samples)
         if score.error is not None:
             log.warning("plan %r: %s", score.plan, score.error)
@@ -159,66 +112,136 @@ class RewriteEvaluator:
 
     def measure(self, plan: Plan) -> tuple[Score, Samples | None]:
         """Score a plan whether or not it is known; nothing is stored."""
+        (found,) = self._measured(plan, [self.chosen_on], None)
+        return found
+
+    def measure_racing(self, plan: Plan) -> tuple[Score, Samples | None]:
+        """The same, but a plan that is clearly not on the front may be given up early."""
+        (found,) = self._measured(plan, [self.chosen_on], self.race)
+        return found
+
+    def measure_whole(self, plan: Plan) -> list[tuple[Score, Samples | None]]:
+        """Scores on the samples that choose, on those held back, and on all of them."""
+        count, (_, chosen) = self.samples.count, self.chosen_on
+        return self._measured(plan, [(0, chosen), (chosen, count), (0, count)], None)
+
+    def confirm(self, plan: Plan) -> Score:
+        """The score of a plan on all samples; what it is on those held back is stored beside it.
+
+        Where none are held back this is the plan's score.
+        """
+        kept = self.confirmations
+        if kept is None:
+            return self(plan, whole=True)
+        known = kept.whole.get(str(plan))
+        if known is not None and str(plan) in kept.held:
+            return known
+        self.reference()
+        chosen, held, whole = self._elsewhere("measure_whole", plan)
+        if str(plan) not in self.records:
+            self.records.add(*chosen)
+        kept.held.add(*held)
+        kept.whole.add(*whole)
+        return whole[0]
+
+    @property
+    def chosen_on(self) -> Part:
+        """The samples that choose among plans."""
+        kept = self.confirmations
+        return 0, self.samples.count if kept is None else kept.chosen_on
+
+    def _elsewhere(self, method: str, plan: Plan) -> Any:
+        return getattr(self, method)(plan) if self.scorer is None else self.scorer(method, plan)
+
+    def _untimed(self, score: Score) -> bool:
+        return self.timed and score.error is None and score.latency_ms is None
+
+    def _measured(
+        self, plan: Plan, parts: list[Part], race: Race | None
+    ) -> list[tuple[Score, Samples | None]]:
+        """Scores of a plan on some parts of the samples; with a race, of one part that starts at 0."""
         start = time.perf_counter()
-        self.float_metric()  # what is wrong with the user's own code is not the plan's fault
+        for part in parts:
+            self.measured.float_metric(
+                part
+            )  # what is wrong with the user's code is not the plan's fault
         macs = cost(self.gm).macs
+        known = Score(plan=str(plan), macs=macs, engine=self.engine)
         try:
-            assembled = assemble(
-                self.gm, plan, self.scheme, self.calibration, self.store, self.seed
-            )
-            quantized = assembled.quantized
-            spent = cost(quantized.gm)
-            runner = self.runner(quantized)
-        except Exception as cause:
-            return self._failed(plan, macs, cause, start), None
-        try:
-            outputs = self._run(runner)
-            metric_float = self._metric_in_float(plan, quantized.gm)
+            known, runner, gm = self._candidate(plan)
+            known = replace(known, engine=self.engine, macs_ratio=known.macs / max(macs, 1))
+            outputs, stopped = self._raced(runner, known, parts[-1][1], race)
+            if stopped is not None:
+                return [_finished(*stopped, start)]
+            in_float = self._in_float(plan, gm, parts[-1][1])
         except _CandidateError as failure:
-            return self._failed(plan, spent.macs, failure.cause, start), None
-        if not all(bool(torch.isfinite(o).all()) for o in outputs if o.is_floating_point()):
-            fact = RewriteError("the int8 network's outputs are NaN or infinite")
-            return self._failed(plan, spent.macs, fact, start), None
-        measured, samples = self._compare(outputs)
-        floats = sum(bool(n.meta.get("keep_float")) for n in layers(quantized.gm))
-        score = replace(
-            measured,
-            plan=str(plan),
-            macs=spent.macs,
-            params=spent.params,
-            weight_bytes=spent.weight_bytes,
-            macs_ratio=spent.macs / macs,
-            float_layers=floats,
-            metric_float=metric_float,
-            engine=self.engine,
-            seconds=round(time.perf_counter() - start, 3),
-        )
-        return score, samples
+            failed = _failed(known, failure.cause, parts)
+            return [_finished(score, None, start) for score in failed]
+        found: list[tuple[Score, Samples | None]] = []
+        for first, last in parts:
+            score, samples = self.measured.compare([o[first:last] for o in outputs], (first, last))
+            metric = self._metric_in_float(in_float, (first, last))
+            score = replace(_filled(score, known), metric_float=metric)
+            found.append(_finished(score, samples, start))
+        return found
+
+    def _candidate(self, plan: Plan) -> tuple[Score, Runner, fx.GraphModule]:
+        """What a plan costs, what runs it, and its float network.
+
+        Raises:
+            _CandidateError: the plan cannot be carried out.
+        """
+        with _blamed():
+            quantized = assemble(
+                self.gm, plan, self.scheme, self.calibration, self.store, self.seed
+            ).quantized
+            known, runner = size_of(plan, quantized.gm), self.runner(quantized)
+        if self.timed:
+            (x,) = self.samples.batches(1, 0, 1)
+            with _blamed():
+                known = replace(known, latency_ms=latency(runner, x))
+        return known, runner, quantized.gm
+
+    def _raced(
+        self, runner: Runner, known: Score, count: int, race: Race | None
+    ) -> tuple[list[Tensor], tuple[Score, Samples] | None]:
+        """Outputs over the first samples; where the plan is given up, its score so far too."""
+        plan = Plan.parse(known.plan)
+        looks = [count] if race is None else race.looks(plan, count)
+        found: list[list[Tensor]] = []
+        done = 0
+        for look in looks:
+            found.append(self._run(runner, done, look))
+            done = look
+            outputs = [torch.cat(parts) for parts in zip(*found, strict=True)]
+            if not all(bool(torch.isfinite(o).all()) for o in outputs if o.is_floating_point()):
+                raise _CandidateError(
+                    RewriteError("the int8 network's outputs are NaN or infinite")
+                )
+            if race is not None and look < count:
+                score, samples = self.measured.compare(outputs, (0, look))
+                score = replace(_filled(score, known), stopped=True)
+                if race.lost(score, samples, count):
+                    return outputs, (score, samples)
+            found = [outputs]
+        return found[0], None
 
     def score_outputs(self, plan: Plan, outputs: list[Tensor], engine: str) -> Score:
-        """Score outputs computed elsewhere for a plan, such as by a file that is about to ship."""
+        """Score outputs over all samples computed elsewhere, such as by a file that is to ship."""
         known = self(plan)
-        measured, _ = self._compare(outputs)
-        return replace(
-            known,
-            metric=measured.metric,
-            interval=measured.interval,
-            damage=measured.damage,
-            engine=engine,
-        )
+        measured, _ = self.measured.compare(outputs, (0, self.samples.count))
+        return replace(_filled(measured, known), metric_float=known.metric_float, engine=engine)
 
     def baseline(self) -> Baseline:
-        """The network as it is; the empty plan is scored where it is not yet.
+        """The network as it is, on all samples; the empty plan is scored where it is not yet.
 
         Raises:
             RewriteError: the network itself cannot be run in int8.
         """
-        score = self(Plan(()))
+        score = self.confirm(Plan(()))
         if score.error is not None:
             raise RewriteError(f"the network as it is cannot be scored: {score.error}")
-        return Baseline(
-            self.float_metric()[0], score.metric, score.macs, score.damage, score.interval
-        )
+        return Baseline(score.original, score.metric, score.macs, score.damage, score.interval)
 
     def reference(self) -> list[Tensor]:
         """Flat float outputs over all samples, each (n, ...); computed once."""
@@ -226,34 +249,28 @@ class RewriteEvaluator:
             self._reference = [o.cpu() for o in self._run_torch(self.gm, self.samples.batches())]
         return self._reference
 
-    def float_metric(self) -> tuple[float | None, Samples | None]:
-        """Metric of the float network and its per-sample values; None and None without labels."""
-        if self._float is None:
-            reference = self.reference()
-            if self.samples.targets is None:
-                self._float = None, None
-            else:
-                none = np.zeros(self.samples.count)
-                self._float = self._metric(reference), self._per_sample(reference, none)
-        return self._float
+    @property
+    def measured(self) -> Measure:
+        """What outputs are compared by."""
+        if self._measure is None or self._measure.task is not self.task:
+            self._measure = Measure(self.task, self.samples, self.reference)
+        return self._measure
 
-    def runner(self, quantized: Quantized) -> Callable[[Tensor], list[Tensor]]:
+    def runner(self, quantized: Quantized) -> Runner:
         """What turns a batch of inputs into flat int8 outputs on this evaluator's engine."""
         if self.engine == "onnxruntime":
             return _session_runner(Session(to_onnx(quantized), threads=self.threads))
         simulated = simulate(quantized, kernels=True).to(self.device)
         return lambda x: _flat(simulated(x.to(self.device)))
 
-    def _run(self, runner: Callable[[Tensor], list[Tensor]]) -> list[Tensor]:
-        """Outputs over all samples; what the candidate raises, not the data set, is marked."""
+    def _run(self, runner: Runner, start: int, stop: int) -> list[Tensor]:
+        """Outputs over some samples; what the candidate raises, not the data set, is marked."""
         found: list[list[Tensor]] = []
-        done = 0
+        done = start
         with torch.no_grad():
-            for x in self.samples.batches():
-                try:
+            for x in self.samples.batches(start=start, stop=stop):
+                with _blamed():
                     found.append([o.cpu() for o in runner(x)])
-                except Exception as cause:
-                    raise _CandidateError(cause) from cause
                 done += len(x)
                 self.tick(done, self.samples.count)
         return [torch.cat(parts) for parts in zip(*found, strict=True)]
@@ -264,68 +281,38 @@ class RewriteEvaluator:
         with torch.no_grad():
             for x in inputs:
                 x = x.to(self.device)
-                if x.ndim == 4:  # twice as fast on the CPU
-                    x = x.contiguous(memory_format=torch.channels_last)
-                found.append([o.cpu() for o in _flat(gm(x))])
+                found.append([o.cpu() for o in _flat(gm(channels_last(x)))])
         gm.to("cpu")
         return [torch.cat(parts) for parts in zip(*found, strict=True)]
 
-    def _metric_in_float(self, plan: Plan, gm: fx.GraphModule) -> float | None:
-        """Metric of the rewritten network in float: the original's where no step changes it."""
+    def _in_float(self, plan: Plan, gm: fx.GraphModule, count: int) -> list[Tensor] | None:
+        """Outputs of the rewritten network in float; None where no step changes what it computes."""
         if self.samples.targets is None:
             return None
         if all(rule_named(step.rule).contract != "approximate" for step in plan.steps):
-            return self.float_metric()[0]
+            return None
         if self.engine != "onnxruntime":
-            return self._metric(self._run(lambda x: _flat(gm(x))))
-        try:
+            return self._run(lambda x: _flat(gm(x)), 0, count)
+        with _blamed():
             session = Session(float_onnx(gm), threads=self.threads)
-        except Exception as cause:
-            raise _CandidateError(cause) from cause
-        return self._metric(self._run(_session_runner(session)))
+        return self._run(_session_runner(session), 0, count)
 
-    def _compare(self, outputs: list[Tensor]) -> tuple[Score, Samples]:
-        """Metric, interval and damage of int8 outputs; the caller fills in the rest."""
-        damage = self.task.damage(self.reference(), outputs).double().cpu().numpy()
-        score = Score(plan="", macs=0, damage=float(damage.mean()), samples=self.samples.count)
-        baseline, reference = self.float_metric()
-        if baseline is None or reference is None:
-            return score, Samples(damage)
-        own = self._per_sample(outputs, damage)
-        interval = None
-        if own.metric is not None and reference.metric is not None:
-            interval = paired_interval(own.metric, reference.metric, baseline)
-        elif own.replicates is not None and reference.replicates is not None:
-            interval = replicate_interval(own.replicates, reference.replicates, baseline)
-        return replace(score, metric=self._metric(outputs), interval=interval), own
+    def _metric_in_float(self, outputs: list[Tensor] | None, part: Part) -> float | None:
+        if outputs is None:
+            return self.measured.float_metric(part)[0]
+        return self.measured.metric([o[slice(*part)] for o in outputs], part)
 
-    def _metric(self, outputs: list[Tensor]) -> float | None:
-        value = self.task.score(outputs, self.samples.targets)
-        return value if math.isfinite(value) else None
 
-    def _per_sample(self, outputs: list[Tensor], damage: Array) -> Samples:
-        values = self.task.per_sample(outputs, self.samples.targets)
-        if values is not None:
-            return Samples(damage, metric=values.double().cpu().numpy())
-        if not isinstance(self.task, Resampled):
-            return Samples(damage)
-        matches = self.task.matches(outputs, self.samples.targets)
-        return Samples(
-            damage, replicates=self.task.resampled(matches, _weights(self.samples.count))
-        )
-
-    def _failed(self, plan: Plan, macs: int, cause: BaseException, start: float) -> Score:
-        text = " ".join(str(cause).split())[:500]
-        kind = "" if isinstance(cause, RewriteError) else f"{type(cause).__name__}: "
-        return Score(
-            plan=str(plan),
-            macs=macs,
-            macs_ratio=macs / max(cost(self.gm).macs, 1),
-            engine=self.engine,
-            samples=self.samples.count,
-            seconds=round(time.perf_counter() - start, 3),
-            error=kind + text,
-        )
+def latency(runner: Runner, x: Tensor, runs: int = RUNS) -> float:
+    """Median milliseconds of one input on this machine, as busy as it is; x is (1, ...)."""
+    for _ in range(3):
+        runner(x)
+    times: list[float] = []
+    for _ in range(runs):
+        start = time.perf_counter()
+        runner(x)
+        times.append(1000 * (time.perf_counter() - start))
+    return round(statistics.median(times), 4)
 
 
 def extra_macs(gm: fx.GraphModule, plans: Sequence[Plan]) -> dict[str, int]:
@@ -351,23 +338,46 @@ class _CandidateError(Exception):
         self.cause = cause
 
 
-def _session_runner(session: Session) -> Callable[[Tensor], list[Tensor]]:
+@contextmanager
+def _blamed() -> Generator[None]:
+    """What goes wrong inside is the candidate's fault; a full disk is not."""
+    try:
+        yield
+    except Exception as cause:
+        if isinstance(cause, OSError) and cause.errno in FULL:
+            raise
+        raise _CandidateError(cause) from cause
+
+
+def _filled(measured: Score, known: Score) -> Score:
+    """What was measured, of the plan whose costs are known."""
+    return replace(
+        known,
+        metric=measured.metric,
+        interval=measured.interval,
+        original=measured.original,
+        damage=measured.damage,
+        samples=measured.samples,
+    )
+
+
+def _finished(score: Score, samples: Samples | None, start: float) -> tuple[Score, Samples | None]:
+    return replace(score, seconds=round(time.perf_counter() - start, 3)), samples
+
+
+def _failed(known: Score, cause: BaseException, parts: list[Part]) -> list[Score]:
+    """A score with the reason for each part."""
+    text = " ".join(str(cause).split())[:500]
+    kind = "" if isinstance(cause, RewriteError) else f"{type(cause).__name__}: "
+    return [
+        replace(known, samples=stop - start, error=(kind + text).rstrip(": "))
+        for start, stop in parts
+    ]
+
+
+def _session_runner(session: Session) -> Runner:
     return lambda x: [torch.from_numpy(o) for o in session.run(x)]
 
 
 def _flat(outputs: Any) -> list[Tensor]:
     return [o for o in pytree.tree_leaves(outputs) if isinstance(o, Tensor)]
-
-
-def _weights(count: int) -> NDArray[np.float64]:
-    """(REPLICATES, count) how often each sample is in each bootstrap sample."""
-    index = resampled_indices(count, REPLICATES)
-    return np.stack([np.bincount(row, minlength=count) for row in index]).astype(np.float64)
-
-
-def _join(targets: list[Any]) -> Any:
-    if not targets:
-        return None
-    if all(isinstance(t, Tensor) for t in targets):
-        return torch.cat(targets)
-    return [item for part in targets for item in part]

@@ -41,6 +41,7 @@ class Exported:
     score: Score
     findings: tuple[Finding, ...] = ()
     departure: Comparison | None = None
+    quantized: Quantized | None = None
 
 
 def export(
@@ -101,13 +102,13 @@ def export(
         file.write(changes(evaluator, plan, assembled, source, score, searched))
         file.write(linted(findings))
     if not compared:
-        return Exported(folder, tuple(files), score, findings)
+        return Exported(folder, tuple(files), score, findings, quantized=quantized)
     rows = compare(quantized, evaluator.calibration[0][:COMPARED], threads=evaluator.threads)
     files.append(folder / "comparison.json")
     # no difference at all is an infinite ratio, which JSON cannot hold
     values = [{**asdict(r), "sqnr_db": r.sqnr_db if r.differs else None} for r in rows]
     write_json(files[-1], {"format": 1, "samples": COMPARED, "values": values})
-    return Exported(folder, tuple(files), score, findings, first_departure(rows))
+    return Exported(folder, tuple(files), score, findings, first_departure(rows), quantized)
 
 
 def linted(findings: Sequence[Finding]) -> str:

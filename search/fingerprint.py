@@ -25,9 +25,10 @@ class Digest:
         """Take in a tensor, a number, a text, or a sequence or mapping of those."""
         if isinstance(value, Tensor):
             self._hash.update(f"{value.dtype}{tuple(value.shape)}".encode())
-            self._hash.update(
-                value.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().tobytes()
-            )
+            # one element counts as contiguous whatever its stride, and then has no view as bytes
+            flat = torch.empty(value.numel(), dtype=value.dtype)
+            flat.copy_(value.detach().reshape(-1))
+            self._hash.update(flat.view(torch.uint8).numpy().tobytes())
         elif isinstance(value, Mapping):
             for key in sorted(value, key=str):
                 self.add(str(key))

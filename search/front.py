@@ -10,11 +10,14 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
+from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
 
 from search.records import Array, Samples, Score
+
+Cost = Literal["macs", "latency"]
 
 RESAMPLES = 2000
 Z95 = 1.959964
@@ -25,7 +28,7 @@ class Front:
     """The best plans.
 
     Attributes:
-        points: Mutually non-dominated in (MACs, value), cheapest first, no two of them equal in
+        points: Mutually non-dominated in (cost, value), cheapest first, no two of them equal in
             both.
         ties: Plans that cost more than a point and measured no better, by less than the noise,
             but do less damage: the samples are too few to say that they are worse. Cheapest
@@ -35,8 +38,18 @@ class Front:
     points: tuple[Score, ...]
     ties: tuple[Score, ...] = ()
 
+    cost: Cost = "macs"
+
     def all(self) -> list[Score]:
-        return sorted((*self.points, *self.ties), key=lambda s: (s.macs, _or_inf(s.damage)))
+        price = cost_named(self.cost)
+        return sorted((*self.points, *self.ties), key=lambda s: (price(s), _or_inf(s.damage)))
+
+
+def cost_named(name: Cost) -> Callable[[Score], float]:
+    """What a plan costs: its multiply-accumulates, or the milliseconds that one input takes."""
+    if name == "latency":
+        return lambda score: _or_inf(score.latency_ms)
+    return lambda score: float(score.macs)
 
 
 def pareto(macs: Array, value: Array) -> NDArray[np.intp]:
@@ -62,29 +75,34 @@ def select_front(
     *,
     objective: str = "metric",
     higher_is_better: bool = True,
+    cost: Cost = "macs",
 ) -> Front:
     """The front of scored plans.
 
     Args:
-        scores: Any plans; failed ones are left out, repeated ones counted once.
+        scores: Any plans; failed ones and those given up early are left out, repeated ones
+            counted once.
         samples: Per-sample values by plan text; where they are missing the numbers are taken as
             exact.
         objective: ``metric``, or ``damage`` where there are no labels.
         higher_is_better: Direction of the metric.
+        cost: What stands against quality.
     """
     unique = {
-        score.plan: score for score in scores if score.error is None and score.damage is not None
+        score.plan: score
+        for score in scores
+        if score.error is None and not score.stopped and score.damage is not None
     }
     usable = [s for s in unique.values() if objective == "damage" or s.metric is not None]
     # Among equals the plan with the fewest float layers and steps comes first, and is the one
     # kept.
     usable.sort(key=lambda s: (s.float_layers, len(s.plan.split()), s.plan))
     if not usable:
-        return Front(())
-    macs = np.array([s.macs for s in usable], dtype=np.float64)
+        return Front((), cost=cost)
+    macs = np.array([cost_named(cost)(s) for s in usable], dtype=np.float64)
     damage = np.array([_or_inf(s.damage) for s in usable])
     if objective == "damage":
-        return Front(tuple(usable[i] for i in pareto(macs, -damage)))
+        return Front(tuple(usable[i] for i in pareto(macs, -damage)), cost=cost)
 
     sign = 1.0 if higher_is_better else -1.0
     metric = sign * np.array([_or_inf(s.metric) for s in usable])
@@ -95,6 +113,7 @@ def select_front(
     return Front(
         points=tuple(usable[i] for i in by_cost if i in points),
         ties=tuple(usable[i] for i in by_cost if i not in points),
+        cost=cost,
     )
 
 

@@ -19,12 +19,15 @@ from torch.utils import _pytree as pytree
 from rewriter import profile, target, trace
 from rewriter.graph import unflatten
 from rewriter.int8.scheme import QuantScheme
+from rewriter.streaming import first_output_only
 from search.config import Config, ConfigError
 from search.data import Data, Inputs, batches, load_data, load_model
-from search.evaluator import RewriteEvaluator, Tick, load_samples
+from search.evaluator import RewriteEvaluator
 from search.fingerprint import Digest, model_digest, rules_digest, source_digest
-from search.records import Records, Score, fingerprint, open_run
+from search.records import Confirmations, Records, Score, fingerprint, open_run
+from search.samples import Tick, chosen_on, load_samples, shuffled
 from search.tasks import Task, task
+from search.tasks.video import Video
 
 log = logging.getLogger(__name__)
 
@@ -94,8 +97,11 @@ def load_network(cfg: Config, progress: Progress = silent) -> Network:
                 break
     gm = trace(model, found[0][:2])
     gm.meta["calibration"] = cfg.calibration.method
-    profile(gm, found)
     goal: Any = task(cfg)
+    if isinstance(goal, Video):
+        gm.meta["kind"] = goal.kind
+        first_output_only(gm)
+    profile(gm, found)
     if hasattr(goal, "unflatten"):
         goal.unflatten = lambda flat: unflatten(gm, list(flat))  # pyright: ignore[reportUnknownLambdaType]
     return Network(cfg, gm, data, goal, tuple(found))
@@ -138,11 +144,13 @@ def open_job(
     """
     network = load_network(cfg, progress)
     with progress("reading evaluation images") as tick:
-        samples = load_samples(network.data.evaluation, tick)
+        evaluation = network.data.evaluation
+        samples = load_samples(evaluation, tick, order=shuffled(len(evaluation)))
     if samples.targets is None and cfg.search.objective == "metric":
         raise ConfigError(
             f"{cfg.path.name}: search.objective: metric: the evaluation data have no labels"
         )
+    chosen = chosen_on(samples.count, cfg.search.confirmation)
     scheme = target(cfg.target)
     engine = scheme.engine if cfg.engine == "auto" else cfg.engine
     device = cfg.device
@@ -158,6 +166,7 @@ def open_job(
         "metric": source_digest(network.task, *_user_functions(network.task)),
         "rules": rules_digest(),
         "seed": str(cfg.search.seed),
+        "confirmation": f"{chosen} of {samples.count} choose",
     }
     about = {
         "config": str(cfg.path),
@@ -167,6 +176,7 @@ def open_job(
         "target": cfg.target,
         "engine": engine,
         "samples": samples.count,
+        "selection_samples": chosen,
         "calibration_samples": sum(len(x) for x in network.calibration),
         "versions": {
             "torch": torch.__version__,
@@ -181,18 +191,21 @@ def open_job(
             folder,
             ", ".join(changed),
         )
+    records = Records(folder, fingerprint(parts))
     evaluator = RewriteEvaluator(
         gm=network.gm,
         scheme=scheme,
         task=network.task,
         calibration=network.calibration,
         samples=samples,
-        records=Records(folder, fingerprint(parts)),
+        records=records,
         engine=engine,
         device=device,
         store=folder / "fits",
         seed=cfg.search.seed,
         threads=threads or min(2, os.cpu_count() or 1),
+        confirmations=Confirmations.of(records, chosen) if chosen < samples.count else None,
+        timed=cfg.search.cost == "latency" or cfg.search.max_latency_ms is not None,
     )
     return Job(cfg, folder, evaluator)
 

@@ -37,13 +37,19 @@ class Score:
         plan: Text of the plan; empty for the network as it is.
         macs: Multiply-accumulates per input; ``macs_ratio`` is relative to the network as it is.
         weight_bytes: Bytes of the stored weights under the target.
-        float_layers: Weighted layers left in float.
+        float_layers: Weighted layers left in float, in ``float_islands`` connected groups.
+        latency_ms: Median milliseconds for one input in ONNX Runtime on the machine that scored
+            the plan; None where nobody asked for it.
         metric: The task's metric of the int8 network, None without labels or where the plan
             failed.
         interval: 95 % interval of ``metric``, paired with the float network on the same samples.
+        original: The metric of the network as it is, in float, on the same samples.
         metric_float: The metric of the rewritten network in float.
         damage: Fidelity damage to the float network, lower is better; see the task.
         engine: What computed the int8 outputs: ``onnxruntime`` or ``simulate``.
+        samples: How many samples these numbers are of.
+        stopped: Whether the plan was given up after so many samples, because it was clear that it
+            is not on the front. Its numbers are no substitute for those on all of them.
         error: Why the plan could not be scored; all measured fields are then None.
     """
 
@@ -53,13 +59,17 @@ class Score:
     weight_bytes: int = 0
     macs_ratio: float = 1.0
     float_layers: int = 0
+    float_islands: int = 0
+    latency_ms: float | None = None
     metric: float | None = None
     interval: tuple[float, float] | None = None
+    original: float | None = None
     metric_float: float | None = None
     damage: float | None = None
     engine: str = ""
     samples: int = 0
     seconds: float = 0.0
+    stopped: bool = False
     error: str | None = None
 
     def to_dict(self) -> dict[str, Any]:
@@ -146,8 +156,7 @@ class Records:
                 self._offset += len(line)
                 record = _record(line)
                 if record is not None and record["fingerprint"] == self.fingerprint:
-                    score = Score.from_dict(record["score"])
-                    self._scores.setdefault(score.plan, score)
+                    self._take(Score.from_dict(record["score"]))
 
     def get(self, plan: str) -> Score | None:
         return self._scores.get(plan)
@@ -170,7 +179,13 @@ class Records:
             file.write(line.encode() + b"\n")
             file.flush()
             os.fsync(file.fileno())
-        self._scores.setdefault(score.plan, score)
+        self._take(score)
+
+    def _take(self, score: Score) -> None:
+        """Keep the first score of a plan, until one says more: on all samples, or with a time."""
+        known = self._scores.get(score.plan)
+        if known is None or _fuller(score) > _fuller(known):
+            self._scores[score.plan] = score
 
     def scores(self) -> list[Score]:
         """All scores in the order in which they were stored."""
@@ -185,6 +200,27 @@ class Records:
     def _samples_path(self, plan: str) -> Path:
         key = hashlib.sha256(f"{self.fingerprint}\n{plan}".encode()).hexdigest()[:32]
         return self.folder / "samples" / f"{key}.npz"
+
+
+@dataclass(frozen=True)
+class Confirmations:
+    """Scores of the plans that were chosen, on samples that had no part in the choice.
+
+    Attributes:
+        chosen_on: Plans are chosen by the first so many samples.
+        held: Scores on the others.
+        whole: Scores on all of them.
+    """
+
+    chosen_on: int
+    held: Records
+    whole: Records
+
+    @classmethod
+    def of(cls, records: Records, chosen_on: int) -> Confirmations:
+        """Kept in the files of `records`, under fingerprints of their own."""
+        held, whole = (f"{records.fingerprint}-{part}" for part in ("held", "whole"))
+        return cls(chosen_on, Records(records.folder, held), Records(records.folder, whole))
 
 
 @contextmanager
@@ -313,6 +349,10 @@ def note(folder: Path, **facts: Any) -> None:
 def fingerprint(parts: Mapping[str, str]) -> str:
     """One hash of all ingredients."""
     return hashlib.sha256(json.dumps(dict(sorted(parts.items()))).encode()).hexdigest()[:32]
+
+
+def _fuller(score: Score) -> tuple[bool, bool]:
+    return not score.stopped, score.latency_ms is not None
 
 
 def _record(line: bytes) -> dict[str, Any] | None:

@@ -137,7 +137,8 @@ def _measured(results: Results) -> list[str]:
         else "squared error relative to the float outputs, averaged over output groups"
     )
     return [
-        f"{facts['samples']} evaluation and {facts['calibration_samples']} calibration samples.",
+        f"{results.samples} evaluation and {facts['calibration_samples']} calibration samples.",
+        *_chosen(results),
         f"Target {facts['target']}; int8 outputs computed by {facts['engine']}.",
         "Intervals: 95 %, bootstrap of (int8 - float) on the same samples, added to the float "
         f"{results.metric}.",
@@ -149,10 +150,33 @@ def _measured(results: Results) -> list[str]:
     ]
 
 
+def _chosen(results: Results) -> list[str]:
+    """On which images the plans were chosen, and what those say that were held back."""
+    if not results.held_back:
+        return []
+    choosing = int(results.facts["samples"]) - results.held_back
+    if not results.is_confirmed:
+        return [
+            f"All on the {choosing} images that choose; {results.held_back} are held back yet."
+        ]
+    gone = len(results.overtaken())
+    said = f"Plans were chosen on {choosing} images and confirmed on {results.held_back} others; "
+    said += f"{gone} of the chosen plans are beaten on all images and left out." if gone else ""
+    said = said if gone else said + "none of the chosen plans is beaten on all images."
+    return [said, results.luck()]
+
+
 def _limits(results: Results) -> str:
-    macs, floats = results.limits.get("macs"), results.limits.get("float_layers")
-    said = [f"at most {macs / 1e6:.1f} M MACs"] if macs is not None else []
-    said += [f"at most {floats:.0f} layers in float"] if floats is not None else []
+    words = {
+        "macs": lambda v: f"at most {v / 1e6:.1f} M MACs",
+        "params": lambda v: f"at most {v / 1e6:.3f} M parameters",
+        "weight_bytes": lambda v: f"at most {v:.0f} bytes of weights",
+        "float_layers": lambda v: f"at most {v:.0f} layers in float",
+        "float_islands": lambda v: f"at most {v:.0f} groups of them",
+        "latency_ms": lambda v: f"at most {v:g} ms for one input on this machine",
+    }
+    limits = results.limits
+    said = [word(limits[key]) for key, word in words.items() if limits.get(key) is not None]
     return ", ".join(said) or "no limits"
 
 

@@ -3,15 +3,26 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from search.analysis import Sensitivity, read_sensitivity
-from search.front import Front, best, hypervolume, knee, select_front
-from search.records import Baseline, Records, RunError, Score, fingerprint, read_json, write_json
+from search.confirm import Confirmed, confirmed, confirmed_front
+from search.constraints import Limits
+from search.front import Cost, Front, best, cost_named, hypervolume, knee, select_front
+from search.records import (
+    Baseline,
+    Confirmations,
+    Records,
+    RunError,
+    Score,
+    fingerprint,
+    read_json,
+    write_json,
+)
 
 
 @dataclass(frozen=True)
@@ -20,11 +31,14 @@ class Results:
 
     Attributes:
         facts: What ``run.json`` says: config, task, metric, target, engine, samples, versions.
-        limits: Largest ``macs`` and ``float_layers`` of a plan on the front; None where there is
-            no limit.
-        front: The best plans within the limits.
+        limits: What a plan on the front must meet; None where there is no limit.
+        front: The best plans within the limits, on all images once they are confirmed.
+        chosen: The same on the images that choose among plans.
         references: The empty plan and the most harmful layers left in float, one more at a time.
-        scores: Every plan that was scored, in that order; failed ones too.
+        scores: Every plan that was scored, in that order, on the images that choose; failed ones
+            and those given up early too.
+        confirmed: Plans that were run on the images held back, by text.
+        held_back: How many images are held back.
     """
 
     folder: Path
@@ -36,10 +50,29 @@ class Results:
     references: tuple[Score, ...]
     scores: tuple[Score, ...]
     sensitivity: Sensitivity | None
+    chosen: Front = field(default_factory=lambda: Front(()))
+    confirmed: Mapping[str, Confirmed] = field(default_factory=dict[str, Confirmed])
+    held_back: int = 0
 
     @property
     def metric(self) -> str:
         return str(self.facts["metric"])
+
+    @property
+    def cost(self) -> Cost:
+        return self.facts.get("options", {}).get("cost", "macs")
+
+    @property
+    def samples(self) -> int:
+        """How many images the numbers of the front are of."""
+        if self.held_back and not self.is_confirmed:
+            return int(self.facts["samples"]) - self.held_back
+        return int(self.facts["samples"])
+
+    @property
+    def is_confirmed(self) -> bool:
+        """Whether images are held back, and every plan of the front was run on them."""
+        return bool(self.held_back) and all(s.plan in self.confirmed for s in self.chosen.all())
 
     @property
     def higher_is_better(self) -> bool:
@@ -55,12 +88,15 @@ class Results:
         All that int8 loses weighs as much as all the compute that the limits allow.
         """
         points = self.front.points
-        macs = np.array([float(s.macs) for s in points])
+        price = cost_named(self.cost)
+        macs = np.array([price(s) for s in points])
         value = np.array([self._quality(s) for s in points])
         ideal = 0.0
         if self.objective == "metric" and self.baseline.float is not None:
             ideal = self.baseline.float if self.higher_is_better else -self.baseline.float
         spare = (self.limits.get("macs") or 0.0) - self.baseline.macs
+        if self.cost != "macs":
+            spare = 0.0
         lost = ideal - self._quality_of_empty()
         extent = (spare, lost) if spare > 0 and lost > 0 else None
         return points[knee(macs, value, extent)]
@@ -82,73 +118,108 @@ class Results:
             if " ".join(sorted(score.plan.split())) == text:
                 if score.error is not None:
                     raise RunError(f"plan {which!r}: could not be scored: {score.error}")
-                return score
+                known = self.confirmed.get(score.plan)
+                return score if known is None else known.whole
         raise RunError(
             f"plan {which!r}: not among the {len(self.scores)} plans scored in {self.folder}"
         )
 
     def within_limits(self, score: Score) -> bool:
-        macs, floats = self.limits.get("macs"), self.limits.get("float_layers")
-        return not score.plan or (
-            (macs is None or score.macs <= macs)
-            and (floats is None or score.float_layers <= floats)
-        )
+        """Whether a plan may be on the front; the empty one always may."""
+        return not score.plan or Limits.of(self.limits).meets(score)
 
     def drop(self, score: Score) -> float | None:
         """Loss against float in points of the metric; negative where int8 is better."""
-        if self.baseline.float is None or score.metric is None:
+        original = self.baseline.float if score.original is None else score.original
+        if original is None or score.metric is None:
             return None
-        lost = self.baseline.float - score.metric
+        lost = original - score.metric
         return 100 * (lost if self.higher_is_better else -lost)
 
-    def cheapest(self, max_drop: float, max_macs: float) -> Score | None:
-        """The cheapest plan that loses at most so many points at so many times the MACs.
+    def cheapest(self, max_drop: float | None, max_macs: float) -> Score | None:
+        """`meeting`, its first plan."""
+        return next(iter(self.meeting(max_drop, max_macs)), None)
 
-        Of plans with equal MACs the one with fewer float layers, then the one with less damage.
+    def meeting(
+        self, max_drop: float | None, max_macs: float, max_damage: float | None = None
+    ) -> list[Score]:
+        """The plans that lose at most so many points at so many times the MACs, cheapest first.
+
+        A goal that is None counts as met. Of plans with equal cost the one with fewer float layers
+        comes first, then the one with less damage. A plan that is confirmed counts with its
+        numbers on all images.
         """
-        meeting = [
-            s
-            for s in self.scores
-            if s.error is None
-            and self.within_limits(s)
-            and s.macs_ratio <= max_macs
-            and (drop := self.drop(s)) is not None
-            and drop <= max_drop
+        price = cost_named(self.cost)
+        everything = [
+            self.confirmed[s.plan].whole if s.plan in self.confirmed else s for s in self.scores
         ]
-        return min(meeting, key=lambda s: (s.macs, s.float_layers, s.damage or 0.0), default=None)
+        found = [
+            s
+            for s in everything
+            if s.error is None
+            and not s.stopped
+            and Limits.of(self.limits).meets(s)
+            and s.macs_ratio <= max_macs
+            and _at_most(self.drop(s), max_drop)
+            and _at_most(s.damage, max_damage)
+        ]
+        return sorted(found, key=lambda s: (price(s), s.float_layers, s.damage or 0.0))
 
     def front_dict(self) -> dict[str, Any]:
         """The content of ``front.json``."""
         points = self.front.points
         quality = [self._quality(s) for s in points]
-        macs = [float(s.macs) for s in points]
-        corner = (self.limits.get("macs") or 1.15 * self.baseline.macs, self._quality_of_empty())
+        price = cost_named(self.cost)
+        macs = [price(s) for s in points]
+        corner = (self._dearest(), self._quality_of_empty())
         return {
             "format": 1,
             "target": self.facts["target"],
             "metric": self.metric,
             "higher_is_better": self.higher_is_better,
             "objective": self.objective,
-            "samples": self.facts["samples"],
+            "samples": self.samples,
+            "selection_samples": int(self.facts["samples"]) - self.held_back,
+            "confirmed": self.is_confirmed,
+            "cost": self.cost,
             "engine": self.facts["engine"],
             "baseline": _baseline_dict(self.baseline),
             "limits": dict(self.limits),
-            "points": [_point(s) for s in points],
-            "ties": [_point(s) for s in self.front.ties],
-            "references": [_point(s) for s in self.references],
+            "points": [self._point(s) for s in points],
+            "ties": [self._point(s) for s in self.front.ties],
+            "overtaken": [s.plan for s in self.overtaken()],
+            "references": [self._point(s) for s in self.references],
             "best": self.best().plan if points else None,
             "knee": self.knee().plan if points else None,
             "hypervolume": hypervolume(np.array(macs), np.array(quality), corner),
             "hypervolume_reference": list(corner),
             "plans_scored": len(self.scores),
             "plans_failed": sum(s.error is not None for s in self.scores),
+            "plans_stopped": sum(s.stopped for s in self.scores),
         }
+
+    def overtaken(self) -> list[Score]:
+        """Plans that were on the front on the images that chose, but are not on all images."""
+        left = {s.plan for s in self.front.all()}
+        return [self.confirmed[s.plan].whole for s in self.chosen.all() if s.plan not in left]
+
+    def _point(self, score: Score) -> dict[str, Any]:
+        known = self.confirmed.get(score.plan)
+        return _point(score) | ({} if known is None else known.to_dict())
+
+    def _dearest(self) -> float:
+        """The cost beyond which a plan adds nothing to the hypervolume."""
+        if self.cost == "latency":
+            return self.limits.get("latency_ms") or 1.15 * next(
+                (s.latency_ms for s in self.scores if not s.plan and s.latency_ms), 0.0
+            )
+        return self.limits.get("macs") or 1.15 * self.baseline.macs
 
     def advice(self) -> str:
         """What to do now, in one sentence."""
-        best, empty = self.best(), next(s for s in self.scores if not s.plan)
+        best, empty = self.best(), self.empty()
         facts = self.facts
-        on = f"on {facts['samples']} samples ({facts['engine']}, target {facts['target']})"
+        on = f"on {self.samples} samples ({facts['engine']}, target {facts['target']})"
         if not best.plan:
             return (
                 "Ship the network as it is: no rewrite within the limits beats plain int8, "
@@ -177,7 +248,30 @@ class Results:
 
     def _quality_of_empty(self) -> float:
         """The quality of plain int8, which every front has to beat."""
-        return next((self._quality(s) for s in self.scores if not s.plan and s.error is None), 0.0)
+        empty = self.empty()
+        return 0.0 if empty is None or empty.error is not None else self._quality(empty)
+
+    def empty(self) -> Score | None:
+        """Plain int8, on the images that the front is of."""
+        if self.is_confirmed and "" in self.confirmed:
+            return self.confirmed[""].whole
+        return next((s for s in self.scores if not s.plan), None)
+
+    def luck(self) -> str:
+        """What the images held back say of the chosen plan, in one sentence; "" without any."""
+        if not self.is_confirmed:
+            return ""
+        known = self.confirmed[self.best().plan]
+        parts = (known.selection, known.held)
+        drops = [self.drop(s) for s in parts]
+        if self.objective == "damage" or None in drops:
+            said = [f"damage {s.damage:.4g}" for s in parts]
+        else:
+            said = [f"{d:+.2f} points against float" for d in (-(x or 0.0) for x in drops)]
+        return (
+            f"The best plan was chosen on {parts[0].samples} images, where it has {said[0]}; on the "
+            f"{parts[1].samples} images held back it has {said[1]}."
+        )
 
 
 def load_results(folder: Path) -> Results:
@@ -207,6 +301,10 @@ def results_of(folder: Path, facts: Mapping[str, Any], records: Records) -> Resu
     scores = tuple(records.scores())
     limits = facts["limits"]
     sensitivity = read_sensitivity(folder, records.fingerprint)
+    count = int(facts["samples"])
+    selection = int(facts.get("selection_samples", count))
+    kept = Confirmations.of(records, selection) if selection < count else None
+    known = {} if kept is None else confirmed(records, kept)
     results = Results(
         folder=folder,
         facts=facts,
@@ -214,17 +312,26 @@ def results_of(folder: Path, facts: Mapping[str, Any], records: Records) -> Resu
         baseline=baseline,
         limits=limits,
         front=Front(()),
-        references=_references(scores, sensitivity),
+        references=(),
         scores=scores,
         sensitivity=sensitivity,
+        confirmed=known,
+        held_back=count - selection,
     )
-    front = select_front(
-        [s for s in scores if results.within_limits(s)],
-        records.samples,
-        objective=results.objective,
-        higher_is_better=results.higher_is_better,
+    options: dict[str, Any] = {
+        "objective": results.objective,
+        "higher_is_better": results.higher_is_better,
+        "cost": results.cost,
+    }
+    chosen = select_front(
+        [s for s in scores if results.within_limits(s)], records.samples, **options
     )
-    return replace(results, front=front)
+    front = chosen
+    if kept is not None:
+        front = confirmed_front(chosen, known, kept, **options) or chosen
+    shown = [known[s.plan].whole if s.plan in known else s for s in scores]
+    references = _references(shown, sensitivity)
+    return replace(results, chosen=chosen, front=front, references=references)
 
 
 def write_front(results: Results) -> None:
@@ -240,6 +347,10 @@ def _references(scores: Sequence[Score], sensitivity: Sensitivity | None) -> tup
     return tuple(known[plan] for plan in curve if plan in known)
 
 
+def _at_most(value: float | None, bound: float | None) -> bool:
+    return bound is None or (value is not None and value <= bound)
+
+
 def _point(score: Score) -> dict[str, Any]:
     return {
         "plan": score.plan,
@@ -248,6 +359,8 @@ def _point(score: Score) -> dict[str, Any]:
         "params": score.params,
         "weight_bytes": score.weight_bytes,
         "float_layers": score.float_layers,
+        "float_islands": score.float_islands,
+        "latency_ms": score.latency_ms,
         "int8": score.metric,
         "int8_interval": None if score.interval is None else list(score.interval),
         "float": score.metric_float,

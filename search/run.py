@@ -7,23 +7,30 @@ import logging
 import math
 import multiprocessing
 import os
+import threading
 from collections.abc import Callable, Generator, Iterable, Mapping
 from contextlib import contextmanager
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import fx
 
-from rewriter import Plan, Step, find_sites
+from rewriter import Plan, Step, cost, find_sites
 from rewriter.graph import layers
 from rewriter.ladder import REMEDIES
 from search.analysis import Sensitivity, analyze, read_sensitivity
 from search.config import Config, load_config
+from search.confirm import confirm
+from search.constraints import Limits
 from search.evaluator import extra_macs
+from search.front import cost_named, select_front
 from search.job import Job, Progress, Told, open_job, silent
-from search.records import Score, note
+from search.racing import Race
+from search.records import Samples, Score, note
+from search.results import load_results
 from search.rungs import rungs, start
 from search.space import (
     KEEP_FLOAT,
@@ -53,24 +60,31 @@ def sensitivity_of(job: Job, progress: Progress = silent, *, exact: bool = False
 
 def note_run(job: Job, storage: str | None = None) -> None:
     """Write what readers of the run directory and further workers need."""
-    budget = budget_of(job)
     note(
         job.folder,
         baseline=asdict(job.evaluator.baseline()),
         objective=job.objective,
-        limits={"macs": budget.macs, "float_layers": budget.float_layers},
+        limits=limits_of(job).to_dict(),
         options=job.cfg.search.model_dump(),
         storage=storage,
     )
 
 
-def budget_of(job: Job) -> Budget:
+def limits_of(job: Job) -> Limits:
     """The limits of the config; by default 1 layer in 20, at least 1, may stay in float."""
-    limit = job.cfg.search.max_float_layers
-    if limit is None:
-        limit = max(1, len(layers(job.gm)) // 20)
-    macs = job.evaluator.baseline().macs
-    return Budget(macs=job.cfg.search.max_macs * macs, float_layers=limit)
+    options = job.cfg.search
+    most = options.max_float_layers
+    if most is None:
+        most = max(1, len(layers(job.gm)) // 20)
+    spent = cost(job.gm)
+    return Limits(
+        macs=options.max_macs * spent.macs,
+        params=None if options.max_params is None else options.max_params * spent.params,
+        weight_bytes=options.max_weight_bytes,
+        float_layers=most,
+        float_islands=options.max_float_islands,
+        latency_ms=options.max_latency_ms,
+    )
 
 
 def space_of(job: Job, sensitivity: Sensitivity) -> Space:
@@ -81,7 +95,40 @@ def space_of(job: Job, sensitivity: Sensitivity) -> Space:
         return extra_macs(job.gm, [Plan((step,))]).get(str(step))
 
     damage = sensitivity.damage_by_node()
-    return make_space(find_sites(job.gm), damage, price, macs, budget_of(job))
+    limits = limits_of(job)
+    budget = Budget(macs=limits.macs, float_layers=limits.float_layers)
+    return make_space(find_sites(job.gm), damage, price, macs, budget)
+
+
+def race_of(job: Job) -> Race:
+    """When a plan of a run is given up early: judged against the front of what is known."""
+    limits, records, options = limits_of(job), job.records, job.cfg.search
+    seen: dict[int, list[tuple[Score, Samples]]] = {}
+
+    def rivals() -> list[tuple[Score, Samples]]:
+        records.refresh()
+        scores = records.scores()
+        if len(scores) not in seen:
+            front = select_front(
+                [s for s in scores if not s.plan or limits.meets(s)],
+                records.samples,
+                objective=job.objective,
+                higher_is_better=job.evaluator.task.higher_is_better,
+                cost=options.cost,
+            )
+            known = ((s, records.samples(s.plan)) for s in front.points)
+            seen.clear()
+            seen[len(scores)] = [(s, values) for s, values in known if values is not None]
+        return seen[len(scores)]
+
+    return Race(
+        rivals=rivals,
+        least=options.race,
+        objective=job.objective,
+        higher_is_better=job.evaluator.task.higher_is_better,
+        spared=lambda plan: _of_the_ladder(plan) or all(s.rule == KEEP_FLOAT for s in plan.steps),
+        cost=cost_named(options.cost),
+    )
 
 
 def worth_trying(
@@ -157,7 +204,7 @@ def run_search(
     sensitivity: Sensitivity,
     storage: str | None = None,
     told: Told = lambda score, count: None,
-    max_drop: float | None = None,
+    goal: Goal | None = None,
 ) -> Outcome:
     """Search until the config's budget is used up; the same call again goes on from there.
 
@@ -166,8 +213,8 @@ def run_search(
         sensitivity: Its analysis.
         storage: URL of a shared Optuna storage; None: a journal in the run directory.
         told: Called after each plan.
-        max_drop: Points of the metric; a plan that loses no more, adds no MACs and keeps no layer
-            in float ends the search, since no plan that meets the goal is cheaper.
+        goal: What is good enough; a plan that meets it, adds no MACs and keeps no layer in float
+            ends the search, since no plan that meets the goal is cheaper.
     """
     space = space_of(job, sensitivity)
     if space.dropped:
@@ -185,25 +232,76 @@ def run_search(
         seed=options.seed,
         objective=job.objective,
         higher_is_better=job.evaluator.task.higher_is_better,
+        cost=options.cost,
+        limits=limits_of(job),
+        admits=limits_of(job).admits(job.gm),
     )
+    job.evaluator.race = race_of(job)
     place = storage_at(storage or str(job.folder / "journal.log"))
     worth = worth_trying(job.gm, space, sensitivity, options.trials)
-    enough = _meets(job, max_drop)
+    enough = _meets(job, goal)
     return search(job.evaluator, job.records, space, worth, settings, place, told, enough)
 
 
-def _meets(job: Job, max_drop: float | None) -> Callable[[Score], bool]:
-    baseline = job.evaluator.baseline()
-    if max_drop is None or baseline.float is None:
+@dataclass(frozen=True)
+class Goal:
+    """What ``fix`` asks for: at most so many points lost, or so much damage; None: not asked."""
+
+    max_drop: float | None = None
+    max_damage: float | None = None
+
+    def __str__(self) -> str:
+        said = [] if self.max_drop is None else [f"at most {self.max_drop:g} points"]
+        said += [] if self.max_damage is None else [f"a damage of at most {self.max_damage:g}"]
+        return " and ".join(said)
+
+    def met(self, job: Job, score: Score) -> bool:
+        if self.max_drop is not None:
+            sign = 100 if job.evaluator.task.higher_is_better else -100
+            if score.metric is None or score.original is None:
+                return False
+            if sign * (score.original - score.metric) > self.max_drop:
+                return False
+        return self.max_damage is None or (
+            score.damage is not None and score.damage <= self.max_damage
+        )
+
+
+def _meets(job: Job, goal: Goal | None) -> Callable[[Score], bool]:
+    if goal is None or goal == Goal() or job.cfg.search.cost != "macs":
         return lambda score: False
-    sign = 1.0 if job.evaluator.task.higher_is_better else -1.0
-    least = sign * baseline.float - max_drop / 100
+    macs, limits = job.evaluator.baseline().macs, limits_of(job)
     return lambda score: (
-        score.metric is not None
-        and sign * score.metric >= least
-        and score.macs <= baseline.macs
+        score.error is None
+        and not score.stopped
+        and score.macs <= macs
         and score.float_layers == 0
+        and limits.meets(score)
+        and goal.met(job, score)
+        and goal.met(job, job.evaluator.confirm(Plan.parse(score.plan)))
     )
+
+
+def confirm_front(job: Job, progress: Progress = silent) -> None:
+    """Run what the run directory shows on all images, where some are held back."""
+    if job.evaluator.confirmations is None:
+        return
+    job.records.refresh()
+    results = load_results(job.folder)
+    plans = [s.plan for s in (*results.chosen.all(), *results.references)]
+    with progress("confirming the front") as tick:
+        confirm(job.evaluator, list(dict.fromkeys(["", *plans])), tick)
+
+
+def cheapest(job: Job, goal: Goal, max_macs: float) -> Score | None:
+    """The cheapest plan that meets a goal on the images that choose and then on all of them."""
+    job.records.refresh()
+    results = load_results(job.folder)
+    for score in results.meeting(goal.max_drop, max_macs, goal.max_damage):
+        whole = job.evaluator.confirm(Plan.parse(score.plan))
+        if goal.met(job, whole):
+            return whole
+    return None
 
 
 @contextmanager
@@ -237,11 +335,20 @@ def work(
     threads: int = 1,
     told: Told = lambda score, count: None,
 ) -> Outcome:
-    """Be one more worker of a run whose analysis is done."""
+    """Be one more worker of a run whose analysis is done; ends with the process that started it."""
+    parent = multiprocessing.parent_process()
+    if parent is not None:
+        threading.Thread(target=_end_with, args=(parent,), daemon=True).start()
     torch.set_num_threads(threads)
     cfg = with_options(load_config(path), **options)
     job = open_job(cfg, folder, threads=threads)
     return run_search(job, sensitivity_of(job), storage, told)
+
+
+def _end_with(parent: BaseProcess) -> None:
+    """A killed parent cannot end its workers; nothing is lost by ending in the middle of a plan."""
+    parent.join()
+    os._exit(1)
 
 
 def with_options(cfg: Config, **options: Any) -> Config:

@@ -13,7 +13,7 @@ import time
 import warnings
 from collections.abc import Callable, Generator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
@@ -25,7 +25,8 @@ from optuna.storages import BaseStorage
 from optuna.trial import FrozenTrial, TrialState
 
 from rewriter.plan import Plan
-from search.front import pareto
+from search.constraints import Limits
+from search.front import Cost, cost_named, pareto
 from search.records import Records, Score
 from search.space import KEEP, Space
 from search.storage import is_held, workers, working
@@ -40,8 +41,26 @@ Direction = optuna.study.StudyDirection | Literal["minimize", "maximize"]
 
 ATTEMPTS = 24
 ENUMERABLE = 20_000
+REFUSALS = 500
 CHANGED = 4  # slots in which a proposal differs from a good plan, on average
 FAILED, DONE, CLAIMED = TrialState.FAIL, TrialState.COMPLETE, TrialState.RUNNING
+STOPPED = TrialState.PRUNED
+SHOWN = (
+    "macs",
+    "params",
+    "weight_bytes",
+    "latency_ms",
+    "metric",
+    "damage",
+    "engine",
+    "interval",
+    "metric_float",
+    "float_layers",
+    "float_islands",
+    "samples",
+    "stopped",
+    "error",
+)
 
 
 @dataclass(frozen=True)
@@ -53,6 +72,9 @@ class Settings:
         trials: Plans to score in all, counting those of earlier runs of the same study.
         timeout_s: Seconds after which no new plan is begun.
         objective: ``metric``, or ``damage`` where there are no labels.
+        cost: What stands against it: ``macs`` or ``latency``.
+        limits: What a plan must meet to count as feasible.
+        admits: Says of a plan whether it can meet the limits; one that cannot is not proposed.
     """
 
     name: str
@@ -61,6 +83,9 @@ class Settings:
     seed: int = 0
     objective: Literal["metric", "damage"] = "metric"
     higher_is_better: bool = True
+    cost: Cost = "macs"
+    limits: Limits = field(default_factory=Limits)
+    admits: Callable[[Plan], bool] = lambda plan: True
 
     def directions(self) -> list[Direction]:
         up = self.objective == "metric" and self.higher_is_better
@@ -68,7 +93,9 @@ class Settings:
 
     def values(self, score: Score) -> tuple[float, float] | None:
         value = score.metric if self.objective == "metric" else score.damage
-        return None if score.error is not None or value is None else (float(score.macs), value)
+        if score.error is not None or score.stopped or value is None:
+            return None
+        return cost_named(self.cost)(score), value
 
 
 @dataclass(frozen=True)
@@ -113,7 +140,7 @@ def search(
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
             study.set_metric_names(
-                ["macs", settings.objective]
+                [settings.cost, settings.objective]
             )  # what optuna-dashboard writes on the axes
         _recover(study, records.folder / "workers", worker)
         while True:
@@ -151,7 +178,15 @@ def _next(
     for plan in worth({s.plan: s for s in records.scores()}):
         if str(plan) not in seen and space.choice(plan) is not None:
             return plan
-    return _propose(space, trials, seen, settings, seed)
+    refused: set[str] = set()
+    while (plan := _propose(space, trials, seen | refused, settings, seed)) is not None:
+        if settings.admits(plan):
+            return plan
+        refused.add(str(plan))
+        if len(refused) >= REFUSALS:
+            log.warning("%d proposals in a row cannot meet the limits", len(refused))
+            return None
+    return None
 
 
 def _propose(
@@ -178,11 +213,14 @@ def _propose(
         return None if "" in seen else Plan(())
     running = [t for t in trials if t.state == CLAIMED and t.params]
     done = [t for t in trials if t.state == DONE and t.params]
+    # Optuna ranks a pruned trial without a value behind all complete ones: never as if it had been
+    # scored in full, and never forgotten.
+    stopped = [t for t in trials if t.state == STOPPED and t.params]
     sampler = TPESampler(
         multivariate=True, seed=seed, n_startup_trials=5, constant_liar=bool(running)
     )
     copy = optuna.create_study(directions=settings.directions(), sampler=sampler)
-    copy.add_trials(done + running)
+    copy.add_trials(done + stopped + running)
     random = np.random.default_rng(seed)
     parents = _parents(done, settings) or [dict.fromkeys(space.choices, KEEP)]
     share = min(1.0, CHANGED / len(distributions))
@@ -245,7 +283,7 @@ def _try(
     others = [t for t in everyone if t.user_attrs.get("plan") == text]
     before = [t for t in everyone if t.number < trial.number]
     taken = any(
-        t.user_attrs.get("plan") == text and (t.state in (CLAIMED, DONE) or _has_score(t))
+        t.user_attrs.get("plan") == text and (t.state in (CLAIMED, DONE, STOPPED) or _has_score(t))
         for t in before
     )
     # Two workers may have seen the same last place in the budget: the first trial has it.
@@ -269,21 +307,16 @@ def _try(
     except BaseException:
         study.tell(trial, state=FAILED)
         raise
-    for name in (
-        "macs",
-        "metric",
-        "damage",
-        "engine",
-        "interval",
-        "metric_float",
-        "float_layers",
-        "error",
-    ):
+    for name in SHOWN:
         trial.set_user_attr(name, getattr(score, name))
+    known = study.get_trials(deepcopy=False)[trial.number].constraints
+    for name, excess in settings.limits.excess(score).items():
+        if name not in known:
+            trial.set_constraint(name, excess)
     trial.set_user_attr("counts", not free)
     values = settings.values(score)
     if values is None:
-        study.tell(trial, state=FAILED)
+        study.tell(trial, state=STOPPED if score.stopped else FAILED)
     else:
         study.tell(trial, values)
     log.info(

@@ -40,6 +40,8 @@ def sensitivity_table(sensitivity: Sensitivity, rows: int = 15) -> Table:
 
 def front_rows(results: Results) -> tuple[list[str], list[list[str]]]:
     names, rows = score_rows(results.front.all())
+    if results.is_confirmed:
+        _add_parts(results, names, rows)
     best, knee = (results.best().plan, results.knee().plan) if results.front.points else ("", "")
     ties = {s.plan for s in results.front.ties}
     for row, score in zip(rows, results.front.all(), strict=True):
@@ -50,6 +52,20 @@ def front_rows(results: Results) -> tuple[list[str], list[list[str]]]:
         ]
         row.append(" ".join(word for word, holds in marks if holds))
     return [*names, ""], rows
+
+
+def _add_parts(results: Results, names: list[str], rows: list[list[str]]) -> None:
+    """Edit the rows: what each plan is where it was chosen, and on the images held back."""
+    names += ["chosen on", "held back"]
+    for row, score in zip(rows, results.front.all(), strict=True):
+        known = results.confirmed[score.plan]
+        row += [_against_float(results, part) for part in (known.selection, known.held)]
+
+
+def _against_float(results: Results, score: Score) -> str:
+    """The drop against float on the same images, or the damage where there are no labels."""
+    lost = results.drop(score)
+    return f"{score.damage:.4g}" if lost is None else f"{-lost:+.2f}"
 
 
 def score_rows(scores: Sequence[Score]) -> tuple[list[str], list[list[str]]]:
@@ -108,7 +124,10 @@ def _rich_table(title: str, names: Sequence[str], rows: Sequence[Sequence[str]])
 
 def _how(results: Results) -> str:
     facts = results.facts
-    return f"{facts['samples']} samples, {facts['engine']}, 95 % intervals paired with float"
+    on = f"{results.samples} samples, {facts['engine']}, 95 % intervals paired with float"
+    if results.held_back and not results.is_confirmed:
+        return f"{on}; not confirmed yet"
+    return on
 
 
 def percent(value: float | None) -> str:

@@ -93,7 +93,16 @@ def test_canonical_form_knows_no_int8() -> None:
         "rewriter.fit",
         "rewriter.sensitivity",
     )
-    for name in ("canonical", "functional", "fold", "sizes", "recognise", "cost", "ranges"):
+    for name in (
+        "canonical",
+        "functional",
+        "fold",
+        "loops",
+        "sizes",
+        "recognise",
+        "cost",
+        "ranges",
+    ):
         assert not [u for u in IMPORTS[f"rewriter.{name}"] if inside(u, *upper)], name
 
 

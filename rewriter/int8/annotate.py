@@ -129,6 +129,20 @@ def is_layer(gm: fx.GraphModule, node: fx.Node) -> bool:
     return is_call(gm, node, *LAYER_TYPES)
 
 
+def is_decoding(gm: fx.GraphModule, node: fx.Node) -> bool:
+    """Whether a layer is arithmetic behind a head: the expectation of a softmax over bins.
+
+    Detectors with distributions for the sides of a box (Li et al., 2020, arXiv:2006.04388) write
+    it as a convolution with the fixed weights 0, 1, 2, ... and one output channel.
+    """
+    if not is_layer(gm, node) or module_of(gm, node).weight.shape[0] != 1:
+        return False
+    source = node.args[0]
+    while isinstance(source, fx.Node) and moves_values(gm, source):
+        source = source.args[0]
+    return is_call(gm, source, nn.Softmax)
+
+
 def _is_fused(gm: fx.GraphModule, node: fx.Node, scheme: QuantScheme) -> bool:
     """An activation that the kernel of the operation before it computes."""
     if not is_call(gm, node, *scheme.fuses) or node.meta.get("keep_float"):
@@ -250,9 +264,11 @@ def _owners(
 def _same_range(gm: fx.GraphModule, node: fx.Node, scheme: QuantScheme) -> Iterator[Any]:
     if node.op == "output":
         return
+    if moves_values(gm, node):  # also where it is left in float: an int8 value stays one
+        yield from node.all_input_nodes
+        return
     shared = (
-        moves_values(gm, node)
-        or ("cat" in scheme.shared_at and node.target is torch.cat)
+        ("cat" in scheme.shared_at and node.target is torch.cat)
         or ("add" in scheme.shared_at and node.target is operator.add)
         or ("pool" in scheme.shared_at and is_call(gm, node, *_POOLS))
     )

@@ -27,6 +27,7 @@ from rewriter.int8.emission import (
 from rewriter.int8.onnx_functions import function_emitter
 from rewriter.int8.onnx_modules import MODULES
 from rewriter.int8.onnx_opaque import emit_opaque
+from rewriter.int8.onnx_recurrent import RECURRENT
 from rewriter.int8.session import Session as Session
 from rewriter.int8.simulate import Quantized
 
@@ -100,7 +101,7 @@ def _emit_node(e: Emission, node: fx.Node) -> Value:
     try:
         if node.op == "call_module":
             module = module_of(e.gm, node)
-            emit = MODULES.get(type(module))
+            emit = MODULES.get(type(module)) or RECURRENT.get(type(module))
             if emit is not None:
                 return emit(e, node, module)
         else:

@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from onnx import numpy_helper
 from torch import fx
 
 from rewriter.int8.arguments import argument, axes, first, numbers, rank
@@ -239,7 +240,30 @@ def _size(e: Emission, node: fx.Node) -> Value:
     return e.op("Gather", sizes, e.constant(np.array(dim, dtype=np.int64), "index"), axis=0)
 
 
+def _filled(value: float | None, start: int) -> Emitter:
+    """``zeros``, ``ones`` and ``full`` of sizes, one of which may be the batch; None: the value is given."""
+
+    def emit(e: Emission, node: fx.Node) -> Value:
+        fill = argument(node, start + 1, "fill_value") if value is None else value
+        given = node.args[start : start + 1] if value is None else node.args[start:]
+        given = given or (node.kwargs.get("size", ()),)
+        sizes: Any = given[0] if len(given) == 1 else given
+        if not isinstance(fill, (int, float)):
+            raise UnsupportedError("a fill value that is computed")
+        array = torch.tensor([fill], dtype=node.meta["dtype"]).numpy()
+        shape = e.ints(list(sizes) if isinstance(sizes, (tuple, list)) else [sizes])
+        return e.op("ConstantOfShape", shape, value=numpy_helper.from_array(array))
+
+    return emit
+
+
 MOVES: dict[str, Emitter] = {
+    "zeros": _filled(0.0, 0),
+    "ones": _filled(1.0, 0),
+    "full": _filled(None, 0),
+    "new_zeros": _filled(0.0, 1),
+    "new_ones": _filled(1.0, 1),
+    "new_full": _filled(None, 1),
     **dict.fromkeys(("transpose", "swapaxes", "t"), _transpose),
     **dict.fromkeys(("split", "chunk", "tensor_split"), _split),
     "cat": _cat,

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 # Share of the mean diagonal that is added to H: keeps directions that the inputs never took near the float weights.
 DAMPING = 0.01
 # Numbers that are unfolded for one layer, all inputs together, and the fewest positions taken of one input.
-UNFOLDED = 2**23
+UNFOLDED = 2**21
 LEAST_POSITIONS = 8
 # Candidates for the scale, as shares of the one that holds every weight.
 SHARES = (1.0, 0.97, 0.94, 0.9, 0.85, 0.8, 0.7, 0.6)
@@ -209,22 +209,39 @@ def patches(
     assert isinstance(layer, (nn.Conv1d, nn.Conv2d))
     taps = layer.in_channels * math.prod(layer.kernel_size)
     wanted = max(LEAST_POSITIONS, UNFOLDED // (taps * samples))
-    index = _positions(
-        layer, inputs[0], wanted, seed
-    )  # (S, taps) into the padded, flattened image
+    zeros = layer.padding_mode == "zeros"
+    index = _positions(layer, inputs[0], wanted, seed)  # (S, taps) into the padded image
+    index, inside = _without_padding(layer, inputs[0], index) if zeros else (index, None)
     found: list[Tensor] = []
     for x in inputs:
-        flat = _padded(layer, x).flatten(2)
-        taken = flat[:, :, index.flatten()].unflatten(2, tuple(index.shape))  # (N, C, S, taps)
-        taken = taken.unflatten(1, (layer.groups, -1))  # (N, G, C / G, S, taps)
-        found.append(taken.permute(1, 2, 4, 0, 3).flatten(3).flatten(1, 2))
+        x = x if zeros else F.pad(x, _pads(layer), mode=layer.padding_mode)
+        # channels last: rows of a pixel, so that nothing but what is taken is copied
+        taken = x.movedim(1, -1).flatten(1, -2)[:, index.flatten()]  # (N, S * taps, C)
+        if inside is not None:
+            taken = taken * inside.view(-1, 1)
+        taken = taken.unflatten(1, tuple(index.shape)).unflatten(-1, (layer.groups, -1))
+        found.append(taken.permute(3, 4, 2, 0, 1).flatten(3).flatten(1, 2).contiguous())
     return found
 
 
-def _padded(layer: nn.Conv1d | nn.Conv2d, x: Tensor) -> Tensor:
+def _without_padding(
+    layer: nn.Conv1d | nn.Conv2d, x: Tensor, index: Tensor
+) -> tuple[Tensor, Tensor | None]:
+    """Indices into the image itself, and a factor: 0 where an index lay in the padding, None where none did."""
     pads = _pads(layer)
-    mode = "constant" if layer.padding_mode == "zeros" else layer.padding_mode
-    return F.pad(x, pads, mode=mode) if any(pads) else x
+    if not any(pads):
+        return index, None
+    sizes = list(x.shape[2:])
+    before = [pads[2 * (len(sizes) - 1 - i)] for i in range(len(sizes))]
+    after = [pads[2 * (len(sizes) - 1 - i) + 1] for i in range(len(sizes))]
+    rest, inner, pitch = index, torch.zeros_like(index), 1
+    inside = torch.ones_like(index, dtype=torch.bool)
+    for size, low, high in reversed(list(zip(sizes, before, after, strict=True))):
+        wide = size + low + high
+        place, rest = rest % wide - low, rest // wide
+        inside &= (place >= 0) & (place < size)
+        inner, pitch = inner + place.clamp(0, size - 1) * pitch, pitch * size
+    return inner, inside.to(x.dtype)
 
 
 def _pads(layer: nn.Conv1d | nn.Conv2d) -> list[int]:

@@ -5,7 +5,8 @@ After:  heads -> the same in float -> output
 
 Nothing in the graph changes. The arithmetic behind the last layers has no weights and next to no
 cost, but as int8 a concatenation of boxes in pixels and scores in [0, 1] has one range, and the
-scores are gone. Each head keeps the int8 range of its own output.
+scores are gone. Each head keeps the int8 range of its own output. The fixed convolution that
+takes the expectation of a distribution over bins is such arithmetic too.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from typing import ClassVar
 
 from torch import fx
 
-from rewriter.graph import LAYER_TYPES, is_call
+from rewriter.int8.annotate import is_decoding, is_layer
 from rewriter.rules._rule import Contract, RewriteRule, Site, mark
 
 
@@ -43,12 +44,16 @@ def _tail(gm: fx.GraphModule) -> list[fx.Node]:
     before: set[fx.Node] = set()  # nodes on which a layer depends, and the layers
     after: set[fx.Node] = set()
     for node in reversed(gm.graph.nodes):
-        if is_call(gm, node, *LAYER_TYPES) or any(user in before for user in node.users):
+        if _is_head(gm, node) or any(user in before for user in node.users):
             before.add(node)
     found: list[fx.Node] = []
     for node in gm.graph.nodes:
-        if is_call(gm, node, *LAYER_TYPES) or any(n in after for n in node.all_input_nodes):
+        if _is_head(gm, node) or any(n in after for n in node.all_input_nodes):
             after.add(node)
             if node not in before and node.op != "output":
                 found.append(node)
     return found
+
+
+def _is_head(gm: fx.GraphModule, node: fx.Node) -> bool:
+    return is_layer(gm, node) and not is_decoding(gm, node)

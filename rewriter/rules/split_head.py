@@ -25,7 +25,8 @@ from typing import ClassVar, Literal
 import torch
 from torch import Tensor, fx, nn
 
-from rewriter.graph import LAYER_TYPES, add_module, find, is_call, module_of
+from rewriter.graph import add_module, find, is_call, module_of
+from rewriter.int8.annotate import is_decoding, is_layer
 from rewriter.ranges import group_by_range, rounding_error, width
 from rewriter.rules._rule import Contract, RewriteRule, Site, mark
 from rewriter.split import output_part
@@ -58,8 +59,10 @@ class SplitHead(RewriteRule):
         for node in gm.graph.nodes:
             if not is_call(gm, node, nn.Conv2d, nn.Linear):
                 continue
+            if is_decoding(gm, node):
+                continue
             after = _downstream(node)
-            if any(is_call(gm, n, *LAYER_TYPES) for n in after):
+            if any(is_layer(gm, n) and not is_decoding(gm, n) for n in after):
                 continue  # not a head
             yield self.site(node, blocked=self._problem(gm, node))
 

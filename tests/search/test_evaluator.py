@@ -14,8 +14,9 @@ from rewriter import Plan, profile, target, trace
 from rewriter.errors import RewriteError
 from search import evaluator as evaluator_file
 from search.config import ConfigError
-from search.evaluator import RewriteEvaluator, extra_macs, load_samples
+from search.evaluator import RewriteEvaluator, extra_macs
 from search.records import Records
+from search.samples import load_samples
 from search.tasks.classification import Classification
 from tests.search import small
 
