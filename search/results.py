@@ -223,13 +223,14 @@ class Results:
         if not best.plan:
             return (
                 "Ship the network as it is: no rewrite within the limits beats plain int8, "
-                f"{self._said(empty)} {on}."
+                f"{self._said(best)} {on}."
             )
         cost = "no more compute" if best.macs_ratio <= 1 else f"{best.macs_ratio - 1:+.1%} MACs"
         kept = f" and {best.float_layers} layers in float" if best.float_layers else ""
+        plain = "was not scored" if empty is None else f"has {self._said(empty)}"
         return (
-            f'Apply "{best.plan}": {self._said(best)} with {cost}{kept}, where plain int8 has '
-            f"{self._said(empty)}{self._float_said()}, {on}."
+            f'Apply "{best.plan}": {self._said(best)} with {cost}{kept}, where plain int8 {plain}'
+            f"{self._float_said()}, {on}."
         )
 
     def _said(self, score: Score) -> str:
