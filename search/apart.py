@@ -20,6 +20,7 @@ import time
 import traceback
 import warnings
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, NoReturn, TypeVar
 
@@ -125,7 +126,9 @@ def _answer(action: Callable[[], Any], pipe: int, parent: int) -> NoReturn:
     os.setpgid(0, 0)  # so that Ctrl-C reaches the parent alone, which then ends us
     _end_with(parent)
     said = _Said()
-    logging.getLogger().handlers[:] = [said]  # the parent's may wait for a thread it has and we not
+    logging.getLogger().handlers[:] = [
+        said
+    ]  # the parent's may wait for a thread it has and we not
     answer: list[tuple[bool, Any]] = []
 
     def run() -> None:
@@ -154,10 +157,8 @@ def _end_with(parent: int) -> None:
     ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
     if os.getppid() != parent:
         os._exit(1)
-    try:
+    with suppress(OSError):
         Path("/proc/self/oom_score_adj").write_text("1000")
-    except OSError:
-        pass
 
 
 def _portable(error: BaseException) -> BaseException:

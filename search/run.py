@@ -21,8 +21,8 @@ from torch import fx
 from rewriter import Plan, Step, cost, find_sites
 from rewriter.graph import layers
 from rewriter.ladder import REMEDIES
-from search.apart import possible
 from search.analysis import Sensitivity, analyze, read_sensitivity
+from search.apart import possible
 from search.config import Config, load_config
 from search.confirm import confirm
 from search.constraints import Limits

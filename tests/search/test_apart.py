@@ -53,12 +53,12 @@ def test_what_it_raises_is_raised_here_with_its_traceback() -> None:
 
 
 def test_an_exception_that_cannot_be_sent_keeps_its_text() -> None:
-    class Local(Exception):
+    class LocalError(Exception):
         def __init__(self, one: int, two: int) -> None:
             super().__init__(f"{one} and {two}")
 
     def broken() -> None:
-        raise Local(1, 2)
+        raise LocalError(1, 2)
 
     with pytest.raises(RuntimeError, match="1 and 2"):
         apart(broken, 30)
@@ -77,7 +77,7 @@ def test_a_process_that_hangs_is_given_up_and_ended(tmp_path: Path) -> None:
 
 
 def test_a_process_that_is_killed_or_exits_says_so() -> None:
-    with pytest.raises(LostError, match="killed by SIGKILL: out of memory?"):
+    with pytest.raises(LostError, match=r"killed by SIGKILL: out of memory\?"):
         apart(lambda: os.kill(os.getpid(), signal.SIGKILL), 30)
     with pytest.raises(LostError, match="killed by SIGTERM"):
         apart(lambda: os.kill(os.getpid(), signal.SIGTERM), 30)
