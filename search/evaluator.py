@@ -14,6 +14,7 @@ import time
 from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +30,7 @@ from rewriter.int8.onnx import float_onnx, to_onnx
 from rewriter.int8.scheme import QuantScheme
 from rewriter.int8.session import Session
 from rewriter.plan import rewrite, rule_named
+from search.apart import LostError, apart
 from search.constraints import size_of
 from search.measure import Measure, Part
 from search.racing import Race
@@ -63,7 +65,8 @@ class RewriteEvaluator:
             samples choose. None: all samples choose, and none confirm.
         race: When a plan is given up early; None: never.
         timed: Whether a score carries the time that one input takes.
-        scorer: Measures a plan somewhere else (another process) by a method's name; None: here.
+        limit_s: Seconds after which a plan is given up as one that cannot be scored; it then runs
+            in a process of its own. None: here, for as long as it takes.
     """
 
     gm: fx.GraphModule
@@ -80,7 +83,7 @@ class RewriteEvaluator:
     confirmations: Confirmations | None = None
     race: Race | None = None
     timed: bool = False
-    scorer: Callable[[str, Plan], Any] | None = None
+    limit_s: float | None = None
     tick: Tick = lambda done, total: None
     _reference: list[Tensor] | None = field(default=None, init=False)
     _measure: Measure | None = field(default=None, init=False)
@@ -151,7 +154,19 @@ class RewriteEvaluator:
         return 0, self.samples.count if kept is None else kept.chosen_on
 
     def _elsewhere(self, method: str, plan: Plan) -> Any:
-        return getattr(self, method)(plan) if self.scorer is None else self.scorer(method, plan)
+        """What a method says of a plan, in a process of its own where there is a time limit."""
+        action = partial(getattr(self, method), plan)
+        if self.limit_s is None:
+            return action()
+        self.measured.float_metric(self.chosen_on)  # once, and not in each child
+        try:
+            return apart(action, self.limit_s)
+        except LostError as cause:
+            count, (_, chosen) = self.samples.count, self.chosen_on
+            parts = [(0, chosen), (chosen, count), (0, count)]
+            known = Score(plan=str(plan), macs=cost(self.gm).macs, engine=self.engine)
+            failed = [(score, None) for score in _failed(known, cause, parts)]
+            return failed if method == "measure_whole" else failed[0]
 
     def _untimed(self, score: Score) -> bool:
         return self.timed and score.error is None and score.latency_ms is None
