@@ -97,9 +97,7 @@ class Training:
     options: FinetuneConfig
     device: str = "cpu"
     checkpoint: Path | None = None
-    _judged: list[tuple[Tensor, Any]] = field(
-        default_factory=list[tuple[Tensor, Any]], init=False
-    )
+    _judged: list[tuple[Tensor, Any]] = field(default_factory=list[tuple[Tensor, Any]], init=False)
 
     def run(self, tick: Tick = lambda done, total: None) -> Trained:
         """Edit the student: train it, or go on training it; leaves the best weights in it.
@@ -272,9 +270,7 @@ def _schedule(step: int, steps: int) -> float:
     return min(1.0, step / rise) * (0.01 + 0.99 * (1 + math.cos(math.pi * step / steps)) / 2)
 
 
-def _adam(
-    p: Tensor, g: Tensor, mean: Tensor, square: Tensor, rate: Tensor, state: _State
-) -> None:
+def _adam(p: Tensor, g: Tensor, mean: Tensor, square: Tensor, rate: Tensor, state: _State) -> None:
     """Edit p and its moments: one step of Adam with a rate for each weight."""
     mean.lerp_(g, 1 - BETAS[0])
     square.lerp_(g.square(), 1 - BETAS[1])

@@ -55,7 +55,7 @@ class Finetuner:
             ConfigError: the user's data set fails.
             RewriteError: the plan cannot be carried out.
         """
-        with progress(f"training {plan or 'the network as it is'}"[:60]) as tick:
+        with progress(f"training {str(plan) or 'the network as it is'}"[:60]) as tick:
             trained = self.network(plan, tick)[1]  # what fails here is no property of the plan
         return self.evaluator(plan), trained
 
