@@ -23,7 +23,7 @@ from torch import Tensor, fx
 from torch.utils import _pytree as pytree
 
 from rewriter import Plan, Quantized, cost, simulate
-from rewriter.assemble import assemble
+from rewriter.assemble import Assembled, assemble
 from rewriter.errors import RewriteError
 from rewriter.graph import channels_last
 from rewriter.int8.onnx import float_onnx, to_onnx
@@ -67,6 +67,7 @@ class RewriteEvaluator:
         timed: Whether a score carries the time that one input takes.
         limit_s: Seconds after which a plan is given up as one that cannot be scored; it then runs
             in a process of its own. None: here, for as long as it takes.
+        maker: Makes a plan's network; None: rewriting and fitting alone.
     """
 
     gm: fx.GraphModule
@@ -84,6 +85,7 @@ class RewriteEvaluator:
     race: Race | None = None
     timed: bool = False
     limit_s: float | None = None
+    maker: Callable[[Plan], Assembled] | None = None
     tick: Tick = lambda done, total: None
     _reference: list[Tensor] | None = field(default=None, init=False)
     _measure: Measure | None = field(default=None, init=False)
@@ -177,9 +179,8 @@ class RewriteEvaluator:
         """Scores of a plan on some parts of the samples; with a race, of one part that starts at 0."""
         start = time.perf_counter()
         for part in parts:
-            self.measured.float_metric(
-                part
-            )  # what is wrong with the user's code is not the plan's fault
+            # what is wrong with the user's code is not the plan's fault
+            self.measured.float_metric(part)
         macs = cost(self.gm).macs
         known = Score(plan=str(plan), macs=macs, engine=self.engine)
         try:
@@ -200,6 +201,21 @@ class RewriteEvaluator:
             found.append(_finished(score, samples, start))
         return found
 
+    def assembled(self, plan: Plan) -> Assembled:
+        """A plan's network, quantized.
+
+        Raises:
+            RewriteError: the plan cannot be carried out.
+        """
+        if self.maker is not None:
+            return self.maker(plan)
+        return assemble(self.gm, plan, self.scheme, self.calibration, self.store, self.seed)
+
+    def made_by(self, maker: Callable[[Plan], Assembled], records: Records) -> RewriteEvaluator:
+        """The same on all samples, for networks that are made otherwise and recorded elsewhere."""
+        own = {"confirmations": None, "race": None, "limit_s": None}
+        return replace(self, maker=maker, records=records, **own)
+
     def _candidate(self, plan: Plan) -> tuple[Score, Runner, fx.GraphModule]:
         """What a plan costs, what runs it, and its float network.
 
@@ -207,9 +223,7 @@ class RewriteEvaluator:
             _CandidateError: the plan cannot be carried out.
         """
         with _blamed():
-            quantized = assemble(
-                self.gm, plan, self.scheme, self.calibration, self.store, self.seed
-            ).quantized
+            quantized = self.assembled(plan).quantized
             known, runner = size_of(plan, quantized.gm), self.runner(quantized)
         if self.timed:
             (x,) = self.samples.batches(1, 0, 1)
@@ -304,7 +318,8 @@ class RewriteEvaluator:
         """Outputs of the rewritten network in float; None where no step changes what it computes."""
         if self.samples.targets is None:
             return None
-        if all(rule_named(step.rule).contract != "approximate" for step in plan.steps):
+        exact = all(rule_named(step.rule).contract != "approximate" for step in plan.steps)
+        if exact and self.maker is None:
             return None
         if self.engine != "onnxruntime":
             return self._run(lambda x: _flat(gm(x)), 0, count)

@@ -61,6 +61,7 @@ class Job:
     cfg: Config
     folder: Path
     evaluator: RewriteEvaluator
+    data: Data
 
     @property
     def gm(self) -> fx.GraphModule:
@@ -208,7 +209,7 @@ def open_job(
         confirmations=Confirmations.of(records, chosen) if chosen < samples.count else None,
         timed=cfg.search.cost == "latency" or cfg.search.max_latency_ms is not None,
     )
-    return Job(cfg, folder, evaluator)
+    return Job(cfg, folder, evaluator, network.data)
 
 
 def _inputs(dataset: Any) -> Any:
