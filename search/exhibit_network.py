@@ -59,7 +59,10 @@ def channel_ranges(quantized: Quantized, node: str) -> dict[str, list[dict[str, 
     found: dict[str, list[dict[str, Any]]] = {"weights": [], "reads": [], "writes": []}
     for part in parts:
         found["weights"].append(_weights(quantized, part))
-        for key, value in (("reads", part.all_input_nodes[0]), ("writes", _written(quantized, part))):
+        for key, value in (
+            ("reads", part.all_input_nodes[0]),
+            ("writes", _written(quantized, part)),
+        ):
             said = _activation(quantized, value)
             if said is not None and said["name"] not in {v["name"] for v in found[key]}:
                 found[key].append(said)
@@ -124,7 +127,9 @@ def _written(quantized: Quantized, node: fx.Node) -> fx.Node | None:
 def _size(module: Any) -> str:
     if isinstance(module, nn.Linear):
         return f"{module.in_features} to {module.out_features}"
-    size = f"{module.in_channels} to {module.out_channels}, {'x'.join(map(str, module.kernel_size))}"
+    size = (
+        f"{module.in_channels} to {module.out_channels}, {'x'.join(map(str, module.kernel_size))}"
+    )
     if any(s > 1 for s in module.stride):
         size += f", stride {max(module.stride)}"
     if 1 < module.groups < module.in_channels:
@@ -134,4 +139,3 @@ def _size(module: Any) -> str:
 
 def _short(number: float) -> float:
     return float(f"{number:.4g}")
-

@@ -35,7 +35,8 @@ def outputs_shown(
     Args:
         evaluator: Of the run.
         networks: Quantized networks by what to call them.
-        mean, std: With which the inputs were normalised, to show them as images; None: they are stretched.
+        mean: With which the inputs were normalised, to show them as images; None: they are stretched.
+        std: By which they were divided.
 
     Returns:
         Plain JSON values with ``kind`` ``boxes`` or ``scores``; None for other tasks.
@@ -97,7 +98,9 @@ def _jpeg(x: Tensor, mean: Sequence[float] | None, std: Sequence[float] | None) 
         pixels = pixels * torch.tensor(std).view(-1, 1, 1) + torch.tensor(mean).view(-1, 1, 1)
     low, high = float(pixels.min()), float(pixels.max())
     if low < -0.01 or high > 1.01:
-        pixels = pixels / 255 if low >= 0 and high <= 255 else (pixels - low) / max(high - low, 1e-9)
+        pixels = (
+            pixels / 255 if low >= 0 and high <= 255 else (pixels - low) / max(high - low, 1e-9)
+        )
     pixels = pixels[:3] if len(pixels) >= 3 else pixels[:1].expand(3, -1, -1)
     array = (pixels.clamp(0, 1) * 255).round().byte().permute(1, 2, 0).numpy()
     image = Image.fromarray(np.ascontiguousarray(array))

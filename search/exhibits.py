@@ -14,6 +14,7 @@ from search.exhibit_outputs import outputs_shown
 from search.job import Job
 from search.records import RunError, read_json, write_json
 from search.results import Results
+from search.samples import Tick
 
 log = logging.getLogger(__name__)
 
@@ -22,7 +23,7 @@ HARMFUL = 4  # layers whose ranges are shown
 PLAIN, REWRITTEN = "plain int8", "rewritten int8"
 
 
-def write_exhibits(job: Job, results: Results) -> None:
+def write_exhibits(job: Job, results: Results, tick: Tick = lambda done, total: None) -> None:
     """Write ``exhibits.json``: the best plan's network beside the one as it is.
 
     A file of the same plan is kept. A plan that can be scored can be shown; should that fail all the same, the report
@@ -34,12 +35,14 @@ def write_exhibits(job: Job, results: Results) -> None:
     known = read_exhibits(job.folder, job.records.fingerprint)
     if known is not None and known["plan"] == plan:
         return
+    tick(0, 1)
     try:
         content = _exhibits(job, results, plan)
     except RewriteError as cause:
         log.warning("report: without pictures of the network: %s", cause)
         return
     write_json(job.folder / "exhibits.json", content)
+    tick(1, 1)
 
 
 def read_exhibits(folder: Path, fingerprint: str) -> dict[str, Any] | None:

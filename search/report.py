@@ -23,11 +23,10 @@ from search.tables import front_rows, score_rows
 LEGEND = (
     "Point at a plan for its steps and numbers. Filled: on the front; hollow: costs more, does less damage, and its "
     "metric cannot be told from a point's on these samples. Bars: 95 % intervals, paired with float on the same "
-    "samples. Plans far below plain int8 lie outside; zoom out to see them."
+    "samples. Free remedies and layers in float stand a little beside their cost, so as not to hide the others. "
+    "Plans far below plain int8 lie outside; zoom out to see them."
 )
-EFFECTS = (
-    "Each row compares two plans that were scored, of which one has this step more; several rows need not add up."
-)
+EFFECTS = "Each row compares two plans that were scored, of which one has this step more; several rows need not add up."
 
 
 def write_report(results: Results) -> tuple[Path, Path]:
@@ -68,7 +67,10 @@ def html_report(results: Results, exhibits: Mapping[str, Any] | None = None) -> 
 def _front(results: Results) -> str:
     count = len(results.front.points)
     said = f"{count} plans on the front of {len(results.scores)} scored; the table below has their numbers"
-    parts = [plot("front-plot", front_figure(results).to_json(), said, LEGEND), table(*front_rows(results))]
+    parts = [
+        plot("front-plot", front_figure(results).to_json(), said, LEGEND),
+        table(*front_rows(results)),
+    ]
     best = results.best() if results.front.points else None
     if best is not None and best.plan:
         parts.append("<h3>What each step of the best plan costs and gains</h3>")
@@ -83,7 +85,9 @@ def _stale(results: Results, exhibits: Mapping[str, Any] | None) -> str:
     if exhibits is None:
         return paragraph("Without pictures of the network: they are made when a run ends.")
     if results.front.points and exhibits["plan"] != results.best().plan:
-        return paragraph(f'Pictures of the network are of an earlier best plan: "{exhibits["plan"]}".')
+        return paragraph(
+            f'Pictures of the network are of an earlier best plan: "{exhibits["plan"]}".'
+        )
     return ""
 
 
@@ -94,4 +98,3 @@ def _failures(results: Results) -> str:
 
 def _repeat(results: Results) -> str:
     return "<pre><code>" + escape("\n".join(commands(results)), quote=False) + "</code></pre>"
-

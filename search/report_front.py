@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from rewriter.ladder import REMEDIES
 from search.records import Score
-from search.steps import effect_said, step_effects
+from search.steps import StepEffect, effect_said, step_effects
 from search.tables import percent
 
 if TYPE_CHECKING:
@@ -16,6 +16,8 @@ if TYPE_CHECKING:
 
 BLUE, ORANGE, GREEN, RED, GREY = "#2f81d6", "#d9791a", "#1a9e55", "#d6403a", "#8b949e"
 MOST_STEPS = 8  # in a label, which has to fit on a screen
+# Much of what is compared costs no MACs and would hide each other: drawn beside its cost, in steps of the plot's width.
+ASIDE = {"harmful layers in float": -1, "free remedies": 1}
 
 
 def front_figure(results: Results) -> Any:
@@ -28,6 +30,8 @@ def front_figure(results: Results) -> Any:
 
     fig: Any = go.Figure()
     drawn = groups(results)
+    across = [_percent_more(s) for scores in drawn.values() for s in scores] or [0.0]
+    aside = 0.012 * max(max(across) - min(across), 0.8)
     styles: dict[str, dict[str, Any]] = {
         "other plans": {"mode": "markers", "marker": _marker(GREY, 7, "circle", 0.55)},
         "harmful layers in float": {
@@ -55,7 +59,7 @@ def front_figure(results: Results) -> Any:
         fig.add_trace(
             go.Scatter(
                 name=name,
-                x=[_percent_more(s) for s in scores],
+                x=[_percent_more(s) + aside * ASIDE.get(name, 0) for s in scores],
                 y=[_height(results, s) for s in scores],
                 text=[hover(results, s) for s in scores],
                 hovertemplate="%{text}<extra></extra>",
@@ -88,10 +92,11 @@ def groups(results: Results) -> dict[str, list[Score]]:
 
 def hover(results: Results, score: Score) -> str:
     """What is known about a plan, as plotly's own small HTML."""
-    steps = score.plan.split()
-    shown = [escape(s) for s in steps[:MOST_STEPS]] or ["the network as it is"]
-    more = len(steps) - len(shown)
-    lines = [f"<b>{'<br>'.join(shown)}</b>" + (f"<br>and {more} more" if more > 0 else "")]
+    effects = step_effects(score.plan, results.scores)
+    lines = [_step_said(results, e) for e in effects[:MOST_STEPS]]
+    if len(effects) > MOST_STEPS:
+        lines.append(f"and {len(effects) - MOST_STEPS} more steps")
+    lines = lines or ["<b>the network as it is</b>"]
     lines.append(
         f"{score.macs / 1e6:.2f} M MACs ({score.macs_ratio - 1:+.1%}), "
         f"{score.float_layers} layers in float"
@@ -105,9 +110,14 @@ def hover(results: Results, score: Score) -> str:
     lines.append(f"damage {score.damage:.4g}; {score.engine}, {score.samples} samples")
     if score.stopped:
         lines.append("given up early: clearly not on the front")
-    effects = step_effects(score.plan, results.scores)[:MOST_STEPS]
-    lines += [f"<i>{escape(effect_said(e, results.metric))}</i>" for e in effects]
     return "<br>".join(lines)
+
+
+def _step_said(results: Results, effect: StepEffect) -> str:
+    if effect.beside is None:
+        return f"<b>{escape(effect.step)}</b>"
+    said = effect_said(effect, results.metric).removeprefix(f"{effect.step}: ")
+    return f"<b>{escape(effect.step)}</b>: <i>{escape(said)}</i>"
 
 
 def effect_rows(results: Results, score: Score) -> tuple[list[str], list[list[str]]]:
@@ -192,7 +202,7 @@ def _lay_out(
         font={"family": "system-ui, sans-serif", "size": 13},
         hovermode="closest",
         hoverlabel={"align": "left", "namelength": -1},
-        legend={"orientation": "h", "y": -0.16, "yanchor": "top"},
+        legend={"orientation": "h", "y": -0.2, "yanchor": "top"},
         xaxis={
             "title": "compute added, % of the network's MACs",
             "range": [min(across) - room, max(across) + room],

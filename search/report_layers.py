@@ -18,7 +18,7 @@ NONE = "no single cause"
 COLOURS = {
     "weight_channel_spread": ("#0072b2", "weights: channels of very different range"),
     "weight_outliers": ("#56b4e9", "weights: a few outliers set the range"),
-    "dead_channels": ("#999999", "channels that are always zero"),
+    "dead_channels": ("#9c6b4e", "channels that are always zero"),
     "bias_overflow": ("#7f3c8d", "biases beyond int32 steps"),
     "activation_channel_spread": ("#d55e00", "activations: channels of very different range"),
     "activation_outliers": ("#e69f00", "activations: a few outliers set the range"),
@@ -47,7 +47,9 @@ def layers_section(sensitivity: Sensitivity | None) -> Section:
     return Section(
         "layers",
         title,
-        body + folded("The layers as a table, with the rules that answer them", answered) + _meanings(sensitivity),
+        body
+        + folded("The layers as a table, with the rules that answer them", answered)
+        + _meanings(sensitivity),
     )
 
 

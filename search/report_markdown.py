@@ -23,7 +23,12 @@ def markdown_report(results: Results) -> str:
     if best is not None and best.plan:
         lines += ["", "## Steps of the best plan", "", *_table(*effect_rows(results, best))]
     if results.sensitivity is not None and results.sensitivity.layers:
-        lines += ["", "## Most harmful layers", "", *_table(*layer_rows(results.sensitivity, LAYERS))]
+        lines += [
+            "",
+            "## Most harmful layers",
+            "",
+            *_table(*layer_rows(results.sensitivity, LAYERS)),
+        ]
     lines += ["", "<details><summary>How it was measured</summary>", ""]
     lines += [f"- {_safe(said)}" for said in measured(results)]
     lines += ["", "```sh", *commands(results), "```", "", "</details>", ""]
@@ -32,7 +37,11 @@ def markdown_report(results: Results) -> str:
 
 def _table(names: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
     wanted = [i for i, n in enumerate(names) if n == "" or any(row[i] for row in rows)]
-    found = [[names[i] for i in wanted], ["---" for _ in wanted], *[[row[i] for i in wanted] for row in rows]]
+    found = [
+        [names[i] for i in wanted],
+        ["---" for _ in wanted],
+        *[[row[i] for i in wanted] for row in rows],
+    ]
     return ["| " + " | ".join(_safe(cell) for cell in row) + " |" for row in found]
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import itertools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from html import escape
@@ -45,7 +46,11 @@ def network_section(exhibits: Mapping[str, Any] | None) -> Section:
         return Section("network", title, "")
     plan = str(exhibits["plan"])
     if not plan:
-        return Section("network", title, paragraph("Nothing is to be changed: the best plan is the empty one."))
+        return Section(
+            "network",
+            title,
+            paragraph("Nothing is to be changed: the best plan is the empty one."),
+        )
     everywhere = [s.partition("@")[0] for s in plan.split() if s.endswith("@model")]
     rows = aligned(exhibits["before"], exhibits["after"])
     changed = [r for r in rows if r.changed]
@@ -61,12 +66,17 @@ def network_section(exhibits: Mapping[str, Any] | None) -> Section:
     if not changed:
         parts.append(paragraph("No layer is added, replaced or left in float by this plan."))
     else:
-        parts.append(drawing(network_svg(rows, said), f"Left: as it is. Right: rewritten. {said}; green: new or "
-                             "changed, red: replaced, amber: left in float. Runs of unchanged layers are left out."))
-        named = [
-            [_named(r.before), _named(r.after), r.changed] for r in changed
-        ]
-        parts.append(folded("The changes as a table", table(["before", "after", "what happened"], named)))
+        parts.append(
+            drawing(
+                network_svg(rows, said),
+                f"Left: as it is. Right: rewritten. {said}; green: new or "
+                "changed, red: replaced, amber: left in float. Runs of unchanged layers are left out.",
+            )
+        )
+        named = [[_named(r.before), _named(r.after), r.changed] for r in changed]
+        parts.append(
+            folded("The changes as a table", table(["before", "after", "what happened"], named))
+        )
     return Section("network", title, "".join(parts))
 
 
@@ -86,12 +96,7 @@ def aligned(before: Sequence[Mapping[str, Any]], after: Sequence[Mapping[str, An
 
 def shortened(rows: Sequence[Row]) -> list[Row]:
     """Changed rows and their neighbours; each run of others is one row that counts them."""
-    near = {
-        i + k
-        for i, row in enumerate(rows)
-        if row.changed
-        for k in range(-AROUND, AROUND + 1)
-    }
+    near = {i + k for i, row in enumerate(rows) if row.changed for k in range(-AROUND, AROUND + 1)}
     found: list[Row] = []
     skipped = 0
     for i, row in enumerate(rows):
@@ -115,10 +120,12 @@ def network_svg(rows: Sequence[Row], said: str) -> str:
     ]
     for column, x in (("before", LEFT), ("after", RIGHT)):
         present = [i for i, r in enumerate(shown) if r.left_out or getattr(r, column) is not None]
-        for i, j in zip(present, present[1:], strict=False):
+        for i, j in itertools.pairwise(present):
             top, bottom = ROW * (i + 1) + BOX - 4, ROW * (j + 1) - 4
             middle = x + COLUMN / 2
-            drawn.append(f'<line class="axis" x1="{middle}" y1="{top}" x2="{middle}" y2="{bottom}"/>')
+            drawn.append(
+                f'<line class="axis" x1="{middle}" y1="{top}" x2="{middle}" y2="{bottom}"/>'
+            )
         drawn += [_box(shown[i], column, x, ROW * (i + 1) - 4) for i in present]
     return (
         f'<svg viewBox="0 0 {WIDTH} {height}" width="{WIDTH}" role="img" aria-label="{escape(said)}; '
@@ -142,11 +149,15 @@ def _box(row: Row, column: str, x: float, y: float) -> str:
     text = _named(entry)
     made = ""
     if column == "after" and row.changed:
-        made = "left in float" if row.changed == "left in float" else entry["made_by"].partition("@")[0]
+        made = (
+            "left in float"
+            if row.changed == "left in float"
+            else entry["made_by"].partition("@")[0]
+        )
     text = _cut(text, LONGEST - len(made))
     note = f'<tspan font-style="italic"> {escape(made)}</tspan>' if made else ""
     return (
-        f'<g><title>{escape(_named(entry))} {escape(row.changed)}</title>'
+        f"<g><title>{escape(_named(entry))} {escape(row.changed)}</title>"
         f'<rect x="{x}" y="{y}" width="{COLUMN}" height="{BOX}" rx="5" style="fill: var({fill}); '
         f'stroke: var({stroke})"/><text x="{x + 10}" y="{y + 17}">{escape(text)}{note}</text></g>'
     )

@@ -10,7 +10,11 @@ from search.report_page import Section, folded, paragraph, table
 
 COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#7f3c8d", "#f0e442")
 WIDTH, HEIGHT, LEFT, TOP, BOTTOM = 900, 200, 56, 12, 176
-LINES = {"float": ("var(--soft)", ""), "plain int8": ("var(--gone)", "5 4"), "rewritten int8": ("var(--mark)", "")}
+LINES = {
+    "float": ("var(--soft)", ""),
+    "plain int8": ("var(--gone)", "5 4"),
+    "rewritten int8": ("var(--mark)", ""),
+}
 
 
 def outputs_section(exhibits: Mapping[str, Any] | None) -> Section:
@@ -34,7 +38,10 @@ def _boxes(found: Mapping[str, Any]) -> str:
     rows: list[list[str]] = []
     for image in found["images"]:
         halves = [_image(image, name) for name in image["boxes"]]
-        parts.append(f"<h3>Evaluation sample {image['sample']}</h3>" f'<div class="side">{"".join(halves)}</div>')
+        parts.append(
+            f"<h3>Evaluation sample {image['sample']}</h3>"
+            f'<div class="side">{"".join(halves)}</div>'
+        )
         for name, boxes in image["boxes"].items():
             said = ", ".join(f"{int(b[4])} ({b[5]:.2f})" for b in boxes) or "none"
             rows.append([f"sample {image['sample']}, {name}", str(len(boxes)), said])
@@ -50,7 +57,11 @@ def _image(image: Mapping[str, Any], name: str) -> str:
     boxes, truth = image["boxes"][name], image["truth"] or []
     line = max(width, height) / 240
     drawn = [
-        _rect(b, f"fill: none; stroke: #fff; stroke-opacity: .8; stroke-dasharray: {3 * line:.1f}", line * 0.8)
+        _rect(
+            b,
+            f"fill: none; stroke: #fff; stroke-opacity: .8; stroke-dasharray: {3 * line:.1f}",
+            line * 0.8,
+        )
         for b in truth
     ]
     for box in reversed(boxes):
@@ -134,7 +145,8 @@ def _curve(sequence: Mapping[str, Any]) -> str:
     ]
     drawn.append(f'<line class="axis" x1="{LEFT}" y1="{BOTTOM}" x2="{WIDTH}" y2="{BOTTOM}"/>')
     drawn += [
-        f'<text class="quiet" x="{LEFT - 6}" y="{y(v) + 4:.1f}" text-anchor="end">{v:.3g}</text>' for v in (low, high)
+        f'<text class="quiet" x="{LEFT - 6}" y="{y(v) + 4:.1f}" text-anchor="end">{v:.3g}</text>'
+        for v in (low, high)
     ]
     drawn += [
         f'<text class="quiet" x="{x(f):.1f}" y="{BOTTOM + 16}" text-anchor="middle">{f}</text>'
@@ -147,7 +159,9 @@ def _curve(sequence: Mapping[str, Any]) -> str:
             f'<polyline points="{points}" style="fill: none; stroke: {colour}; stroke-width: 2; '
             f'stroke-dasharray: {dash or "none"}"><title>{escape(name)}</title></polyline>'
         )
-    said = f"Scores of {frames} frames by {', '.join(sequence['scores'])}; numbers in the table below"
+    said = (
+        f"Scores of {frames} frames by {', '.join(sequence['scores'])}; numbers in the table below"
+    )
     return (
         f'<svg viewBox="0 0 {WIDTH} {HEIGHT}" width="{WIDTH}" role="img" aria-label="{escape(said)}">'
         f"{''.join(drawn)}</svg>"

@@ -87,7 +87,16 @@ SCRIPT = """
 """
 
 TEXT_COLUMNS = (
-    "engine", "kind", "causes", "answers", "error", "after", "what happened", "classes and scores", "measured", "",
+    "engine",
+    "kind",
+    "causes",
+    "answers",
+    "error",
+    "after",
+    "what happened",
+    "classes and scores",
+    "measured",
+    "",
 )
 
 

@@ -27,8 +27,11 @@ def ranges_section(exhibits: Mapping[str, Any] | None) -> Section:
             f"them, so a channel whose bar is a hundredth of the range has two or three. Activations: {samples} "
             "calibration samples. Spread: the widest channel over the median one."
         ),
-        table(["layer", *(f"{s}, spread" for s in SIDES.values())], [_spreads(r) for r in exhibits["ranges"]],
-              "Spread before, and after"),
+        table(
+            ["layer", *(f"{s}, spread" for s in SIDES.values())],
+            [_spreads(r) for r in exhibits["ranges"]],
+            "Spread before, and after",
+        ),
     ]
     for entry in exhibits["ranges"]:
         parts.append(f"<h3>{escape(entry['layer'])}</h3>")
@@ -98,7 +101,9 @@ def _pair(entry: Mapping[str, Any], key: str) -> str:
         caption = f"{SIDES[key]}, {word}: {count} channels{parts}{known}"
         caption += "" if any(_pairs(t) for t in tensors) else ", in float"
         said = f"{entry['layer']}, {caption}; numbers in the table below"
-        halves.append(f"<figure>{ranges_svg(tensors, said)}<figcaption>{escape(caption)}</figcaption></figure>")
+        halves.append(
+            f"<figure>{ranges_svg(tensors, said)}<figcaption>{escape(caption)}</figcaption></figure>"
+        )
     return f'<div class="side">{"".join(halves)}</div>'
 
 
@@ -146,7 +151,12 @@ def _table(entry: Mapping[str, Any]) -> str:
         for side in ("before", "after"):
             for tensor in entry.get(side, {}).get(key, ()):
                 rows += [
-                    [f"{word}, {side}: {tensor['name']}", str(c), f"{tensor['low'][c]:.4g}", f"{tensor['high'][c]:.4g}"]
+                    [
+                        f"{word}, {side}: {tensor['name']}",
+                        str(c),
+                        f"{tensor['low'][c]:.4g}",
+                        f"{tensor['high'][c]:.4g}",
+                    ]
                     for c in _picked(tensor)[: ROWS // 3]
                 ]
     return table(["tensor", "channel", "low", "high"], rows)
