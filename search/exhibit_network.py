@@ -40,7 +40,7 @@ def layer_list(gm: fx.GraphModule) -> list[dict[str, Any]]:
     return found
 
 
-def channel_ranges(quantized: Quantized, node: str) -> dict[str, list[dict[str, Any]]]:
+def channel_ranges(quantized: Quantized, node: str, layer: str) -> dict[str, list[dict[str, Any]]]:
     """Ranges of the channels of a layer's ``weights``, of what it ``reads`` and of what it ``writes``.
 
     Each is a list of tensors (several where the layer was split) with ``name``, ``low`` and ``high`` (C,) by
@@ -48,16 +48,16 @@ def channel_ranges(quantized: Quantized, node: str) -> dict[str, list[dict[str, 
 
     Args:
         quantized: The network, calibrated.
-        node: Name of the layer before any rewrite; layers that a step anchored at it made count as its parts.
+        node: Name in the graph of the layer before any rewrite.
+        layer: The user's name of it; what bears either name is a part of it, else what a step anchored at it made.
     """
-    gm = quantized.gm
-    parts = [
-        n
-        for n in layers(gm)
-        if n.name == node or str(n.meta.get("rewritten_by", "")).partition("@")[2] == node
-    ][:PARTS]
+    weighted = layers(quantized.gm)
+    parts = [n for n in weighted if n.name == node or layer_name(n) == layer]
+    if not parts:
+        made = {n: str(n.meta.get("rewritten_by", "")).partition("@")[2] for n in weighted}
+        parts = [n for n in weighted if made[n] == node]
     found: dict[str, list[dict[str, Any]]] = {"weights": [], "reads": [], "writes": []}
-    for part in parts:
+    for part in parts[:PARTS]:
         found["weights"].append(_weights(quantized, part))
         for key, value in (
             ("reads", part.all_input_nodes[0]),

@@ -68,9 +68,9 @@ def _exhibits(job: Job, results: Results, plan: str) -> dict[str, Any]:
     found = results.sensitivity
     ranges: list[dict[str, Any]] = []
     for layer in () if found is None else found.layers[:HARMFUL]:
-        sides = {"before": channel_ranges(plain, layer.node)}
+        sides = {"before": channel_ranges(plain, layer.node, layer.layer)}
         if plan:
-            sides["after"] = channel_ranges(rewritten, layer.node)
+            sides["after"] = channel_ranges(rewritten, layer.node, layer.layer)
         spreads = {
             side: {key: spread(tensors) for key, tensors in values.items()}
             for side, values in sides.items()
