@@ -16,6 +16,7 @@ from rewriter import Plan, RewriteError, cost, find_sites
 from search.config import Config, ConfigError, load_config, shipped_config
 from search.console import err, out, progress, refused, say
 from search.evaluator import extra_macs
+from search.exhibits import write_exhibits
 from search.job import Job, float_metric, load_network, open_job
 from search.records import RunError, Score, read_json
 from search.report import write_report
@@ -217,7 +218,7 @@ def worker(folder: RunFolder, storage: Storage = None, quiet: Quiet = False) -> 
 
 @app.command()
 def front(folder: RunFolder, quiet: Quiet = False) -> None:
-    """The Pareto front as a table. Writes DIR/front.json and DIR/report.html.
+    """The Pareto front as a table. Writes DIR/front.json, report.html and report.md.
 
     Example: quantfix front runs/digits
     """
@@ -330,6 +331,8 @@ def _run(
                 goal,
             )
         confirm_front(job, bars)
+        with bars("drawing the network") as tick:
+            write_exhibits(job, load_results(folder), tick)
     finally:
         job.records.refresh()
         results = load_results(folder)
@@ -386,7 +389,7 @@ def _show(results: Results, quiet: bool) -> None:
     say(results.advice())
     if results.luck():
         say(results.luck())
-    for name in ("front.json", "report.html"):
+    for name in ("front.json", "report.html", "report.md"):
         say(f"written: {results.folder / name}")
 
 
