@@ -31,6 +31,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, fx, nn
 
+from rewriter.assignment import expand_assignments
 from rewriter.fold import fold_batch_norms
 from rewriter.functional import IN_PLACE, SAME, first_argument, module_for
 from rewriter.graph import (
@@ -86,6 +87,7 @@ def canonicalise(gm: fx.GraphModule) -> fx.GraphModule:
     for node in gm.graph.nodes:
         if node.op == "call_module":
             node.meta["layer"] = str(node.target)
+    expand_assignments(gm)
     _use_positions(gm)
     _use_plain_functions(gm)
     _use_modules(gm)
