@@ -9,7 +9,7 @@ from pathlib import Path
 from search.picture import front_svg
 from search.records import replacing
 from search.results import Results
-from search.tables import front_rows, layer_rows, score_rows
+from search.tables import finetuned_rows, front_rows, layer_rows, score_rows
 
 LAYERS = 25
 
@@ -90,6 +90,7 @@ def html_report(results: Results) -> str:
         _table(*front_rows(results)),
         "<h2>For comparison: the most harmful layers left in float</h2>",
         _table(*score_rows(results.references)),
+        *_trained(results),
         *_layers(results),
         *_failures(results),
         "<h2>How it was measured</h2>",
@@ -105,6 +106,17 @@ def html_report(results: Results) -> str:
         + "\n".join(parts)
         + f'\n<div id="tip" role="status"></div><script>{SCRIPT}</script></body></html>\n'
     )
+
+
+def _trained(results: Results) -> list[str]:
+    if not results.finetuned:
+        return []
+    said = "Before and after training; the control is the same training without the rewrites that cost MACs."
+    return [
+        "<h2>Fine-tuned</h2>",
+        f'<p class="soft">{escape(said)}</p>',
+        _table(*finetuned_rows(results)),
+    ]
 
 
 def _layers(results: Results) -> list[str]:
