@@ -183,7 +183,7 @@ class Training:
             loss = self._loss(found, wanted)
             if not bool(torch.isfinite(loss)):
                 return False
-            gradients: tuple[Tensor | None, ...] = torch.autograd.grad(
+            gradients: Any = torch.autograd.grad(
                 loss, list(parameters.values()), allow_unused=True
             )
         state.step += 1
