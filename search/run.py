@@ -29,6 +29,7 @@ from search.constraints import Limits
 from search.evaluator import extra_macs
 from search.front import cost_named, select_front
 from search.job import Job, Progress, Told, open_job, silent
+from search.prediction import refitted
 from search.racing import Race
 from search.records import Samples, Score, note
 from search.results import load_results
@@ -137,8 +138,8 @@ def worth_trying(
 ) -> Callable[[Mapping[str, Score]], list[Plan]]:
     """What to score first, before any search.
 
-    References, the ladder of free remedies, each answer on top of its best rung, then what these
-    predict to be best.
+    References, the ladder of free remedies, each answer on top of its best rung, what these
+    predict to be best, and from then on, every other time, what all scores predict.
 
     A step is taken to multiply the damage by the factor that it has alone: so the prediction never
     falls below zero, and the logarithm is additive. A layer in float that was not scored takes
@@ -166,17 +167,25 @@ def worth_trying(
         if empty is None or not empty.damage or bottom is None or not bottom.damage:
             return plans
         gain: dict[Step, float] = {}
+        measured: set[Step] = set()
         for step in space.steps():
             score = scores.get(str(space.repair([*base.steps, step])))
             if step in base.steps:
                 continue
             if score is not None and score.damage is not None:
                 left = score.damage / bottom.damage
+                measured.add(step)
             else:
                 left = 1 - alone.get(step, 0.0) / empty.damage
             gain[step] = -math.log(max(left, LEAST_LEFT))
-        found = predicted_front(space, gain, math.log(bottom.damage))
-        return plans + _on_top(space, base, [plan for plan, _ in found])
+        total = math.log(bottom.damage)
+        plans += _on_top(space, base, [p for p, _ in predicted_front(space, gain, total)])
+        if len(scores) % 2 == 0 and all(str(p) in scores for p in plans):
+            gains = refitted(gain, frozenset(measured), base, scores)
+            for belief in (gains.mean, gains.hoped()):
+                found = predicted_front(space, belief, total)
+                plans += _on_top(space, base, [plan for plan, _ in found])
+        return plans
 
     return worth
 
