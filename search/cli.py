@@ -32,7 +32,8 @@ from search.run import (
     with_options,
     work,
 )
-from search.tables import front_table, reference_table, sensitivity_table
+from search.tables import finetuned_table, front_table, reference_table, sensitivity_table
+from search.training_commands import Tuned, as_trained, table, train_chosen, with_training
 
 GOAL_NOT_MET, INTERRUPTED = 1, 130
 
@@ -170,6 +171,7 @@ def run(
     timeout: Timeout = None,
     workers: Workers = None,
     storage: Storage = None,
+    tuned: Tuned = None,
     quiet: Quiet = False,
     seed: Seed = None,
 ) -> None:
@@ -180,7 +182,8 @@ def run(
     cfg, folder = _opened(
         config, out_dir, seed=seed, trials=trials, timeout=timeout, workers=workers
     )
-    _show(_run(cfg, folder, storage, quiet)[1], quiet)
+    job, results = _run(with_training(cfg, tuned), folder, storage, quiet)
+    _show(train_chosen(job, results, quiet), quiet)
 
 
 @app.command()
@@ -190,6 +193,9 @@ def demo(trials: Trials = None, out_dir: Out = None, quiet: Quiet = False) -> No
     Example: quantfix demo
     """
     run(shipped_config("digits.yaml"), out_dir, trials, quiet=quiet)
+
+
+app.command()(table)
 
 
 @app.command()
@@ -233,9 +239,14 @@ def export(
         bool,
         typer.Option("--compare", help="Compare simulation and runtime value by value."),
     ] = False,
+    untrained: Annotated[
+        bool, typer.Option("--untrained", help="A fine-tuned plan as it was before.")
+    ] = False,
     quiet: Quiet = False,
 ) -> None:
     """The chosen network: int8 ONNX, float source and weights, ranges, and what changed.
+
+    A plan that was fine-tuned is shipped with its trained weights.
 
     Example: quantfix export runs/digits --pick knee
     """
@@ -245,6 +256,8 @@ def export(
         load_config(Path(results.facts["config"])), **results.facts.get("options", {})
     )
     job = open_job(cfg, folder, progress(quiet))
+    if not untrained:
+        job, score = as_trained(job, results, score, quiet)
     _export(job, score, out_dir or folder / "export", quiet, compared)
 
 
@@ -371,6 +384,8 @@ def _show(results: Results, quiet: bool) -> None:
     if results.references:
         out.print(reference_table(results))
     out.print(front_table(results))
+    if results.finetuned:
+        out.print(finetuned_table(results))
     say(results.advice())
     if results.luck():
         say(results.luck())

@@ -27,6 +27,7 @@ from search.fingerprint import Digest, model_digest, rules_digest, source_digest
 from search.records import Confirmations, Records, Score, fingerprint, open_run
 from search.samples import Tick, chosen_on, load_samples, shuffled
 from search.tasks import Task, task
+from search.tasks.detection import Detection
 from search.tasks.video import Video
 
 log = logging.getLogger(__name__)
@@ -60,6 +61,7 @@ class Job:
     cfg: Config
     folder: Path
     evaluator: RewriteEvaluator
+    data: Data
 
     @property
     def gm(self) -> fx.GraphModule:
@@ -101,9 +103,9 @@ def load_network(cfg: Config, progress: Progress = silent) -> Network:
     if isinstance(goal, Video):
         gm.meta["kind"] = goal.kind
         first_output_only(gm)
+    elif isinstance(goal, Detection):
+        goal.unflatten = lambda flat: unflatten(gm, list(flat))
     profile(gm, found)
-    if hasattr(goal, "unflatten"):
-        goal.unflatten = lambda flat: unflatten(gm, list(flat))  # pyright: ignore[reportUnknownLambdaType]
     return Network(cfg, gm, data, goal, tuple(found))
 
 
@@ -207,7 +209,7 @@ def open_job(
         confirmations=Confirmations.of(records, chosen) if chosen < samples.count else None,
         timed=cfg.search.cost == "latency" or cfg.search.max_latency_ms is not None,
     )
-    return Job(cfg, folder, evaluator)
+    return Job(cfg, folder, evaluator, network.data)
 
 
 def _inputs(dataset: Any) -> Any:

@@ -175,10 +175,7 @@ class Records:
             with replacing(self._samples_path(score.plan), "wb") as file:
                 np.savez_compressed(file, allow_pickle=False, **samples.arrays())
         line = json.dumps({"fingerprint": self.fingerprint, "score": score.to_dict()})
-        with self.path.open("ab") as file, locked(file):
-            file.write(line.encode() + b"\n")
-            file.flush()
-            os.fsync(file.fileno())
+        append(self.path, line.encode() + b"\n", sync=True)
         self._take(score)
 
     def _take(self, score: Score) -> None:
@@ -283,6 +280,30 @@ def mend(path: Path) -> None:
             end = start
         if end < size:
             file.truncate(end)
+
+
+def append(path: Path, text: bytes, *, sync: bool = False) -> None:
+    """Append whole lines to a file, or nothing: where the disk is full, no half line is left.
+
+    Args:
+        path: Made where it is missing.
+        text: Ends with a newline.
+        sync: Not to return before it is on the disk.
+
+    Raises:
+        OSError: it cannot be written.
+    """
+    with path.open("ab", buffering=0) as file, locked(file):
+        size = file.seek(0, os.SEEK_END)
+        try:
+            left = memoryview(text)
+            while left:
+                left = left[file.write(left) :]
+            if sync:
+                os.fsync(file.fileno())
+        except OSError as cause:
+            file.truncate(size)
+            raise OSError(cause.errno, cause.strerror, str(path)) from cause
 
 
 @contextmanager

@@ -15,7 +15,7 @@ from typing import IO, Any
 from optuna.storages import BaseStorage, JournalStorage, get_storage
 from optuna.storages.journal import JournalFileBackend, JournalFileOpenLock
 
-from search.records import mend
+from search.records import append, mend
 
 
 def journal(path: Path) -> JournalStorage:
@@ -92,7 +92,6 @@ class _Journal(JournalFileBackend):
         text = "".join(json.dumps(entry, separators=(",", ":")) + "\n" for entry in logs)
         self._guard.acquire()
         try:
-            with self._lines.open("ab") as file:
-                file.write(text.encode())
+            append(self._lines, text.encode())
         finally:
             self._guard.release()

@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from rewriter.fidelity import damage as fidelity_damage
+from search.config import ConfigError
 from search.tasks.average_precision import Matches, average_precision, match
 
 Detections = list[dict[str, Tensor]]
@@ -73,6 +74,20 @@ class Detection:
     def damage(self, reference: Sequence[Tensor], outputs: Sequence[Tensor]) -> Tensor:
         """(N,) squared error relative to the float outputs, averaged over output groups."""
         return fidelity_damage(list(outputs), list(reference))
+
+    def distillation_loss(self, outputs: Sequence[Tensor], reference: Sequence[Tensor]) -> Tensor:
+        """Mean squared error relative to the float outputs, averaged over output groups, differentiable."""
+        return fidelity_damage(list(outputs), list(reference)).mean()
+
+    def training_loss(self, outputs: Sequence[Tensor], targets: Any) -> Tensor:
+        """There is none: how raw outputs are matched with boxes is known to the user's training code alone.
+
+        Raises:
+            ConfigError: always.
+        """
+        raise ConfigError(
+            "finetune.loss: labels: a detector's loss is not known; use distillation, which needs no labels"
+        )
 
 
 def _as_returned(flat: list[Tensor]) -> Any:
