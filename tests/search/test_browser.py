@@ -63,7 +63,9 @@ def test_the_report_opens_answers_and_asks_for_nothing(
     page, errors, requests = open_page(browser, path, color_scheme=scheme)
     names = [str(t) for t in page.locator("#front-plot .legendtext").all_text_contents()]
     assert {"front", "plain int8", "float"} <= set(names)
-    said = hovered(page, "#front-plot", page.locator("#front-plot .cartesianlayer .point").count() - 1)
+    said = hovered(
+        page, "#front-plot", page.locator("#front-plot .cartesianlayer .point").count() - 1
+    )
     assert "MACs" in said or "float, as it is" in said
     seen = [
         hovered(page, "#front-plot", i)
