@@ -15,6 +15,7 @@ from torch import Tensor
 from rewriter.plan import copy_graph
 from rewriter.sensitivity import analyze as analyze_layers
 from search.evaluator import RewriteEvaluator, Tick
+from search.notebook import ShownSensitivity
 from search.records import Baseline, RunError, read_json, write_json
 
 log = logging.getLogger(__name__)
@@ -41,7 +42,7 @@ class Layer:
 
 
 @dataclass(frozen=True)
-class Sensitivity:
+class Sensitivity(ShownSensitivity):
     """The layers of a network, most harmful first, and what they are compared with."""
 
     target: str

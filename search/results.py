@@ -14,6 +14,7 @@ from search.confirm import Confirmed, confirmed, confirmed_front
 from search.constraints import Limits
 from search.finetuned import Finetuned, read_finetuned
 from search.front import Cost, Front, best, cost_named, hypervolume, knee, select_front
+from search.notebook import ShownResults
 from search.records import (
     Baseline,
     Confirmations,
@@ -24,10 +25,11 @@ from search.records import (
     read_json,
     write_json,
 )
+from search.steps import step_effects
 
 
 @dataclass(frozen=True)
-class Results:
+class Results(ShownResults):
     """The state of a run, finished or not.
 
     Attributes:
@@ -209,7 +211,8 @@ class Results:
     def _point(self, score: Score) -> dict[str, Any]:
         known = self.confirmed.get(score.plan)
         tuned = self.finetuned.get(score.plan)
-        more = {} if tuned is None else {"finetuned": tuned.to_dict()}
+        more: dict[str, Any] = {} if tuned is None else {"finetuned": tuned.to_dict()}
+        more["steps"] = [e.to_dict() for e in step_effects(score.plan, self.scores)]
         return _point(score) | ({} if known is None else known.to_dict()) | more
 
     def _dearest(self) -> float:

@@ -1,0 +1,60 @@
+"""Results in a notebook."""
+
+from __future__ import annotations
+
+from html.parser import HTMLParser
+from pathlib import Path
+
+import pytest
+
+from search.records import Records, fingerprint, write_json
+from search.results import load_results
+from tests.search.test_report import PARTS, PLANS, make
+
+
+def well_formed(page: str) -> bool:
+    stack: list[str] = []
+
+    class Check(HTMLParser):
+        def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+            stack.append(tag)
+
+        def handle_startendtag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+            pass
+
+        def handle_endtag(self, tag: str) -> None:
+            assert stack.pop() == tag
+
+    Check().feed(page)
+    return not stack
+
+
+def test_results_show_the_advice_the_front_and_its_numbers(tmp_path: Path) -> None:
+    results = make(tmp_path, PLANS)
+    shown = results._repr_html_()
+    assert well_formed(shown)
+    assert results.best().plan in shown
+    assert "<svg" in shown
+    assert all(f"{s.metric:.2%}" in shown for s in results.front.points)
+    assert len(results.plot().data) >= 4
+
+
+def test_layers_show_their_causes(tmp_path: Path) -> None:
+    found = make(tmp_path, PLANS).sensitivity
+    assert found is not None
+    shown = found._repr_html_()
+    assert well_formed(shown)
+    assert "7 layers" in shown
+    assert "weight_channel_spread" in shown
+    (bars,) = found.plot().data
+    assert list(bars.x) == sorted(bars.x, reverse=True)
+
+
+def test_a_run_that_has_only_begun_can_be_shown(tmp_path: Path) -> None:
+    make(tmp_path, PLANS)
+    (tmp_path / "scores.jsonl").unlink()
+    Records(tmp_path, fingerprint(PARTS))
+    assert "no plan is scored yet" in load_results(tmp_path)._repr_html_()
+    write_json(tmp_path / "run.json", {"parts": PARTS})
+    with pytest.raises(Exception, match="no plan is scored yet"):
+        load_results(tmp_path)
