@@ -79,7 +79,7 @@ def analyze(
     targets = evaluator.samples.targets
     metric = None if targets is None else _per_sample(evaluator)
     found = analyze_layers(
-        copy_graph(evaluator.gm),
+        copy_graph(evaluator.gm).to(evaluator.device),
         evaluator.scheme,
         evaluator.calibration,
         inputs,
