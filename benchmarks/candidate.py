@@ -88,9 +88,7 @@ def compare(name: str, options: argparse.Namespace) -> None:
     quantized = timed(
         ours, "calibrate", lambda: quantize(gm, scheme, calibration.split(options.batch))
     )
-    session = timed(
-        ours, "file and session", lambda: Session(to_onnx(quantized), options.threads)
-    )
+    session = timed(ours, "file and session", lambda: Session(to_onnx(quantized), options.threads))
     model = timed(naive, "prepare and calibrate", calibrated_naively)
     found: dict[str, list[Tensor]] = {"ours": [], "naive": []}
     for part in images.split(50):

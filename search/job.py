@@ -153,7 +153,7 @@ def open_job(
     chosen = chosen_on(samples.count, cfg.search.confirmation)
     scheme = target(cfg.target)
     engine = scheme.engine if cfg.engine == "auto" else cfg.engine
-    device = _device(cfg)
+    device = device_of_run(cfg)
     calibration = Digest()
     calibration.add([cfg.calibration.method, *network.calibration])
     parts = {
@@ -208,7 +208,7 @@ def open_job(
     return Job(cfg, folder, evaluator)
 
 
-def _device(cfg: Config) -> str:
+def device_of_run(cfg: Config) -> str:
     """Where torch runs.
 
     Raises:
@@ -220,7 +220,9 @@ def _device(cfg: Config) -> str:
         return device
     number = int(device.partition(":")[2] or 0)
     if number >= seen:
-        raise ConfigError(f"{cfg.path.name}: device: {device}: torch sees {seen} CUDA devices here")
+        raise ConfigError(
+            f"{cfg.path.name}: device: {device}: torch sees {seen} CUDA devices here"
+        )
     # 10 bits of mantissa in the float network's convolutions would look like damage of int8
     torch.backends.cudnn.allow_tf32 = False
     return device

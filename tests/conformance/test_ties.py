@@ -54,9 +54,7 @@ def exactly(quantized: Quantized, node: fx.Node, values: dict[fx.Node, Any], fee
 
 
 @torch.no_grad()
-def departures(
-    quantized: Quantized, x: Tensor, found: dict[str, Tensor]
-) -> tuple[float, float]:
+def departures(quantized: Quantized, x: Tensor, found: dict[str, Tensor]) -> tuple[float, float]:
     """Largest distance in steps between the runtime's values and the exact ones; share of those that differ."""
     values: dict[fx.Node, Any] = {}
     feed = iter([x.double()])
