@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import shlex
 import sys
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -13,6 +14,7 @@ from rich.logging import RichHandler
 from rich.table import Table
 
 from rewriter import Plan, RewriteError, cost, find_sites
+from search.cluster import search_on_ray
 from search.config import Config, ConfigError, load_config, shipped_config
 from search.console import err, out, progress, refused, say
 from search.evaluator import extra_macs
@@ -66,6 +68,10 @@ MaxMacs = Annotated[
 Storage = Annotated[
     str | None,
     typer.Option(metavar="URL", help="Optuna storage; default: a journal in the run directory."),
+]
+Ray = Annotated[
+    str | None,
+    typer.Option("--ray", metavar="auto|ADDRESS", help="Ray cluster on which the workers run."),
 ]
 
 
@@ -169,6 +175,7 @@ def run(
     timeout: Timeout = None,
     workers: Workers = None,
     storage: Storage = None,
+    ray: Ray = None,
     quiet: Quiet = False,
     seed: Seed = None,
 ) -> None:
@@ -179,7 +186,7 @@ def run(
     cfg, folder = _opened(
         config, out_dir, seed=seed, trials=trials, timeout=timeout, workers=workers
     )
-    _show(_run(cfg, folder, storage, quiet)[1], quiet)
+    _show(_run(cfg, folder, storage, quiet, ray=ray)[1], quiet)
 
 
 @app.command()
@@ -298,7 +305,12 @@ def fix(
 
 
 def _run(
-    cfg: Config, folder: Path, storage: str | None, quiet: bool, goal: Goal | None = None
+    cfg: Config,
+    folder: Path,
+    storage: str | None,
+    quiet: bool,
+    goal: Goal | None = None,
+    ray: str | None = None,
 ) -> tuple[Job, Results]:
     """Analyse and search; whatever ends it, the front of what is scored is on disk."""
     bars = progress(quiet)
@@ -308,14 +320,20 @@ def _run(
     if not quiet:
         out.print(sensitivity_table(sensitivity, 8))
     try:
-        with helpers(cfg, folder, storage), bars("scoring plans") as tick:
-            run_search(
-                job,
-                sensitivity,
-                storage,
-                lambda score, count: tick(count, cfg.search.trials),
-                goal,
-            )
+        with (
+            nullcontext() if ray else helpers(cfg, folder, storage),
+            bars("scoring plans") as tick,
+        ):
+            if ray is not None:
+                search_on_ray(job, storage, ray, tick)
+            else:
+                run_search(
+                    job,
+                    sensitivity,
+                    storage,
+                    lambda score, count: tick(count, cfg.search.trials),
+                    goal,
+                )
         confirm_front(job, bars)
     finally:
         job.records.refresh()
