@@ -9,6 +9,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Generator
 from contextlib import contextmanager
+from importlib import import_module
 from typing import Any
 
 from search.config import ConfigError
@@ -67,8 +68,7 @@ def search_on_ray(job: Job, storage: str | None, address: str, tick: Tick) -> No
 def _connected(address: str) -> Generator[Any]:
     """Ray, connected to a cluster; a connection that was there before stays."""
     try:
-        import ray
-        import ray.exceptions
+        ray: Any = import_module("ray")
     except ImportError as cause:
         raise ConfigError("--ray: Ray is not installed: pip install 'quantfix[ray]'") from cause
     mine = not ray.is_initialized()

@@ -1,13 +1,17 @@
 from __future__ import annotations
 
 import math
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 
 from rewriter.plan import Plan, Step
+from search import run
 from search.prediction import refitted
 from search.records import Score
+from search.space import Budget
+from tests.search import fake
 
 STEPS = [Step("keep_float", name) for name in "abcdef"]
 BASE = Plan((Step("replace_block", "stem"),))
@@ -78,3 +82,37 @@ def test_a_plan_without_the_base_does_not_count() -> None:
     believed = dict.fromkeys(STEPS, 0.5)
     plan = Score(plan=str(Plan((STEPS[0],))), macs=1, damage=0.001)
     assert refitted(believed, frozenset(), BASE, by_plan(plan)).mean == believed
+
+
+def test_a_search_predicts_anew_every_other_time_and_believes_what_it_saw(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Two merges that are worthless beside each other are not predicted together again."""
+    monkeypatch.setattr(run, "rungs", lambda gm, scores: ())
+    monkeypatch.setattr(run, "start", lambda ladder: Plan())
+    space = fake.space(Budget(macs=1.3 * fake.MACS, float_layers=0))
+    layers = [SimpleNamespace(node=n, damage=d) for n, d in fake.DAMAGE.items()]
+    worth = run.worth_trying(None, space, SimpleNamespace(layers=layers), 30)  # type: ignore[arg-type]
+    merges = {Step("merge_separable", "dw0"), Step("merge_separable", "dw1")}
+    scores: dict[str, Score] = {}
+
+    def score(plan: Plan) -> None:
+        damage = fake.TOTAL
+        for step in plan.steps:
+            damage *= 1 - fake.GAIN.get(step, 0.0) / fake.TOTAL
+        if merges <= set(plan.steps):
+            damage *= 3
+        macs = space.predicted_macs(plan)
+        scores[str(plan)] = Score(plan=str(plan), macs=macs, damage=damage)
+
+    asked: list[tuple[int, Plan]] = []
+    for turn in range(16):
+        wanted = [p for p in worth(scores) if str(p) not in scores]  # type: ignore[arg-type]
+        if wanted:
+            asked.append((len(scores), wanted[0]))
+        # where nothing is predicted, TPE tries something
+        score(wanted[0] if wanted else Plan((Step("keep_float", f"other{turn}"),)))
+    (both,) = (i for i, (_, plan) in enumerate(asked) if merges <= set(plan.steps))
+    again = asked[both + 1 :]
+    assert again
+    assert all(count % 2 == 0 for count, _ in again)
