@@ -190,6 +190,8 @@ class SearchConfig(_Section):
         race: Images after which a plan may first be given up, because it is clear that it is not
             on the front; 0: never. Four times as many are needed.
         workers: Processes that search.
+        worker_cpus: On a Ray cluster, processor cores of each.
+        worker_gpus: The same of GPUs; a fraction where several share one.
     """
 
     trials: int = Field(default=100, ge=1)
@@ -210,6 +212,8 @@ class SearchConfig(_Section):
     race: int = Field(default=64, ge=0)
     # each is a process with a network of its own; more belong on more machines (quantfix worker)
     workers: int = Field(default=1, ge=1, le=64)
+    worker_cpus: int = Field(default=1, ge=1)
+    worker_gpus: float = Field(default=0.0, ge=0)
 
 
 class FinetuneConfig(_Section):
