@@ -244,7 +244,7 @@ class FinetuneConfig(_Section):
     quantization: Literal["learned", "fixed", "float"] = "learned"
     steps: int = Field(default=400, ge=1)
     batch: int = Field(default=16, ge=1)
-    rate: float = Field(default=1e-3, gt=0, le=1)
+    rate: float = Field(default=5e-4, gt=0, le=1)
     ema: float = Field(default=0.98, ge=0, lt=1)
     validation: float = Field(default=0.2, gt=0, le=0.9)
     check: int = Field(default=20, ge=1)
