@@ -17,7 +17,7 @@ from search.config import Config, ConfigError, load_config, shipped_config
 from search.console import err, out, progress, refused, say
 from search.evaluator import extra_macs
 from search.job import Job, float_metric, load_network, open_job
-from search.records import RunError, Score, read_json
+from search.records import RunError, Score, read_run
 from search.report import write_report
 from search.results import Results, load_results, write_front
 from search.run import (
@@ -32,6 +32,7 @@ from search.run import (
     work,
 )
 from search.tables import front_table, reference_table, sensitivity_table
+from search.user_code import users_lines
 
 GOAL_NOT_MET, INTERRUPTED = 1, 130
 
@@ -82,6 +83,9 @@ def main() -> None:
     except SystemExit as stop:  # typer has spoken itself: help, a misspelt option, or an exit code
         code = stop.code if isinstance(stop.code, int) else 0
     except (ConfigError, RewriteError, RunError) as error:
+        lines = users_lines(error)
+        if lines:
+            say(f"{lines}\n", err)
         code = refused(str(error))
     except OSError as error:
         place = f"{error.filename}: " if error.filename else ""
@@ -100,8 +104,6 @@ def check(config: ConfigPath, quiet: Quiet = False) -> None:
     """
     cfg = load_config(config)
     network = load_network(cfg, progress(quiet))
-    if quiet:
-        return
     gm, data = network.gm, network.data
     spent, found = cost(gm), find_sites(gm)
     near = sum(bool(s.blocked) for s in found)
@@ -119,7 +121,7 @@ def check(config: ConfigPath, quiet: Quiet = False) -> None:
         ("opaque", f"{part.name} ({part.kind}): {part.reason} {part.line}")
         for part in gm.meta["opaque"]
     ]
-    for name, fact in facts:
+    for name, fact in [] if quiet else facts:
         say(f"{name:>10}  {fact}")
 
 
@@ -197,9 +199,9 @@ def worker(folder: RunFolder, storage: Storage = None, quiet: Quiet = False) -> 
 
     Example: quantfix worker runs/digits
     """
-    facts = read_json(folder / "run.json")
+    facts = read_run(folder)
     options = facts.get("options")
-    if options is None or not (folder / "sensitivity.json").exists():
+    if options is None or "config" not in facts or not (folder / "sensitivity.json").exists():
         raise RunError(
             f"{folder}: no search is running there: "
             f"start one with quantfix run {facts.get('config', 'CONFIG')}"

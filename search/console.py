@@ -55,4 +55,4 @@ def refused(message: str) -> int:
 
 def say(text: str, console: Console | None = None) -> None:
     """Print text as it is: a path or a plan must stay on one line and without colours."""
-    (console or out).print(text, markup=False, highlight=False, soft_wrap=True)
+    (console or out).print(text, markup=False, highlight=False, emoji=False, soft_wrap=True)

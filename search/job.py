@@ -24,8 +24,9 @@ from search.config import Config, ConfigError
 from search.data import Data, Inputs, batches, load_data, load_model
 from search.evaluator import RewriteEvaluator
 from search.fingerprint import Digest, model_digest, rules_digest, source_digest
+from search.overlap import mark, warn_of_overlap
 from search.records import Confirmations, Records, Score, fingerprint, open_run
-from search.samples import Tick, chosen_on, load_samples, shuffled
+from search.samples import Tick, check_outputs, chosen_on, load_samples, shuffled
 from search.tasks import Task, task
 from search.tasks.video import Video
 
@@ -111,20 +112,21 @@ def float_metric(network: Network, count: int = 256) -> str:
     """What the float network reaches on its first samples, in words."""
     found: list[list[Tensor]] = []
     targets: list[Any] = []
+    marks: list[bytes] = []
     done = 0
     with torch.no_grad():
         for batch in batches(network.data.evaluation, 32):
             x, y = batch if isinstance(batch, tuple) else (batch, None)
+            marks += map(mark, x)
             leaves = pytree.tree_leaves(network.gm(x))
             found.append([o for o in leaves if isinstance(o, Tensor)])
             targets += [] if y is None else list(y)
             done += len(x)
             if done >= count:
                 break
+    warn_of_overlap(network.calibration, marks)
     outputs = [torch.cat(parts) for parts in zip(*found, strict=True)]
-    bad = sum(int((~torch.isfinite(o)).sum()) for o in outputs if o.is_floating_point())
-    if bad:
-        return f"{bad} outputs are NaN or infinite on the first {done} samples"
+    check_outputs(outputs, done)
     if not targets:
         return f"runs on the first {done} samples; no labels"
     stacked: Any = torch.stack(targets) if isinstance(targets[0], Tensor) else targets
@@ -143,6 +145,7 @@ def open_job(
         TraceError: the model cannot be traced.
     """
     network = load_network(cfg, progress)
+    _device(cfg)
     with progress("reading evaluation images") as tick:
         evaluation = network.data.evaluation
         samples = load_samples(evaluation, tick, order=shuffled(len(evaluation)))
@@ -150,12 +153,11 @@ def open_job(
         raise ConfigError(
             f"{cfg.path.name}: search.objective: metric: the evaluation data have no labels"
         )
+    warn_of_overlap(network.calibration, samples.marks)
     chosen = chosen_on(samples.count, cfg.search.confirmation)
     scheme = target(cfg.target)
     engine = scheme.engine if cfg.engine == "auto" else cfg.engine
-    device = cfg.device
-    if device == "auto":
-        device = "cuda" if torch.cuda.is_available() else "cpu"
+    device = _device(cfg)
     calibration = Digest()
     calibration.add([cfg.calibration.method, *network.calibration])
     parts = {
@@ -208,6 +210,17 @@ def open_job(
         timed=cfg.search.cost == "latency" or cfg.search.max_latency_ms is not None,
     )
     return Job(cfg, folder, evaluator)
+
+
+def _device(cfg: Config) -> str:
+    if cfg.device == "auto":
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    kind, _, number = cfg.device.partition(":")
+    if kind == "cuda" and int(number or 0) >= count:
+        known = f"{count} CUDA devices" if count else "no CUDA device"
+        raise ConfigError(f"{cfg.path.name}: device: {cfg.device}: torch finds {known}; use cpu")
+    return cfg.device
 
 
 def _inputs(dataset: Any) -> Any:

@@ -11,8 +11,11 @@ from __future__ import annotations
 import fcntl
 import hashlib
 import json
+import logging
 import math
 import os
+import zipfile
+import zlib
 from collections.abc import Generator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, fields
@@ -22,7 +25,12 @@ from typing import IO, Any
 import numpy as np
 from numpy.typing import NDArray
 
+from search.run_facts import checked, fault_of_run
+
+log = logging.getLogger(__name__)
+
 Array = NDArray[np.float64]
+REMEDY = "remove the file and run again: the scores are kept elsewhere"
 
 
 class RunError(Exception):
@@ -78,13 +86,17 @@ class Score:
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> Score:
-        """The score that `to_dict` gave; keys of a later version are ignored."""
+        """The score that `to_dict` gave; keys of a later version are ignored.
+
+        Raises:
+            ValueError: a value has another type.
+        """
         known = {f.name for f in fields(cls)}
         kept = {key: value for key, value in values.items() if key in known}
         if kept.get("interval") is not None:
             low, high = kept["interval"]
             kept["interval"] = (low, high)
-        return cls(**kept)
+        return checked(cls, kept)
 
 
 @dataclass(frozen=True)
@@ -166,8 +178,12 @@ class Records:
         path = self._samples_path(plan)
         if not path.exists():
             return None
-        with np.load(path, allow_pickle=False) as stored:
-            return Samples(**{name: stored[name] for name in stored.files})
+        try:
+            with np.load(path, allow_pickle=False) as stored:
+                return Samples(**{name: stored[name] for name in stored.files})
+        except (ValueError, TypeError, EOFError, zipfile.BadZipFile, zlib.error) as damage:
+            log.warning("%s: unreadable, left out: %s", path, str(damage).partition("\n")[0])
+            return None
 
     def add(self, score: Score, samples: Samples | None = None) -> None:
         """Store a score for good: its samples, then its line, on disk before this returns."""
@@ -253,13 +269,27 @@ def read_json(path: Path) -> dict[str, Any]:
     """
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         raise RunError(f"{path}: no such file: is {path.parent} a run directory?") from None
-    except (json.JSONDecodeError, UnicodeDecodeError) as cause:
-        raise RunError(f"{path}: not JSON: {cause}; remove the file and run again") from cause
+    except (json.JSONDecodeError, UnicodeDecodeError, RecursionError) as cause:
+        raise RunError(f"{path}: not JSON: {cause}; {REMEDY}") from cause
     if not isinstance(value, dict):
-        raise RunError(f"{path}: not a JSON object: {type(value).__name__}")
+        raise RunError(f"{path}: not a JSON object: {type(value).__name__}; {REMEDY}")
     return value
+
+
+def read_run(folder: Path) -> dict[str, Any]:
+    """The content of ``run.json``.
+
+    Raises:
+        RunError: The file is missing, damaged, or has values that no run writes.
+    """
+    path = folder / "run.json"
+    facts = read_json(path)
+    fault = fault_of_run(facts)
+    if fault:
+        raise RunError(f"{path}: {fault}; {REMEDY}")
+    return facts
 
 
 def mend(path: Path) -> None:
@@ -315,7 +345,7 @@ def open_run(folder: Path, parts: Mapping[str, str], about: Mapping[str, Any]) -
     path = folder / "run.json"
     changed: tuple[str, ...] = ()
     if path.exists():
-        before: dict[str, str] = read_json(path).get("parts", {})
+        before: dict[str, str] = read_run(folder).get("parts", {})
         changed = tuple(name for name in parts if before.get(name, parts[name]) != parts[name])
         other = [
             name for name in changed if name in ("model", "calibration", "evaluation", "target")

@@ -15,19 +15,35 @@ from typing import IO, Any
 from optuna.storages import BaseStorage, JournalStorage, get_storage
 from optuna.storages.journal import JournalFileBackend, JournalFileOpenLock
 
-from search.records import mend
+from search.records import RunError, mend
 
 
 def journal(path: Path) -> JournalStorage:
     """Optuna storage in one file, locked so that a killed process leaves no lock behind."""
     path.parent.mkdir(parents=True, exist_ok=True)
     mend(path)
-    return JournalStorage(_Journal(path))
+    try:
+        return JournalStorage(_Journal(path))
+    except (ValueError, KeyError, TypeError, AttributeError, AssertionError) as damage:
+        remedy = "remove the file and run again: the scores are kept elsewhere"
+        fact = f"damaged, or no journal of a search: {damage}"
+        raise RunError(f"{path}: {fact}; {remedy}") from damage
 
 
 def storage_at(place: str) -> BaseStorage:
-    """Optuna storage of a database URL, or of a journal file."""
-    return get_storage(place) if "://" in place else journal(Path(place))
+    """Optuna storage of a database URL, or of a journal file.
+
+    Raises:
+        RunError: it cannot be opened.
+    """
+    if "://" not in place:
+        return journal(Path(place))
+    try:
+        return get_storage(place)
+    except Exception as error:  # whatever the database's own client raises
+        # a URL may hold a password, and so may what the client says of it
+        where, why = place.partition("://")[0], type(error).__name__
+        raise RunError(f"storage {where}://...: cannot be opened: {why}") from error
 
 
 @contextmanager
