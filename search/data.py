@@ -245,8 +245,8 @@ def _load_weights(model: nn.Module, file: Path) -> None:
                 warnings.simplefilter("ignore")  # of old pickles, which are refused below
                 state = torch.load(file, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
-        found = re.search(r"[Gg]lobal:? (\S+)|Unsupported (?:class|global)\W+(\S+)", str(error))
-        what = f" ({found.group(1) or found.group(2)})" if found else ""
+        found = re.search(r"GLOBAL ([\w.]+)", str(error))
+        what = f" ({found.group(1)})" if found else ""
         fact = f"holds code or objects{what}, not only tensors: refused, as loading would run it"
         raise ConfigError(f"model.weights: {file}: {fact}; save model.state_dict()") from error
     except Exception as error:  # a damaged file makes the readers raise whatever they meet first

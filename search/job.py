@@ -17,7 +17,7 @@ from torch import Tensor, fx
 from torch.utils import _pytree as pytree
 
 from rewriter import profile, target, trace
-from rewriter.graph import unflatten
+from rewriter.graph import layers, unflatten
 from rewriter.int8.scheme import QuantScheme
 from rewriter.streaming import first_output_only
 from search.config import Config, ConfigError
@@ -97,6 +97,10 @@ def load_network(cfg: Config, progress: Progress = silent) -> Network:
             if done >= total:
                 break
     gm = trace(model, found[0][:2])
+    if not layers(gm):
+        hidden = "; ".join(f"{part.name} is kept whole: {part.reason}" for part in gm.meta["opaque"])
+        why = f" ({hidden})" if hidden else ""
+        raise ConfigError(f"model: no convolution, linear layer or matrix product to quantize{why}")
     gm.meta["calibration"] = cfg.calibration.method
     goal: Any = task(cfg)
     if isinstance(goal, Video):
