@@ -97,11 +97,11 @@ def photographs(evaluation: bool) -> tuple[NDArray[np.uint8], NDArray[np.bool_]]
         text = coco / "labels" / f"{path.stem}.txt"
         lines = text.read_text().splitlines() if text.exists() else []
         found.append((path, any(int(line.split()[0]) in COCO_ANIMALS for line in lines)))
-    pixels = np.stack([_pixels(path) for path, _ in found])
+    pixels = np.stack([square_pixels(path) for path, _ in found])
     return pixels, np.array([animal for _, animal in found])
 
 
-def _pixels(path: Path) -> NDArray[np.uint8]:
+def square_pixels(path: Path) -> NDArray[np.uint8]:
     with Image.open(path) as image:
         image = image.convert("RGB")
         side = min(image.size)

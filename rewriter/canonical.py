@@ -31,9 +31,11 @@ from typing import Any, cast
 import torch
 from torch import Tensor, fx, nn
 
+from rewriter.assignment import expand_assignments
 from rewriter.fold import fold_batch_norms
 from rewriter.functional import IN_PLACE, SAME, first_argument, module_for
 from rewriter.graph import (
+    ACTIVATION_TYPES,
     LAYER_TYPES,
     RECURRENT_TYPES,
     Opaque,
@@ -52,20 +54,7 @@ _BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d)
 _KNOWN = (
     *LAYER_TYPES,
     *_BATCH_NORMS,
-    nn.ReLU,
-    nn.ReLU6,
-    nn.Hardtanh,
-    nn.LeakyReLU,
-    nn.PReLU,
-    nn.SiLU,
-    nn.Hardswish,
-    nn.Hardsigmoid,
-    nn.Sigmoid,
-    nn.Tanh,
-    nn.GELU,
-    nn.ELU,
-    nn.Mish,
-    nn.Softplus,
+    *ACTIVATION_TYPES,
     nn.Softmax,
     nn.MaxPool2d,
     nn.AvgPool2d,
@@ -98,6 +87,7 @@ def canonicalise(gm: fx.GraphModule) -> fx.GraphModule:
     for node in gm.graph.nodes:
         if node.op == "call_module":
             node.meta["layer"] = str(node.target)
+    expand_assignments(gm)
     _use_positions(gm)
     _use_plain_functions(gm)
     _use_modules(gm)

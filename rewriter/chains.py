@@ -7,8 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
-from rewriter.component import POINTWISE
-from rewriter.graph import is_call, module_of
+from rewriter.graph import ACTIVATION_TYPES, is_call, module_of
 
 
 def is_pointwise(gm: fx.GraphModule, node: Any) -> bool:
@@ -44,7 +43,7 @@ def follow(gm: fx.GraphModule, layer: fx.Node) -> tuple[list[fx.Node], fx.Node |
         (user,) = users
         if is_call(gm, user, nn.Conv2d):
             return passed, user, ""
-        if len(passed) == 2 or not is_call(gm, user, *POINTWISE):
+        if len(passed) == 2 or not is_call(gm, user, *ACTIVATION_TYPES):
             return passed, None, f"{user.name} stands behind {last.name}"
         passed.append(user)
     raise AssertionError

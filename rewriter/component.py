@@ -17,24 +17,8 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
-from rewriter.graph import is_call, module_of
+from rewriter.graph import ACTIVATION_TYPES, is_call, module_of
 
-POINTWISE = (
-    nn.ReLU,
-    nn.ReLU6,
-    nn.Hardtanh,
-    nn.LeakyReLU,
-    nn.PReLU,
-    nn.SiLU,
-    nn.Hardswish,
-    nn.Hardsigmoid,
-    nn.Sigmoid,
-    nn.Tanh,
-    nn.GELU,
-    nn.ELU,
-    nn.Mish,
-    nn.Softplus,
-)
 _SPATIAL = (
     nn.MaxPool2d,
     nn.AvgPool2d,
@@ -130,7 +114,7 @@ def _keeps_channels(gm: fx.GraphModule, node: fx.Node, channels: int) -> bool:
             return m.groups == m.in_channels == m.out_channels == channels and channels > 1
         source = node.args[0]
         same = isinstance(source, fx.Node) and channels_of(source) == channels
-        return same and is_call(gm, node, *POINTWISE, *_SPATIAL)
+        return same and is_call(gm, node, *ACTIVATION_TYPES, *_SPATIAL)
     if node.op != "call_function":
         return False
     if node.target in _ARITHMETIC:
@@ -160,7 +144,7 @@ def int8_values(gm: fx.GraphModule, component: Component) -> list[fx.Node]:
     found: list[fx.Node] = []
     for node in (*component.entries, *component.inside):
         users = list(node.users)
-        if not (len(users) == 1 and is_call(gm, users[0], *POINTWISE)):
+        if not (len(users) == 1 and is_call(gm, users[0], *ACTIVATION_TYPES)):
             found.append(node)
     return found
 

@@ -311,16 +311,16 @@ def _views(pieces: Iterator[tuple[Tensor, ...]], seed: int) -> Iterator[tuple[Te
     for inputs in pieces:
         yield inputs
         for view in range(1, VIEWS):
-            yield (_view(inputs[0], view % 2 == 1, generator), *inputs[1:])
+            yield (random_view(inputs[0], view % 2 == 1, generator), *inputs[1:])
 
 
-def _view(x: Tensor, mirror: bool, generator: torch.Generator) -> Tensor:
+def random_view(x: Tensor, mirror: bool, generator: torch.Generator) -> Tensor:
     """(N, C, H, W) mirrored, and the same random window of each enlarged to the old size.
 
     Sequences (N, T, C, H, W) are seen so too, with one window for all frames.
     """
     if x.ndim == 5:
-        return _view(x.flatten(0, 1), mirror, generator).view_as(x)
+        return random_view(x.flatten(0, 1), mirror, generator).view_as(x)
     if x.ndim != 4 or min(x.shape[2:]) < 16:
         return x
     size = tuple(x.shape[2:])

@@ -50,7 +50,7 @@ def output_groups(reference: Tensor) -> OutputGroups:
     _, group = bins.unique(return_inverse=True)
     power = x.square().mean([d for d in range(x.ndim) if d != best])
     count = int(group.max()) + 1
-    total = torch.zeros(count, dtype=torch.float64).index_add_(0, group, power)
+    total = power.new_zeros(count).index_add_(0, group, power)
     energy = total / torch.bincount(group, minlength=count)
     return OutputGroups(best, group, _energy(energy))
 
@@ -78,12 +78,14 @@ def relative_error(
 
 def _grouped_error(found: Tensor, expected: Tensor, groups: OutputGroups) -> Tensor:
     """(N, number of groups)"""
+    device = found.device
+    groups = OutputGroups(groups.axis, groups.group.to(device), groups.energy.to(device))
     error = (found.double() - expected.double()).square()
     if groups.axis == 0:
         return error.flatten(1).mean(1, keepdim=True) / groups.energy
     rest = [d for d in range(1, error.ndim) if d != groups.axis]
     per_entry = error.mean(rest) if rest else error
-    sums = torch.zeros(len(error), len(groups.energy), dtype=torch.float64)
+    sums = error.new_zeros(len(error), len(groups.energy))
     sums.index_add_(1, groups.group, per_entry)
     return sums / torch.bincount(groups.group, minlength=len(groups.energy)) / groups.energy
 

@@ -23,6 +23,23 @@ from rewriter.tracer import BATCHES, line_of, one_line, trace_graph
 from rewriter.tracer import Opaque as Opaque
 
 LAYER_TYPES = (nn.Conv1d, nn.Conv2d, nn.ConvTranspose2d, nn.Linear)
+# functions of each value alone, whatever its channel (a PReLU has a slope for each channel)
+ACTIVATION_TYPES = (
+    nn.ReLU,
+    nn.ReLU6,
+    nn.Hardtanh,
+    nn.LeakyReLU,
+    nn.PReLU,
+    nn.SiLU,
+    nn.Hardswish,
+    nn.Hardsigmoid,
+    nn.Sigmoid,
+    nn.Tanh,
+    nn.GELU,
+    nn.ELU,
+    nn.Mish,
+    nn.Softplus,
+)
 RECURRENT_TYPES = (nn.RNN, nn.GRU, nn.LSTM, nn.RNNCell, nn.GRUCell, nn.LSTMCell)
 # Largest difference between the graph's output and the model's, relative to the largest output.
 TOLERANCE = 1e-4

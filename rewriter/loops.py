@@ -167,12 +167,12 @@ def _frame_wise(gm: fx.GraphModule, node: fx.Node, known: tuple[type[nn.Module],
         return False
     rest = (*node.args[1:], *node.kwargs.values())
     if node.op == "call_method" and node.target == "reshape":
-        return bool(rest) and rest[0] == -1 and -1 not in rest[1:]
+        return len(rest) > 0 and bool(rest[0] == -1) and -1 not in rest[1:]
     if node.target in ("permute", torch.permute):
         order: Any = rest[0] if rest and isinstance(rest[0], (tuple, list)) else rest
-        return bool(order) and order[0] == 0
+        return len(order) > 0 and bool(order[0] == 0)
     if node.target is operator.getitem:
-        return isinstance(rest[0], tuple) and rest[0][0] == slice(None)
+        return isinstance(rest[0], tuple) and bool(rest[0][0] == slice(None))
     joins = bool(node.args) and isinstance(node.args[0], (list, tuple))
     return not ((joins or node.target in _SHAPING) and (0 in rest or not rest))
 

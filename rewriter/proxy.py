@@ -12,6 +12,8 @@ from torch.fx.node import map_aggregate
 from torch.fx.proxy import Attribute
 from torch.fx.proxy import TraceError as FxTraceError
 
+from rewriter.assignment import assign_, spans
+
 
 class Proxy(fx.Proxy):
     """A symbol with the values that both batches have at its place.
@@ -60,6 +62,15 @@ class Proxy(fx.Proxy):
         if isinstance(self.known[0], dict):
             return item in self.known[0]
         raise FxTraceError("a condition on values of the input")
+
+    def __setitem__(self, index: Any, value: Any) -> None:
+        x = self.known[0]
+        if not isinstance(x, Tensor) or spans(tuple(x.shape), index) is None:
+            raise FxTraceError("assignment to other than a block of channels or positions")
+        given = value.known[0] if type(value) is Proxy else value
+        if isinstance(given, Tensor) and given.dtype != x.dtype:
+            raise FxTraceError(f"assignment of {given.dtype} to a part of {x.dtype}")
+        self.tracer.create_proxy("call_function", assign_, (self, index, value), {})
 
     def __getattr__(self, name: str) -> Any:
         if name.startswith("_") or name in {"node", "tracer", "known", "of_shapes"}:

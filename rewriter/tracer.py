@@ -24,6 +24,7 @@ from torch.fx.proxy import Attribute
 from torch.fx.proxy import TraceError as FxTraceError
 from torch.utils import _pytree as pytree
 
+from rewriter.assignment import assign_
 from rewriter.errors import TraceError
 from rewriter.proxy import (
     Proxy,
@@ -37,6 +38,7 @@ from rewriter.proxy import (
     tensors,
     version,
 )
+from rewriter.surroundings import attributes_kept, without_autograd
 
 BATCHES = (2, 3)  # 1 would be ambiguous: squeeze() and broadcasting treat it apart
 _FOLDERS = (f"{Path(torch.__file__).parent}{os.sep}", f"{Path(__file__).parent}{os.sep}", "<")
@@ -46,6 +48,8 @@ _ABOUT_SHAPE = {
     *("is_floating_point", "is_complex", "is_contiguous", "__len__"),
     *(torch.is_floating_point, torch.is_complex, torch.numel),
 }
+# What is of these types depends on types alone, such as x.type().
+_ABOUT_TYPE = (str, torch.dtype, torch.device)
 # Functions that take sizes, but no tensor that could be a proxy: torch does not offer them to a
 # proxy by itself.
 _MAKERS = ("zeros", "ones", "full", "empty", "arange", "eye", "linspace")
@@ -172,7 +176,11 @@ class Tracer(fx.Tracer):
         if overwritten:
             proxy.node.meta["overwrites"] = overwritten
             proxy.node.meta["path"], proxy.node.meta["line"] = self.path[-1], _line_now()
-        static = target in _ABOUT_SHAPE or (bool(used) and all(p.of_shapes for p in used))
+        static = (
+            target in _ABOUT_SHAPE
+            or isinstance(values[0], _ABOUT_TYPE)
+            or (bool(used) and all(p.of_shapes for p in used))
+        )
         result = self._with_values(proxy, values, static)
         if static and not holds_tensor(values[0]) and equal(*values):
             self.graph.erase_node(proxy.node)
@@ -206,6 +214,9 @@ class Tracer(fx.Tracer):
 
     def to_bool(self, obj: Any) -> bool:
         if type(obj) is Proxy and obj.of_shapes:
+            if obj.node.target in (operator.eq, operator.ne):
+                # a remembered shape against that of the input: the batch size is no number
+                return obj.node.target is operator.ne
             raise FxTraceError("a condition depends on the batch size")
         raise FxTraceError("a condition depends on values of the input")
 
@@ -226,7 +237,8 @@ def trace_graph(
     while True:
         tracer = Tracer(tuple((a.clone(), b.clone()) for a, b in examples), set(opaque))
         try:
-            graph = tracer.trace(model)
+            with without_autograd(), attributes_kept(model):
+                graph = tracer.trace(model)
             _read_what_was_overwritten(graph)
         except UntraceableError as failure:
             if failure.path and failure.path not in opaque:
@@ -259,6 +271,9 @@ def _read_what_was_overwritten(graph: fx.Graph) -> None:
                 later = [u for u in other.users if order[u] > order[node]]
                 if order[other] >= order[node] or not later:
                     continue
+                first = min(later, key=order.__getitem__)
+                if first.target is assign_ and first.args[2] is node:
+                    continue  # x[i] += y: changes a part of x, then assigns it
                 if other.meta["place"] != node.meta["place"]:
                     cause = FxTraceError(
                         f"in-place {node.target} changes {other.name}, of which it sees only "

@@ -16,6 +16,7 @@ from rewriter import Plan, RewriteError, cost, find_sites
 from search.config import Config, ConfigError, load_config, shipped_config
 from search.console import err, out, progress, refused, say
 from search.evaluator import extra_macs
+from search.exhibits import write_exhibits
 from search.job import Job, float_metric, load_network, open_job
 from search.records import RunError, Score, read_run
 from search.report import write_report
@@ -31,8 +32,8 @@ from search.run import (
     with_options,
     work,
 )
-from search.tables import front_table, reference_table, sensitivity_table
-from search.user_code import users_lines
+from search.tables import finetuned_table, front_table, reference_table, sensitivity_table
+from search.training_commands import Tuned, as_trained, table, train_chosen, with_training
 
 GOAL_NOT_MET, INTERRUPTED = 1, 130
 
@@ -83,10 +84,7 @@ def main() -> None:
     except SystemExit as stop:  # typer has spoken itself: help, a misspelt option, or an exit code
         code = stop.code if isinstance(stop.code, int) else 0
     except (ConfigError, RewriteError, RunError) as error:
-        lines = users_lines(error)
-        if lines:
-            say(f"{lines}\n", err)
-        code = refused(str(error))
+        code = refused(str(error), error)
     except OSError as error:
         place = f"{error.filename}: " if error.filename else ""
         code = refused(f"{place}{error.strerror or error}")
@@ -171,6 +169,7 @@ def run(
     timeout: Timeout = None,
     workers: Workers = None,
     storage: Storage = None,
+    tuned: Tuned = None,
     quiet: Quiet = False,
     seed: Seed = None,
 ) -> None:
@@ -181,7 +180,8 @@ def run(
     cfg, folder = _opened(
         config, out_dir, seed=seed, trials=trials, timeout=timeout, workers=workers
     )
-    _show(_run(cfg, folder, storage, quiet)[1], quiet)
+    job, results = _run(with_training(cfg, tuned), folder, storage, quiet)
+    _show(train_chosen(job, results, quiet), quiet)
 
 
 @app.command()
@@ -191,6 +191,9 @@ def demo(trials: Trials = None, out_dir: Out = None, quiet: Quiet = False) -> No
     Example: quantfix demo
     """
     run(shipped_config("digits.yaml"), out_dir, trials, quiet=quiet)
+
+
+app.command()(table)
 
 
 @app.command()
@@ -213,7 +216,7 @@ def worker(folder: RunFolder, storage: Storage = None, quiet: Quiet = False) -> 
 
 @app.command()
 def front(folder: RunFolder, quiet: Quiet = False) -> None:
-    """The Pareto front as a table. Writes DIR/front.json and DIR/report.html.
+    """The Pareto front as a table. Writes DIR/front.json, report.html and report.md.
 
     Example: quantfix front runs/digits
     """
@@ -234,9 +237,14 @@ def export(
         bool,
         typer.Option("--compare", help="Compare simulation and runtime value by value."),
     ] = False,
+    untrained: Annotated[
+        bool, typer.Option("--untrained", help="A fine-tuned plan as it was before.")
+    ] = False,
     quiet: Quiet = False,
 ) -> None:
     """The chosen network: int8 ONNX, float source and weights, ranges, and what changed.
+
+    A plan that was fine-tuned is shipped with its trained weights.
 
     Example: quantfix export runs/digits --pick knee
     """
@@ -246,6 +254,8 @@ def export(
         load_config(Path(results.facts["config"])), **results.facts.get("options", {})
     )
     job = open_job(cfg, folder, progress(quiet))
+    if not untrained:
+        job, score = as_trained(job, results, score, quiet)
     _export(job, score, out_dir or folder / "export", quiet, compared)
 
 
@@ -319,6 +329,8 @@ def _run(
                 goal,
             )
         confirm_front(job, bars)
+        with bars("drawing the network") as tick:
+            write_exhibits(job, load_results(folder), tick)
     finally:
         job.records.refresh()
         results = load_results(folder)
@@ -370,10 +382,12 @@ def _show(results: Results, quiet: bool) -> None:
     if results.references:
         out.print(reference_table(results))
     out.print(front_table(results))
+    if results.finetuned:
+        out.print(finetuned_table(results))
     say(results.advice())
     if results.luck():
         say(results.luck())
-    for name in ("front.json", "report.html"):
+    for name in ("front.json", "report.html", "report.md"):
         say(f"written: {results.folder / name}")
 
 

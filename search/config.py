@@ -212,6 +212,44 @@ class SearchConfig(_Section):
     workers: int = Field(default=1, ge=1, le=64)
 
 
+class FinetuneConfig(_Section):
+    """How chosen plans are trained end to end; see docs/video.md.
+
+    Attributes:
+        plans: Which plans a run trains after its search; ``run --finetune`` overrides it.
+        loss: ``distillation``: answer as the float network does, which needs no labels;
+            ``labels``: the task's own loss on the training data.
+        quantization: ``learned``: int8 is simulated and its step sizes are trained too; ``fixed``:
+            simulated with the step sizes of the calibration; ``float``: trained without int8.
+        steps: Batches at most.
+        batch: Inputs in a batch.
+        rate: Largest change of a weight in one step, relative to the weights of its channel.
+        ema: Decay of the moving average of the weights, which is what is judged and kept.
+        validation: Share of the training inputs that judges instead of training.
+        check: Steps between two judgements; a killed run loses at most so many.
+        patience: Judgements without an improvement after which training stops.
+        views: ``mixed``: three of four inputs are mirrored and cut out, where nothing depends on
+            left and right; ``plain``: as they are.
+        seed: Of the batches.
+        inputs: A data set of its own to train on, returned by a factory. Default: the training
+            data, and without any the calibration inputs.
+    """
+
+    plans: Literal["none", "knee", "best", "all-front"] = "none"
+    loss: Literal["distillation", "labels"] = "distillation"
+    quantization: Literal["learned", "fixed", "float"] = "learned"
+    steps: int = Field(default=400, ge=1)
+    batch: int = Field(default=16, ge=1)
+    rate: float = Field(default=1e-3, gt=0, le=1)
+    ema: float = Field(default=0.98, ge=0, lt=1)
+    validation: float = Field(default=0.2, gt=0, le=0.9)
+    check: int = Field(default=20, ge=1)
+    patience: int = Field(default=8, ge=1)
+    views: Literal["plain", "mixed"] = "plain"
+    seed: int = Field(default=0, ge=0)
+    inputs: FactoryConfig | None = None
+
+
 class Config(_Section):
     """One run. `load_config` reads it.
 
@@ -231,6 +269,7 @@ class Config(_Section):
     device: str = Field(default="auto", pattern=r"^(auto|cpu|cuda(:\d+)?)$")
     calibration: CalibrationConfig = Field(default_factory=CalibrationConfig)
     search: SearchConfig = Field(default_factory=SearchConfig)
+    finetune: FinetuneConfig = Field(default_factory=FinetuneConfig)
 
     _path: Path = PrivateAttr(default=Path("config.yaml"))
 

@@ -19,6 +19,7 @@ from rich.progress import (
 
 from search.job import silent
 from search.samples import Tick
+from search.user_code import users_lines
 
 BAD_INPUT = 2
 
@@ -48,7 +49,11 @@ def progress(quiet: bool) -> Any:
     return bars
 
 
-def refused(message: str) -> int:
+def refused(message: str, error: Exception | None = None) -> int:
+    """Say what is wrong, after the lines of the user's own code that raised it, where it did."""
+    lines = "" if error is None else users_lines(error)
+    if lines:
+        say(f"{lines}\n", err)
     say(f"quantfix: {message}", err)
     return BAD_INPUT
 

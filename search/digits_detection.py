@@ -100,6 +100,7 @@ def train(net: _Detector, seed: int = 0, epochs: int = EPOCHS, count: int = SCEN
             if isinstance(module, (nn.Conv2d, nn.BatchNorm2d)):
                 module.reset_parameters()
         with torch.no_grad():
+            assert net.head.bias is not None
             net.head.bias[:4] = (SMALLEST + LARGEST) / 4
             net.head.bias[4:] = -2.0
         optimizer = torch.optim.AdamW(net.parameters(), lr=RATE, weight_decay=1e-3)

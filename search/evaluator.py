@@ -14,6 +14,7 @@ import time
 from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -22,13 +23,14 @@ from torch import Tensor, fx
 from torch.utils import _pytree as pytree
 
 from rewriter import Plan, Quantized, cost, simulate
-from rewriter.assemble import assemble
+from rewriter.assemble import Assembled, assemble
 from rewriter.errors import RewriteError
 from rewriter.graph import channels_last
 from rewriter.int8.onnx import float_onnx, to_onnx
 from rewriter.int8.scheme import QuantScheme
 from rewriter.int8.session import Session
 from rewriter.plan import rewrite, rule_named
+from search.apart import LostError, apart
 from search.constraints import size_of
 from search.measure import Measure, Part
 from search.racing import Race
@@ -63,7 +65,9 @@ class RewriteEvaluator:
             samples choose. None: all samples choose, and none confirm.
         race: When a plan is given up early; None: never.
         timed: Whether a score carries the time that one input takes.
-        scorer: Measures a plan somewhere else (another process) by a method's name; None: here.
+        limit_s: Seconds after which a plan is given up as one that cannot be scored; it then runs
+            in a process of its own. None: here, for as long as it takes.
+        maker: Makes a plan's network; None: rewriting and fitting alone.
     """
 
     gm: fx.GraphModule
@@ -80,7 +84,8 @@ class RewriteEvaluator:
     confirmations: Confirmations | None = None
     race: Race | None = None
     timed: bool = False
-    scorer: Callable[[str, Plan], Any] | None = None
+    limit_s: float | None = None
+    maker: Callable[[Plan], Assembled] | None = None
     tick: Tick = lambda done, total: None
     _reference: list[Tensor] | None = field(default=None, init=False)
     _measure: Measure | None = field(default=None, init=False)
@@ -151,7 +156,19 @@ class RewriteEvaluator:
         return 0, self.samples.count if kept is None else kept.chosen_on
 
     def _elsewhere(self, method: str, plan: Plan) -> Any:
-        return getattr(self, method)(plan) if self.scorer is None else self.scorer(method, plan)
+        """What a method says of a plan, in a process of its own where there is a time limit."""
+        action = partial(getattr(self, method), plan)
+        if self.limit_s is None:
+            return action()
+        self.measured.float_metric(self.chosen_on)  # once, and not in each child
+        try:
+            return apart(action, self.limit_s)
+        except LostError as cause:
+            count, (_, chosen) = self.samples.count, self.chosen_on
+            parts = [(0, chosen), (chosen, count), (0, count)]
+            known = Score(plan=str(plan), macs=cost(self.gm).macs, engine=self.engine)
+            failed = [(score, None) for score in _failed(known, cause, parts)]
+            return failed if method == "measure_whole" else failed[0]
 
     def _untimed(self, score: Score) -> bool:
         return self.timed and score.error is None and score.latency_ms is None
@@ -162,9 +179,8 @@ class RewriteEvaluator:
         """Scores of a plan on some parts of the samples; with a race, of one part that starts at 0."""
         start = time.perf_counter()
         for part in parts:
-            self.measured.float_metric(
-                part
-            )  # what is wrong with the user's code is not the plan's fault
+            # what is wrong with the user's code is not the plan's fault
+            self.measured.float_metric(part)
         macs = cost(self.gm).macs
         known = Score(plan=str(plan), macs=macs, engine=self.engine)
         try:
@@ -185,6 +201,21 @@ class RewriteEvaluator:
             found.append(_finished(score, samples, start))
         return found
 
+    def assembled(self, plan: Plan) -> Assembled:
+        """A plan's network, quantized.
+
+        Raises:
+            RewriteError: the plan cannot be carried out.
+        """
+        if self.maker is not None:
+            return self.maker(plan)
+        return assemble(self.gm, plan, self.scheme, self.calibration, self.store, self.seed)
+
+    def made_by(self, maker: Callable[[Plan], Assembled], records: Records) -> RewriteEvaluator:
+        """The same on all samples, for networks that are made otherwise and recorded elsewhere."""
+        own = {"confirmations": None, "race": None, "limit_s": None}
+        return replace(self, maker=maker, records=records, **own)
+
     def _candidate(self, plan: Plan) -> tuple[Score, Runner, fx.GraphModule]:
         """What a plan costs, what runs it, and its float network.
 
@@ -192,9 +223,7 @@ class RewriteEvaluator:
             _CandidateError: the plan cannot be carried out.
         """
         with _blamed():
-            quantized = assemble(
-                self.gm, plan, self.scheme, self.calibration, self.store, self.seed
-            ).quantized
+            quantized = self.assembled(plan).quantized
             known, runner = size_of(plan, quantized.gm), self.runner(quantized)
         if self.timed:
             (x,) = self.samples.batches(1, 0, 1)
@@ -290,7 +319,8 @@ class RewriteEvaluator:
         """Outputs of the rewritten network in float; None where no step changes what it computes."""
         if self.samples.targets is None:
             return None
-        if all(rule_named(step.rule).contract != "approximate" for step in plan.steps):
+        exact = all(rule_named(step.rule).contract != "approximate" for step in plan.steps)
+        if exact and self.maker is None:
             return None
         if self.engine != "onnxruntime":
             return self._run(lambda x: _flat(gm(x)), 0, count)

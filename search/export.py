@@ -15,7 +15,7 @@ from torch import Tensor, fx
 from torch.utils import _pytree as pytree
 
 from rewriter import Plan, Quantized
-from rewriter.assemble import Assembled, assemble
+from rewriter.assemble import Assembled
 from rewriter.errors import RewriteError
 from rewriter.fit import FitReport
 from rewriter.graph import layer_name, layers, module_of
@@ -69,14 +69,7 @@ def export(
             the graph does.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    assembled = assemble(
-        evaluator.gm,
-        plan,
-        evaluator.scheme,
-        evaluator.calibration,
-        evaluator.store,
-        evaluator.seed,
-    )
+    assembled = evaluator.assembled(plan)
     quantized = assembled.quantized
     name = type(evaluator.gm).__name__
     title = f"{name} rewritten for int8 ({evaluator.scheme.name}): {plan or 'nothing changed'}"

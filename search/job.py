@@ -28,6 +28,7 @@ from search.overlap import mark, warn_of_overlap
 from search.records import Confirmations, Records, Score, fingerprint, open_run
 from search.samples import Tick, check_outputs, chosen_on, load_samples, shuffled
 from search.tasks import Task, task
+from search.tasks.detection import Detection
 from search.tasks.video import Video
 
 log = logging.getLogger(__name__)
@@ -61,6 +62,7 @@ class Job:
     cfg: Config
     folder: Path
     evaluator: RewriteEvaluator
+    data: Data
 
     @property
     def gm(self) -> fx.GraphModule:
@@ -98,17 +100,21 @@ def load_network(cfg: Config, progress: Progress = silent) -> Network:
                 break
     gm = trace(model, found[0][:2])
     if not layers(gm):
-        hidden = "; ".join(f"{part.name} is kept whole: {part.reason}" for part in gm.meta["opaque"])
+        hidden = "; ".join(
+            f"{part.name} is kept whole: {part.reason}" for part in gm.meta["opaque"]
+        )
         why = f" ({hidden})" if hidden else ""
-        raise ConfigError(f"model: no convolution, linear layer or matrix product to quantize{why}")
+        raise ConfigError(
+            f"model: no convolution, linear layer or matrix product to quantize{why}"
+        )
     gm.meta["calibration"] = cfg.calibration.method
     goal: Any = task(cfg)
     if isinstance(goal, Video):
         gm.meta["kind"] = goal.kind
         first_output_only(gm)
+    elif isinstance(goal, Detection):
+        goal.unflatten = lambda flat: unflatten(gm, list(flat))
     profile(gm, found)
-    if hasattr(goal, "unflatten"):
-        goal.unflatten = lambda flat: unflatten(gm, list(flat))  # pyright: ignore[reportUnknownLambdaType]
     return Network(cfg, gm, data, goal, tuple(found))
 
 
@@ -213,7 +219,7 @@ def open_job(
         confirmations=Confirmations.of(records, chosen) if chosen < samples.count else None,
         timed=cfg.search.cost == "latency" or cfg.search.max_latency_ms is not None,
     )
-    return Job(cfg, folder, evaluator)
+    return Job(cfg, folder, evaluator, network.data)
 
 
 def _device(cfg: Config) -> str:

@@ -8,33 +8,31 @@ again.
 
 from __future__ import annotations
 
-import fcntl
 import hashlib
 import json
 import logging
-import math
-import os
 import zipfile
 import zlib
-from collections.abc import Generator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from search.files import REMEDY, finite
+from search.files import RunError as RunError
+from search.files import append as append
+from search.files import mend as mend
+from search.files import read_json as read_json
+from search.files import replacing as replacing
+from search.files import write_json as write_json
 from search.run_facts import checked, fault_of_run
 
 log = logging.getLogger(__name__)
 
 Array = NDArray[np.float64]
-REMEDY = "remove the file and run again: the scores are kept elsewhere"
-
-
-class RunError(Exception):
-    """A run directory cannot be used; the message says why and what to do."""
 
 
 @dataclass(frozen=True)
@@ -82,7 +80,7 @@ class Score:
 
     def to_dict(self) -> dict[str, Any]:
         """Plain JSON values; a value that is not finite becomes None."""
-        return {key: _finite(value) for key, value in asdict(self).items()}
+        return {key: finite(value) for key, value in asdict(self).items()}
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> Score:
@@ -191,10 +189,7 @@ class Records:
             with replacing(self._samples_path(score.plan), "wb") as file:
                 np.savez_compressed(file, allow_pickle=False, **samples.arrays())
         line = json.dumps({"fingerprint": self.fingerprint, "score": score.to_dict()})
-        with self.path.open("ab") as file, locked(file):
-            file.write(line.encode() + b"\n")
-            file.flush()
-            os.fsync(file.fileno())
+        append(self.path, line.encode() + b"\n", sync=True)
         self._take(score)
 
     def _take(self, score: Score) -> None:
@@ -239,45 +234,6 @@ class Confirmations:
         return cls(chosen_on, Records(records.folder, held), Records(records.folder, whole))
 
 
-@contextmanager
-def replacing(path: Path, mode: str = "w") -> Generator[IO[Any]]:
-    """Write a file that readers see only when it is complete; until then they see the old one."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.name}.{os.getpid()}.part")
-    try:
-        with partial.open(mode, encoding=None if "b" in mode else "utf-8") as file:
-            yield file
-            file.flush()
-            os.fsync(file.fileno())
-        partial.replace(path)
-    finally:
-        partial.unlink(missing_ok=True)
-
-
-def write_json(path: Path, value: Mapping[str, Any]) -> None:
-    """Write JSON in one piece; a number that is not finite is written as null."""
-    with replacing(path) as file:
-        json.dump(_finite(value), file, indent=1, allow_nan=False)
-        file.write("\n")
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """The JSON object in a file of the run directory.
-
-    Raises:
-        RunError: The file is missing or is not a JSON object.
-    """
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except (FileNotFoundError, NotADirectoryError):
-        raise RunError(f"{path}: no such file: is {path.parent} a run directory?") from None
-    except (json.JSONDecodeError, UnicodeDecodeError, RecursionError) as cause:
-        raise RunError(f"{path}: not JSON: {cause}; {REMEDY}") from cause
-    if not isinstance(value, dict):
-        raise RunError(f"{path}: not a JSON object: {type(value).__name__}; {REMEDY}")
-    return value
-
-
 def read_run(folder: Path) -> dict[str, Any]:
     """The content of ``run.json``.
 
@@ -290,39 +246,6 @@ def read_run(folder: Path) -> dict[str, Any]:
     if fault:
         raise RunError(f"{path}: {fault}; {REMEDY}")
     return facts
-
-
-def mend(path: Path) -> None:
-    """Cut off a last line that a killed process left half written.
-
-    The next appended line would otherwise be glued to it and both would be lost.
-    """
-    if not path.exists():
-        return
-    with path.open("r+b") as file, locked(file):
-        size = file.seek(0, os.SEEK_END)
-        end = size
-        while end > 0:
-            start = max(0, end - 65536)
-            file.seek(start)
-            block = file.read(end - start)
-            newline = block.rfind(b"\n")
-            if newline >= 0:
-                end = start + newline + 1
-                break
-            end = start
-        if end < size:
-            file.truncate(end)
-
-
-@contextmanager
-def locked(file: IO[Any]) -> Generator[None]:
-    """Hold the lock of an open file; the kernel releases it when the process dies."""
-    fcntl.flock(file.fileno(), fcntl.LOCK_EX)
-    try:
-        yield
-    finally:
-        fcntl.flock(file.fileno(), fcntl.LOCK_UN)
 
 
 def open_run(folder: Path, parts: Mapping[str, str], about: Mapping[str, Any]) -> tuple[str, ...]:
@@ -393,15 +316,3 @@ def _record(line: bytes) -> dict[str, Any] | None:
     except (ValueError, KeyError, TypeError):
         return None
     return record if "fingerprint" in record else None
-
-
-def _finite(value: Any) -> Any:
-    if isinstance(value, float):
-        return value if math.isfinite(value) else None
-    if isinstance(value, Mapping):
-        return {str(key): _finite(item) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [_finite(item) for item in value]
-    if isinstance(value, np.generic):
-        return _finite(value.item())
-    return value

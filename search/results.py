@@ -12,6 +12,7 @@ import numpy as np
 from search.analysis import Sensitivity, read_sensitivity
 from search.confirm import Confirmed, confirmed, confirmed_front
 from search.constraints import Limits
+from search.finetuned import Finetuned, read_finetuned
 from search.front import Cost, Front, best, cost_named, hypervolume, knee, select_front
 from search.records import (
     Baseline,
@@ -43,6 +44,7 @@ class Results:
             and those given up early too.
         confirmed: Plans that were run on the images held back, by text.
         held_back: How many images are held back.
+        finetuned: Plans that were fine-tuned, by text.
     """
 
     folder: Path
@@ -57,6 +59,7 @@ class Results:
     chosen: Front = field(default_factory=lambda: Front(()))
     confirmed: Mapping[str, Confirmed] = field(default_factory=dict[str, Confirmed])
     held_back: int = 0
+    finetuned: Mapping[str, Finetuned] = field(default_factory=dict[str, Finetuned])
 
     @property
     def metric(self) -> str:
@@ -209,7 +212,9 @@ class Results:
 
     def _point(self, score: Score) -> dict[str, Any]:
         known = self.confirmed.get(score.plan)
-        return _point(score) | ({} if known is None else known.to_dict())
+        tuned = self.finetuned.get(score.plan)
+        more = {} if tuned is None else {"finetuned": tuned.to_dict()}
+        return _point(score) | ({} if known is None else known.to_dict()) | more
 
     def _dearest(self) -> float:
         """The cost beyond which a plan adds nothing to the hypervolume."""
@@ -227,13 +232,14 @@ class Results:
         if not best.plan:
             return (
                 "Ship the network as it is: no rewrite within the limits beats plain int8, "
-                f"{self._said(empty)} {on}."
+                f"{self._said(best)} {on}."
             )
         cost = "no more compute" if best.macs_ratio <= 1 else f"{best.macs_ratio - 1:+.1%} MACs"
         kept = f" and {best.float_layers} layers in float" if best.float_layers else ""
+        plain = "was not scored" if empty is None else f"has {self._said(empty)}"
         return (
-            f'Apply "{best.plan}": {self._said(best)} with {cost}{kept}, where plain int8 has '
-            f"{self._said(empty)}{self._float_said()}, {on}."
+            f'Apply "{best.plan}": {self._said(best)} with {cost}{kept}, where plain int8 {plain}'
+            f"{self._float_said()}, {on}."
         )
 
     def _said(self, score: Score) -> str:
@@ -339,7 +345,8 @@ def results_of(folder: Path, facts: Mapping[str, Any], records: Records) -> Resu
         front = confirmed_front(chosen, known, kept, **options) or chosen
     shown = [known[s.plan].whole if s.plan in known else s for s in scores]
     references = _references(shown, sensitivity)
-    return replace(results, chosen=chosen, front=front, references=references)
+    tuned = read_finetuned(records, facts, {s.plan: s for s in shown})
+    return replace(results, chosen=chosen, front=front, references=references, finetuned=tuned)
 
 
 def write_front(results: Results) -> None:

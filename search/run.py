@@ -23,6 +23,7 @@ from rewriter import Plan, Step, cost, find_sites
 from rewriter.graph import layers
 from rewriter.ladder import REMEDIES
 from search.analysis import Sensitivity, analyze, read_sensitivity
+from search.apart import possible
 from search.config import Config, ConfigError, SearchConfig, load_config
 from search.config_faults import dotted, explain
 from search.confirm import confirm
@@ -239,10 +240,20 @@ def run_search(
         admits=limits_of(job).admits(job.gm),
     )
     job.evaluator.race = race_of(job)
+    job.evaluator.limit_s = _time_limit(job)
     place = storage_at(storage or str(job.folder / "journal.log"))
     worth = worth_trying(job.gm, space, sensitivity, options.trials)
     enough = _meets(job, goal)
     return search(job.evaluator, job.records, space, worth, settings, place, told, enough)
+
+
+def _time_limit(job: Job) -> float | None:
+    """How long a plan may take; None where it cannot be scored in a process of its own."""
+    if possible(job.evaluator.device):
+        return job.cfg.search.candidate_timeout
+    if "candidate_timeout" in job.cfg.search.model_fields_set:
+        log.warning("search.candidate_timeout: not kept: needs Linux and device cpu, without CUDA")
+    return None
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,7 @@ from typing import IO, Any
 from optuna.storages import BaseStorage, JournalStorage, get_storage
 from optuna.storages.journal import JournalFileBackend, JournalFileOpenLock
 
-from search.records import RunError, mend
+from search.files import REMEDY, RunError, append, mend
 
 
 def journal(path: Path) -> JournalStorage:
@@ -25,9 +25,8 @@ def journal(path: Path) -> JournalStorage:
     try:
         return JournalStorage(_Journal(path))
     except (ValueError, KeyError, TypeError, AttributeError, AssertionError) as damage:
-        remedy = "remove the file and run again: the scores are kept elsewhere"
         fact = f"damaged, or no journal of a search: {damage}"
-        raise RunError(f"{path}: {fact}; {remedy}") from damage
+        raise RunError(f"{path}: {fact}; {REMEDY}") from damage
 
 
 def storage_at(place: str) -> BaseStorage:
@@ -108,7 +107,6 @@ class _Journal(JournalFileBackend):
         text = "".join(json.dumps(entry, separators=(",", ":")) + "\n" for entry in logs)
         self._guard.acquire()
         try:
-            with self._lines.open("ab") as file:
-                file.write(text.encode())
+            append(self._lines, text.encode())
         finally:
             self._guard.release()

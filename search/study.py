@@ -12,7 +12,7 @@ import logging
 import time
 import warnings
 from collections.abc import Callable, Generator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
@@ -305,7 +305,8 @@ def _try(
     try:
         score = evaluate(plan)
     except BaseException:
-        study.tell(trial, state=FAILED)
+        with suppress(OSError):  # a full disk takes nothing; the next run ends the trial
+            study.tell(trial, state=FAILED)
         raise
     for name in SHOWN:
         trial.set_user_attr(name, getattr(score, name))

@@ -38,6 +38,34 @@ def sensitivity_table(sensitivity: Sensitivity, rows: int = 15) -> Table:
     return _rich_table(title, *layer_rows(sensitivity, rows))
 
 
+def finetuned_table(results: Results) -> Table:
+    """The plans that were fine-tuned, before and after, each with its control."""
+    found = next(iter(results.finetuned.values()))
+    how = f"loss {found.recipe['loss']}, quantization {found.recipe['quantization']}"
+    return _rich_table(f"Fine-tuned: {how}", *finetuned_rows(results))
+
+
+def finetuned_rows(results: Results) -> tuple[list[str], list[list[str]]]:
+    """A row for each plan and one for its control."""
+    names = ["plan", "MACs", "int8", "trained", "95 % interval", "float", "trained", "damage"]
+    names += ["trained", "steps"]
+    rows: list[list[str]] = []
+    for found in results.finetuned.values():
+        for row, name in ((found, ""), (found.control, "control: ")):
+            if row is None:
+                continue
+            a, b = row.before, row.after
+            cells = [name + (a.plan or "(as it is)"), f"{a.macs_ratio - 1:+.1%}"]
+            cells += [percent(a.metric), b.error or percent(b.metric)]
+            cells += ["" if b.interval is None else f"{b.interval[0]:.2%} to {b.interval[1]:.2%}"]
+            cells += [percent(a.metric_float), percent(b.metric_float)]
+            cells += ["" if s.damage is None else f"{s.damage:.4g}" for s in (a, b)]
+            rows.append(
+                [*cells, f"{row.trained.get('kept', '')} of {row.trained.get('steps', '')}"]
+            )
+    return names, rows
+
+
 def front_rows(results: Results) -> tuple[list[str], list[list[str]]]:
     names, rows = score_rows(results.front.all())
     if results.is_confirmed:

@@ -19,24 +19,13 @@ from typing import Any
 import torch
 from torch import fx, nn
 
-from rewriter.graph import LAYER_TYPES, is_call, module_of, outputs
+from rewriter.graph import ACTIVATION_TYPES, LAYER_TYPES, is_call, module_of, outputs
 from rewriter.int8.scheme import QuantScheme, QuantSpec
 
 _INT8_FUNCTIONS = (operator.add, operator.mul, torch.cat, torch.mean)
 _INT8_MODULES = (
-    nn.ReLU,
-    nn.ReLU6,
-    nn.Hardtanh,
-    nn.LeakyReLU,
-    nn.PReLU,
-    nn.SiLU,
-    nn.Hardswish,
-    nn.Hardsigmoid,
-    nn.Sigmoid,
-    nn.Tanh,
-    nn.GELU,
-    nn.ELU,
-    nn.Mish,
+    # no integer kernel computes a softplus
+    *(kind for kind in ACTIVATION_TYPES if kind is not nn.Softplus),
     nn.AvgPool2d,
     nn.AdaptiveAvgPool2d,
 )

@@ -19,6 +19,7 @@ from rewriter.errors import QuantizeError
 from rewriter.graph import layer_name, layers, module_of, walk
 from rewriter.int8.annotate import annotation, moves_values
 from rewriter.int8.scheme import TINY, QuantSpec, channel_axis, weight_scale
+from rewriter.ranges import channel_range
 
 Method = Literal["minmax", "percentile", "mse"]
 BINS = 2048
@@ -130,8 +131,7 @@ def calibrate(
 def _observe(stats: dict[str, ValueStats], node: fx.Node, value: Tensor, histograms: bool) -> None:
     rows = value.detach()
     if rows.ndim >= 2:
-        axes = [d for d in range(rows.ndim) if d != 1]
-        low, high = rows.amin(axes).cpu(), rows.amax(axes).cpu()
+        low, high = (r.cpu() for r in channel_range(rows))
     else:
         low, high = rows.amin().view(1).cpu(), rows.amax().view(1).cpu()
     least, most = float(low.min()), float(high.max())

@@ -22,21 +22,8 @@ import torch
 from torch import fx, nn
 
 from rewriter.chains import bias_or_zero, convolution_like, is_depthwise, weight_of
-from rewriter.graph import find, is_call, module_of
+from rewriter.graph import ACTIVATION_TYPES, find, is_call, module_of
 from rewriter.rules._rule import Contract, RewriteRule, Site, mark
-
-ACTIVATIONS = (
-    nn.ReLU,
-    nn.ReLU6,
-    nn.Hardtanh,
-    nn.LeakyReLU,
-    nn.PReLU,
-    nn.SiLU,
-    nn.Hardswish,
-    nn.GELU,
-    nn.ELU,
-    nn.Mish,
-)
 
 
 class MergeSeparable(RewriteRule):
@@ -93,7 +80,7 @@ def _chain(gm: fx.GraphModule, node: fx.Node) -> tuple[list[fx.Node], str]:
             return chain, "the graph's output follows"
         if is_call(gm, last, nn.Conv2d):
             return [*chain, last], _pointwise_problem(module_of(gm, last))
-        if len(chain) > 1 or not is_call(gm, last, *ACTIVATIONS):
+        if len(chain) > 1 or not is_call(gm, last, *ACTIVATION_TYPES):
             return chain, f"{last.name} stands between the depthwise and the pointwise convolution"
         chain.append(last)
     return chain, f"{last.name} follows, not a pointwise convolution"

@@ -11,9 +11,10 @@ import hashlib
 import json
 import os
 import time
+from io import FileIO
 from pathlib import Path
 from types import TracebackType
-from typing import IO, Any
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -35,7 +36,7 @@ class Journal:
     def __init__(self, path: Path | None, fingerprint: str) -> None:
         self.path = path
         self.found: dict[str, Any] = {}
-        self._file: IO[str] | None = None
+        self._file: FileIO | None = None
         self._synced = 0.0
         if path is not None:
             self._open(path, fingerprint)
@@ -52,7 +53,8 @@ class Journal:
                 file.write(json.dumps(header) + "\n")
         if known:
             self.found = {line["key"]: line["value"] for line in lines[1:]}
-        self._file = path.open("a", encoding="utf-8")
+        # unbuffered: what a full disk did not take must not be written once more on closing
+        self._file = path.open("ab", buffering=0)
 
     def __contains__(self, key: str) -> bool:
         return key in self.found
@@ -68,8 +70,9 @@ class Journal:
         line = json.dumps({"key": key, "value": value})
         # what a resumed run reads must be what this run goes on with
         self.found[key] = json.loads(line)["value"]
-        self._file.write(line + "\n")
-        self._file.flush()
+        left = memoryview(line.encode() + b"\n")
+        while left:
+            left = left[self._file.write(left) :]
         if time.monotonic() - self._synced > 1.0:
             os.fsync(self._file.fileno())
             self._synced = time.monotonic()
@@ -84,9 +87,10 @@ class Journal:
         trace: TracebackType | None,
     ) -> None:
         if self._file is not None:
-            self._file.flush()
-            os.fsync(self._file.fileno())
-            self._file.close()
+            try:
+                os.fsync(self._file.fileno())
+            finally:
+                self._file.close()
 
 
 def _whole_lines(path: Path) -> list[Any]:

@@ -56,6 +56,14 @@ class Task(Protocol):
         """(n,) distance of each sample's outputs from the float model's, 0 where equal."""
         ...
 
+    def distillation_loss(self, outputs: Sequence[Tensor], reference: Sequence[Tensor]) -> Tensor:
+        """Distance of a batch's outputs from the float model's, differentiable; what training lowers."""
+        ...
+
+    def training_loss(self, outputs: Sequence[Tensor], targets: Any) -> Tensor:
+        """The loss on labelled data, differentiable."""
+        ...
+
 
 def task(cfg: Config) -> Task:
     """The task that a config names.

@@ -6,8 +6,10 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
+from rewriter.fidelity import kl_divergence
 from search.config import ConfigError
 
 
@@ -66,6 +68,15 @@ class Classification:
         terms = torch.where(p.isneginf(), 0.0, p.exp() * (p - q))
         divergence = terms.sum(1).clamp_min(0.0)  # rounding can leave -1e-17
         return torch.where(divergence.isnan(), torch.inf, divergence)
+
+    def distillation_loss(self, outputs: Sequence[Tensor], reference: Sequence[Tensor]) -> Tensor:
+        """Mean KL(reference || outputs), differentiable."""
+        return kl_divergence(_logits(outputs), _logits(reference)).mean()
+
+    def training_loss(self, outputs: Sequence[Tensor], targets: Any) -> Tensor:
+        """Mean cross-entropy, differentiable."""
+        logits = _logits(outputs).float()
+        return F.cross_entropy(logits, torch.as_tensor(targets, device=logits.device).reshape(-1))
 
 
 def _logits(outputs: Sequence[Tensor]) -> Tensor:

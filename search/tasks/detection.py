@@ -87,6 +87,20 @@ class Detection:
         """(N,) squared error relative to the float outputs, averaged over output groups."""
         return fidelity_damage(list(outputs), list(reference))
 
+    def distillation_loss(self, outputs: Sequence[Tensor], reference: Sequence[Tensor]) -> Tensor:
+        """Mean squared error relative to the float outputs, averaged over output groups, differentiable."""
+        return fidelity_damage(list(outputs), list(reference)).mean()
+
+    def training_loss(self, outputs: Sequence[Tensor], targets: Any) -> Tensor:
+        """There is none: how raw outputs are matched with boxes is known to the user's training code alone.
+
+        Raises:
+            ConfigError: always.
+        """
+        raise ConfigError(
+            "finetune.loss: labels: a detector's loss is not known; use distillation, which needs no labels"
+        )
+
 
 def _checked(made: Any, count: int) -> Detections:
     """What the user's postprocess returned for `count` images, if it has the promised form."""

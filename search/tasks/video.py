@@ -108,6 +108,8 @@ class Video:
         scores = outputs[0].float().flatten(1)
         labels = torch.as_tensor(labels_of(outputs, targets)).to(scores)
         used = labels >= 0
+        if not bool(used.any()):
+            return scores.sum() * 0.0
         scores, labels = scores[used], labels[used]
         if bool(((scores >= 0) & (scores <= 1)).all()):
             return F.binary_cross_entropy(scores.clamp(1e-6, 1 - 1e-6), labels)

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import json
 import os
+import resource
 from pathlib import Path
 
 import numpy as np
@@ -14,6 +15,7 @@ from search.records import (
     RunError,
     Samples,
     Score,
+    append,
     fingerprint,
     mend,
     open_run,
@@ -102,6 +104,20 @@ def test_mend_keeps_whole_lines_only(tmp_path: Path, size: int) -> None:
     path.write_bytes(b"x" * size)
     mend(path)
     assert path.read_bytes() == b""
+
+
+def test_a_full_disk_takes_whole_lines_or_nothing(tmp_path: Path) -> None:
+    path = tmp_path / "lines"
+    append(path, b"a" * 99 + b"\n")
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (150, before[1]))
+    try:
+        with pytest.raises(OSError, match="lines"):
+            append(path, b"b" * 99 + b"\n", sync=True)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    append(path, b"c\n")
+    assert path.read_bytes() == b"a" * 99 + b"\nc\n"
 
 
 def test_a_file_is_replaced_whole_or_not_at_all(tmp_path: Path) -> None:

@@ -1,0 +1,91 @@
+"""What a report shows that needs the network: computed once at the end of a run, and read again without it."""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+from typing import Any
+
+from rewriter import Plan, cost
+from rewriter.assemble import assemble
+from rewriter.errors import RewriteError
+from search.exhibit_network import channel_ranges, layer_list, spread
+from search.exhibit_outputs import outputs_shown
+from search.job import Job
+from search.records import RunError, read_json, write_json
+from search.results import Results
+from search.samples import Tick
+
+log = logging.getLogger(__name__)
+
+FORMAT = 1
+HARMFUL = 4  # layers whose ranges are shown
+PLAIN, REWRITTEN = "plain int8", "rewritten int8"
+
+
+def write_exhibits(job: Job, results: Results, tick: Tick = lambda done, total: None) -> None:
+    """Write ``exhibits.json``: the best plan's network beside the one as it is.
+
+    A file of the same plan is kept. A plan that can be scored can be shown; should that fail all the same, the report
+    is made without these parts, since a finished run must not be lost to a picture.
+    """
+    if not results.front.points:
+        return
+    plan = results.best().plan
+    known = read_exhibits(job.folder, job.records.fingerprint)
+    if known is not None and known["plan"] == plan:
+        return
+    tick(0, 1)
+    try:
+        content = _exhibits(job, results, plan)
+    except RewriteError as cause:
+        log.warning("report: without pictures of the network: %s", cause)
+        return
+    write_json(job.folder / "exhibits.json", content)
+    tick(1, 1)
+
+
+def read_exhibits(folder: Path, fingerprint: str) -> dict[str, Any] | None:
+    """What `write_exhibits` stored; None where there is nothing, or it is of something else."""
+    path = folder / "exhibits.json"
+    if not path.exists():
+        return None
+    try:
+        stored = read_json(path)
+    except RunError as cause:
+        log.warning("%s; the report is made without it", cause)
+        return None
+    if stored.get("format") != FORMAT or stored.get("fingerprint") != fingerprint:
+        return None
+    return stored
+
+
+def _exhibits(job: Job, results: Results, plan: str) -> dict[str, Any]:
+    evaluator = job.evaluator
+    given = evaluator.scheme, evaluator.calibration, evaluator.store, evaluator.seed
+    plain = assemble(evaluator.gm, Plan(), *given).quantized
+    rewritten = assemble(evaluator.gm, Plan.parse(plan), *given).quantized if plan else plain
+    found = results.sensitivity
+    ranges: list[dict[str, Any]] = []
+    for layer in () if found is None else found.layers[:HARMFUL]:
+        sides = {"before": channel_ranges(plain, layer.node, layer.layer)}
+        if plan:
+            sides["after"] = channel_ranges(rewritten, layer.node, layer.layer)
+        spreads = {
+            side: {key: spread(tensors) for key, tensors in values.items()}
+            for side, values in sides.items()
+        }
+        ranges.append({"layer": layer.layer, "node": layer.node, **sides, "spread": spreads})
+    networks = {PLAIN: plain} | ({REWRITTEN: rewritten} if plan else {})
+    data = job.cfg.data
+    return {
+        "format": FORMAT,
+        "fingerprint": job.records.fingerprint,
+        "plan": plan,
+        "before": layer_list(plain.gm),
+        "after": layer_list(rewritten.gm),
+        "macs": [cost(plain.gm).macs, cost(rewritten.gm).macs],
+        "calibration_samples": plain.calibration.samples,
+        "ranges": ranges,
+        "outputs": outputs_shown(evaluator, networks, data.mean, data.std),
+    }

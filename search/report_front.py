@@ -1,0 +1,231 @@
+"""The front as an interactive figure: what each plan costs, keeps, and what its steps are worth."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from html import escape
+from typing import TYPE_CHECKING, Any
+
+from rewriter.ladder import REMEDIES
+from search.records import Score
+from search.steps import StepEffect, effect_said, step_effects
+from search.tables import percent
+
+if TYPE_CHECKING:
+    from search.results import Results
+
+BLUE, ORANGE, GREEN, RED, GREY = "#2f81d6", "#d9791a", "#1a9e55", "#d6403a", "#8b949e"
+MOST_STEPS = 8  # in a label, which has to fit on a screen
+# Much of what is compared costs no MACs and would hide each other: drawn beside its cost, in steps of the plot's width.
+ASIDE = {"harmful layers in float": -1, "free remedies": 1}
+
+
+def front_figure(results: Results) -> Any:
+    """A plotly Figure: MACs to the right, the metric (or the damage) upwards.
+
+    Shown are the front with its 95 % intervals, ties, the rungs of the ladder of free remedies, plain int8, the most
+    harmful layers left in float, the float network, and all other plans.
+    """
+    import plotly.graph_objects as go
+
+    fig: Any = go.Figure()
+    drawn = groups(results)
+    across = [_percent_more(s) for scores in drawn.values() for s in scores] or [0.0]
+    aside = 0.012 * max(max(across) - min(across), 0.8)
+    styles: dict[str, dict[str, Any]] = {
+        "other plans": {"mode": "markers", "marker": _marker(GREY, 7, "circle", 0.55)},
+        "harmful layers in float": {
+            "mode": "lines+markers",
+            "line": {"color": ORANGE, "dash": "dot", "width": 1.5},
+            "marker": _marker(ORANGE, 9, "square"),
+        },
+        "free remedies": {
+            "mode": "lines+markers",
+            "line": {"color": GREEN, "dash": "dash", "width": 1.5},
+            "marker": _marker(GREEN, 11, "diamond"),
+        },
+        "ties": {"mode": "markers", "marker": _marker(BLUE, 11, "circle-open")},
+        "front": {
+            "mode": "lines+markers",
+            "line": {"color": BLUE, "shape": "hv", "width": 2},
+            "marker": _marker(BLUE, 12, "circle"),
+        },
+        "plain int8": {"mode": "markers", "marker": _marker(RED, 14, "x")},
+    }
+    for name, style in styles.items():
+        scores = drawn[name]
+        if not scores:
+            continue
+        fig.add_trace(
+            go.Scatter(
+                name=name,
+                x=[_percent_more(s) + aside * ASIDE.get(name, 0) for s in scores],
+                y=[_height(results, s) for s in scores],
+                text=[hover(results, s) for s in scores],
+                hovertemplate="%{text}<extra></extra>",
+                **style,
+                **(_bars(results, scores) if name in ("front", "plain int8") else {}),
+            )
+        )
+    _add_float(fig, results)
+    _lay_out(fig, results, [s for scores in drawn.values() for s in scores], drawn)
+    return fig
+
+
+def groups(results: Results) -> dict[str, list[Score]]:
+    """Every scored plan in one group, or in two where it is a reference on the front."""
+    usable = [s for s in results.scores if s.error is None and _height(results, s) is not None]
+    front, ties = list(results.front.points), list(results.front.ties)
+    references = [s for s in results.references if s.plan]
+    ladder = [s for s in usable if s.plan and _of_the_ladder(s.plan)]
+    plain = [s for s in results.references if not s.plan] or [s for s in usable if not s.plan]
+    taken = {s.plan for s in (*front, *ties, *references, *ladder, *plain)}
+    return {
+        "other plans": [s for s in usable if s.plan not in taken],
+        "harmful layers in float": [*plain, *references] if references else [],
+        "free remedies": [*plain, *_climbed(ladder)] if ladder else [],
+        "ties": ties,
+        "front": sorted(front, key=lambda s: s.macs),
+        "plain int8": plain,
+    }
+
+
+def hover(results: Results, score: Score) -> str:
+    """What is known about a plan, as plotly's own small HTML."""
+    effects = step_effects(score.plan, results.scores)
+    lines = [_step_said(results, e) for e in effects[:MOST_STEPS]]
+    if len(effects) > MOST_STEPS:
+        lines.append(f"and {len(effects) - MOST_STEPS} more steps")
+    lines = lines or ["<b>the network as it is</b>"]
+    lines.append(
+        f"{score.macs / 1e6:.2f} M MACs ({score.macs_ratio - 1:+.1%}), "
+        f"{score.float_layers} layers in float"
+    )
+    if score.metric is not None:
+        low, high = score.interval or (score.metric, score.metric)
+        lines.append(
+            f"int8 {results.metric} {score.metric:.2%} [{low:.2%}, {high:.2%}], "
+            f"in float {percent(score.metric_float)}"
+        )
+    lines.append(f"damage {score.damage:.4g}; {score.engine}, {score.samples} samples")
+    if score.stopped:
+        lines.append("given up early: clearly not on the front")
+    return "<br>".join(lines)
+
+
+def _step_said(results: Results, effect: StepEffect) -> str:
+    if effect.beside is None:
+        return f"<b>{escape(effect.step)}</b>"
+    said = effect_said(effect, results.metric).removeprefix(f"{effect.step}: ")
+    return f"<b>{escape(effect.step)}</b>: <i>{escape(said)}</i>"
+
+
+def effect_rows(results: Results, score: Score) -> tuple[list[str], list[list[str]]]:
+    """What each step of a plan costs and gains, as a table."""
+    names = ["step", "MACs", "damage", f"int8 {results.metric}", "measured"]
+    rows: list[list[str]] = []
+    for e in step_effects(score.plan, results.scores):
+        if e.beside is None:
+            rows.append([e.step, "", "", "", e.on])
+            continue
+        points = "" if e.metric is None else f"{100 * e.metric:+.2f} points"
+        added = f"{e.macs / 1e6:+.2f} M" if e.macs else "0"
+        rows.append([e.step, added, f"{e.damage:+.3g}", points, e.on])
+    return names, rows
+
+
+def _climbed(ladder: Sequence[Score]) -> list[Score]:
+    return sorted(ladder, key=lambda s: (len(s.plan.split()), -(s.damage or 0.0)))
+
+
+def _of_the_ladder(plan: str) -> bool:
+    rules = set(dict(REMEDIES).values())
+    return all(step.partition("@")[0] in rules for step in plan.split())
+
+
+def _height(results: Results, score: Score) -> float | None:
+    return score.damage if results.objective == "damage" else score.metric
+
+
+def _percent_more(score: Score) -> float:
+    return 100 * (score.macs_ratio - 1)
+
+
+def _bars(results: Results, scores: Sequence[Score]) -> dict[str, Any]:
+    if results.objective == "damage":
+        return {}
+    pairs = [(s.metric or 0.0, s.interval or (s.metric or 0.0,) * 2) for s in scores]
+    return {
+        "error_y": {
+            "type": "data",
+            "symmetric": False,
+            "array": [high - value for value, (_, high) in pairs],
+            "arrayminus": [value - low for value, (low, _) in pairs],
+            "thickness": 1,
+            "width": 4,
+        }
+    }
+
+
+def _add_float(fig: Any, results: Results) -> None:
+    level = results.baseline.float
+    if results.objective == "damage" or level is None:
+        return
+    fig.add_hline(y=level, line={"color": GREY, "dash": "dash", "width": 1})
+    fig.add_scatter(
+        name="float",
+        x=[0.0],
+        y=[level],
+        mode="markers",
+        marker=_marker(GREY, 14, "star"),
+        text=[f"<b>float, as it is</b><br>{escape(results.metric)} {level:.2%}"],
+        hovertemplate="%{text}<extra></extra>",
+    )
+
+
+def _lay_out(
+    fig: Any, results: Results, shown: Sequence[Score], drawn: Mapping[str, Sequence[Score]]
+) -> None:
+    metric = results.objective != "damage"
+    title = f"int8 {results.metric}" if metric else "damage of int8, lower is better"
+    across = [_percent_more(s) for s in shown] or [0.0]
+    room = max(0.06 * (max(across) - min(across)), 0.4)
+    y: dict[str, Any] = {"title": title, "range": _extent(results, drawn)}
+    if metric:
+        y["tickformat"] = ".1%"
+    elif all((s.damage or 0) > 0 for s in shown):
+        y = {"title": title, "type": "log"}
+    fig.update_layout(
+        template="none",
+        height=470,
+        margin={"l": 80, "r": 20, "t": 20, "b": 60},
+        font={"family": "system-ui, sans-serif", "size": 13},
+        hovermode="closest",
+        hoverlabel={"align": "left", "namelength": -1},
+        legend={"orientation": "h", "y": -0.2, "yanchor": "top"},
+        xaxis={
+            "title": "compute added, % of the network's MACs",
+            "range": [min(across) - room, max(across) + room],
+            "ticksuffix": " %",
+        },
+        yaxis=y,
+    )
+
+
+def _extent(results: Results, drawn: Mapping[str, Sequence[Score]]) -> list[float] | None:
+    """Heights from a little below plain int8 to the top: a plan that is far worse would flatten all others."""
+    if results.objective == "damage":
+        return None
+    wanted = ("front", "ties", "plain int8", "free remedies", "harmful layers in float")
+    known: Iterable[Score] = (s for name in wanted for s in drawn[name])
+    values = [v for s in known for v in (s.metric, *(s.interval or ())) if v is not None]
+    if results.baseline.float is not None:
+        values.append(results.baseline.float)
+    if not values:
+        return None
+    room = 0.07 * (max(values) - min(values)) or 0.01
+    return [min(values) - room, max(values) + room]
+
+
+def _marker(colour: str, size: int, symbol: str, opacity: float = 1.0) -> dict[str, Any]:
+    return {"color": colour, "size": size, "symbol": symbol, "opacity": opacity}

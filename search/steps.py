@@ -1,0 +1,81 @@
+"""What each step of a plan costs and gains, from the plans that were scored."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from search.records import Score
+
+
+@dataclass(frozen=True)
+class StepEffect:
+    """One step, measured as the difference of two scored plans, of which one has this step more.
+
+    Attributes:
+        step: ``rule@anchor``.
+        macs: What it adds per input.
+        damage: Change of the damage; negative is better.
+        metric: Change of the metric, as a fraction; None without labels.
+        beside: How many other steps both plans have: those of the largest known pair inside the plan. None: no
+            such pair was scored, and the three numbers are None too.
+    """
+
+    step: str
+    macs: int | None = None
+    damage: float | None = None
+    metric: float | None = None
+    beside: int | None = None
+
+    @property
+    def on(self) -> str:
+        """What was measured with and without the step, in words."""
+        if self.beside is None:
+            return "not measured apart from the others"
+        if not self.beside:
+            return "alone"
+        return f"on top of {self.beside} other step{'s' if self.beside > 1 else ''}"
+
+    def to_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+def step_effects(plan: str, scores: Iterable[Score]) -> list[StepEffect]:
+    """The effect of each step of a plan.
+
+    Args:
+        plan: Text of the plan.
+        scores: All that is scored; failed plans and those given up early do not count.
+    """
+    steps = frozenset(plan.split())
+    known = {
+        frozenset(s.plan.split()): s
+        for s in scores
+        if s.error is None and not s.stopped and s.damage is not None
+    }
+    inside = sorted((k for k in known if k <= steps), key=len, reverse=True)
+    return [_effect(step, inside, known) for step in plan.split()]
+
+
+def _effect(
+    step: str, inside: list[frozenset[str]], known: dict[frozenset[str], Score]
+) -> StepEffect:
+    for whole in inside:
+        without = whole - {step}
+        if step not in whole or without not in known:
+            continue
+        a, b = known[without], known[whole]
+        gained = None if a.metric is None or b.metric is None else b.metric - a.metric
+        lost = (b.damage or 0.0) - (a.damage or 0.0)
+        return StepEffect(step, b.macs - a.macs, lost, gained, len(without))
+    return StepEffect(step)
+
+
+def effect_said(effect: StepEffect, metric: str) -> str:
+    """One line about a step."""
+    if effect.beside is None:
+        return f"{effect.step}: {effect.on}"
+    cost = f"{effect.macs / 1e6:+.2f} M MACs" if effect.macs else "no MACs"
+    gain = "" if effect.metric is None else f", {metric} {100 * effect.metric:+.2f} points"
+    return f"{effect.step}: {cost}, damage {effect.damage:+.3g}{gain} ({effect.on})"
