@@ -17,6 +17,7 @@ from search.config import Config, ConfigError, load_config, shipped_config
 from search.console import err, out, progress, refused, say
 from search.evaluator import extra_macs
 from search.exhibits import write_exhibits
+from search.init import init
 from search.job import Job, float_metric, load_network, open_job
 from search.records import RunError, Score, read_run
 from search.report import write_report
@@ -69,6 +70,9 @@ Storage = Annotated[
     str | None,
     typer.Option(metavar="URL", help="Optuna storage; default: a journal in the run directory."),
 ]
+
+
+app.command()(init)
 
 
 def main() -> None:
