@@ -23,6 +23,10 @@ def journal(path: Path) -> JournalStorage:
     path.parent.mkdir(parents=True, exist_ok=True)
     mend(path)
     try:
+        if path.exists():  # Optuna would notice a line that is none only when it appends another
+            with path.open("rb") as file:
+                for line in file:
+                    json.loads(line)
         return JournalStorage(_Journal(path))
     except (ValueError, KeyError, TypeError, AttributeError, AssertionError) as damage:
         fact = f"damaged, or no journal of a search: {damage}"
