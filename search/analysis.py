@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import logging
+import math
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
@@ -17,6 +18,7 @@ from rewriter.sensitivity import analyze as analyze_layers
 from search.evaluator import RewriteEvaluator, Tick
 from search.notebook import ShownSensitivity
 from search.records import Baseline, RunError, read_json, write_json
+from search.run_facts import checked
 from search.sensitivity_picture import sensitivity_svg
 
 log = logging.getLogger(__name__)
@@ -136,19 +138,16 @@ def read_sensitivity(
         if exact and not stored["exact"]:
             return None
         known = {f.name for f in fields(Layer)}
-        layers = [
-            Layer(**{key: _frozen(value) for key, value in row.items() if key in known})
-            for row in stored["layers"]
-        ]
+        layers = [checked(Layer, _boundless(row, known)) for row in stored["layers"]]
         names = ("target", "metric", "higher_is_better", "samples", "engine")
         return Sensitivity(
             **{key: stored[key] for key in names},
-            baseline=Baseline(**{k: _frozen(v) for k, v in stored["baseline"].items()}),
+            baseline=checked(Baseline, {k: _frozen(v) for k, v in stored["baseline"].items()}),
             layers=tuple(layers),
             layer_samples=stored.get("layer_samples", stored["samples"]),
         )
-    except (RunError, KeyError, TypeError, AttributeError) as cause:
-        log.warning("%s: not readable, analysed again: %s", path, cause)
+    except (RunError, KeyError, TypeError, AttributeError, ValueError) as cause:
+        log.warning("%s: not readable, so that run and analyze make it anew: %s", path, cause)
         return None
 
 
@@ -174,6 +173,12 @@ def _per_sample(evaluator: RewriteEvaluator) -> Callable[[list[Tensor], Any], Te
         return found
 
     return values
+
+
+def _boundless(row: dict[str, Any], known: set[str]) -> dict[str, Any]:
+    """The fields of a layer; JSON has no infinity, which a damage may be, and says null."""
+    kept = {key: _frozen(value) for key, value in row.items() if key in known}
+    return {**kept, "damage": math.inf} if kept.get("damage") is None else kept
 
 
 def _frozen(value: Any) -> Any:

@@ -7,6 +7,7 @@ input. Class indices count the JSON's categories in the order of their ids, from
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,7 +20,10 @@ from PIL import Image
 from torch import Tensor
 
 from search.config import ConfigError, DataConfig
+from search.config_faults import reason
 from search.images import Data, Inputs, image_files, readable, split
+
+LARGEST = 2.0  # of a fraction that is one: a box may reach beyond the image, pixels are far larger
 
 
 @dataclass(frozen=True)
@@ -75,6 +79,8 @@ def boxed_images(annotations: Path, images: Path, cfg: DataConfig) -> Data:
         raise ConfigError("data: missing size: the side in pixels of the square the network reads")
     if not images.is_dir():
         raise ConfigError(f"data.images: no such folder: {images}")
+    if cfg.yolo is not None and not annotations.is_dir():
+        raise ConfigError(f"data.yolo: no such folder: {annotations}")
     if annotations.is_dir():
         rows = [_yolo_row(f, annotations / f"{f.stem}.txt") for f in image_files(images)]
     else:
@@ -93,15 +99,25 @@ def boxed_images(annotations: Path, images: Path, cfg: DataConfig) -> Data:
 def _yolo_row(image: Path, text: Path) -> Labelled:
     """An image without a text file has no objects, as YOLO's tools have it."""
     rows: list[list[float]] = []
-    for number, line in enumerate(text.read_text().splitlines() if text.exists() else [], 1):
+    try:
+        lines = text.read_text(encoding="utf-8").splitlines() if text.exists() else []
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"data.yolo: cannot be read: {text}: {reason(error)}") from error
+    for number, line in enumerate(lines, 1):
         try:
             numbers = [float(word) for word in line.split()]
         except ValueError as error:
             raise ConfigError(f"data.yolo: {text.name}:{number}: {error}") from error
         if not numbers:
             continue
-        if len(numbers) != 5 or numbers[0] < 0 or numbers[0] != int(numbers[0]):
-            fact = f"expected class cx cy w h: {line.strip()!r}"
+        if (
+            len(numbers) != 5
+            or not all(map(math.isfinite, numbers))
+            or numbers[0] < 0
+            or numbers[0] != int(numbers[0])
+            or max(map(abs, numbers[1:])) > LARGEST
+        ):
+            fact = f"expected class cx cy w h as fractions of the image: {line.strip()!r}"
             raise ConfigError(f"data.yolo: {text.name}:{number}: {fact}")
         rows.append(numbers)
     table = np.array(rows, np.float32).reshape(-1, 5)
@@ -125,9 +141,11 @@ def _coco_rows(annotations: Path, images: Path) -> list[Labelled]:
         for entry in objects:
             by_image.setdefault(entry["image_id"], []).append(entry)
         return [_coco_row(i, by_image.get(i["id"], []), number, images) for i in listed]
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise ConfigError(f"data.coco: cannot be read: {annotations}: {error}") from error
-    except (KeyError, TypeError, AttributeError) as error:
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"data.coco: cannot be read: {annotations}: {reason(error)}") from error
+    except (json.JSONDecodeError, RecursionError) as error:
+        raise ConfigError(f"data.coco: {annotations.name}: not JSON: {error}") from error
+    except (KeyError, TypeError, AttributeError, ValueError, OverflowError) as error:
         fact = f"not COCO's format: {type(error).__name__}: {error}"
         raise ConfigError(f"data.coco: {annotations.name}: {fact}") from error
 
@@ -135,6 +153,15 @@ def _coco_rows(annotations: Path, images: Path) -> list[Labelled]:
 def _coco_row(
     image: dict[str, Any], objects: list[Any], number: dict[Any, int], images: Path
 ) -> Labelled:
+    for found in objects:
+        if len(found["bbox"]) != 4 or not all(math.isfinite(v) for v in found["bbox"]):
+            raise ValueError(f"{image['file_name']}: bbox is not x, y, w, h: {found['bbox']}")
+        if found["category_id"] not in number:
+            listed = f"not among the categories: {found['category_id']!r}"
+            raise ValueError(f"{image['file_name']}: category_id {listed}")
+    if not (image["width"] > 0 and image["height"] > 0):
+        shape = f"{image['width']} x {image['height']}"
+        raise ValueError(f"{image['file_name']}: width and height must be above 0: {shape}")
     xywh = np.array([o["bbox"] for o in objects], np.float32).reshape(-1, 4)
     size = np.array([image["width"], image["height"]], np.float32)
     low = xywh[:, :2] / size

@@ -19,8 +19,9 @@ from search.config import Config, ConfigError, load_config, shipped_config
 from search.console import err, out, progress, refused, say
 from search.evaluator import extra_macs
 from search.exhibits import write_exhibits
+from search.init import init
 from search.job import Job, float_metric, load_network, open_job
-from search.records import RunError, Score, read_json
+from search.records import RunError, Score, read_json, read_run
 from search.remarks import remarks
 from search.report import write_report
 from search.results import Results, load_results, write_front
@@ -78,6 +79,9 @@ Ray = Annotated[
 ]
 
 
+app.command()(init)
+
+
 def main() -> None:
     """Run a command; exit 0, 1 (goal not met), 2 (bad input, one message) or 130 (interrupted)."""
     logging.basicConfig(
@@ -91,7 +95,7 @@ def main() -> None:
     except SystemExit as stop:  # typer has spoken itself: help, a misspelt option, or an exit code
         code = stop.code if isinstance(stop.code, int) else 0
     except (ConfigError, RewriteError, RunError) as error:
-        code = refused(str(error))
+        code = refused(str(error), error)
     except OSError as error:
         place = f"{error.filename}: " if error.filename else ""
         code = refused(f"{place}{error.strerror or error}")
@@ -109,8 +113,6 @@ def check(config: ConfigPath, quiet: Quiet = False) -> None:
     """
     cfg = load_config(config)
     network = load_network(cfg, progress(quiet))
-    if quiet:
-        return
     gm, data = network.gm, network.data
     spent, found = cost(gm), find_sites(gm)
     near = sum(bool(s.blocked) for s in found)
@@ -128,7 +130,7 @@ def check(config: ConfigPath, quiet: Quiet = False) -> None:
         ("opaque", f"{part.name} ({part.kind}): {part.reason} {part.line}")
         for part in gm.meta["opaque"]
     ]
-    for name, fact in facts:
+    for name, fact in [] if quiet else facts:
         say(f"{name:>10}  {fact}")
 
 
@@ -214,9 +216,9 @@ def worker(folder: RunFolder, storage: Storage = None, quiet: Quiet = False) -> 
 
     Example: quantfix worker runs/digits
     """
-    facts = read_json(folder / "run.json")
+    facts = read_run(folder)
     options = facts.get("options")
-    if options is None or not (folder / "sensitivity.json").exists():
+    if options is None or "config" not in facts or not (folder / "sensitivity.json").exists():
         raise RunError(
             f"{folder}: no search is running there: "
             f"start one with quantfix run {facts.get('config', 'CONFIG')}"

@@ -205,7 +205,7 @@ class SearchConfig(_Section):
     max_damage: float | None = Field(default=None, ge=0)
     cost: Literal["macs", "latency"] = "macs"
     objective: Literal["metric", "damage", "auto"] = "auto"
-    seed: int = Field(default=0, ge=0)
+    seed: int = Field(default=0, ge=0, le=2**63 - 1)
     timeout: float | None = Field(default=None, gt=0)
     candidate_timeout: float = Field(default=3600.0, gt=0)
     confirmation: float | None = Field(default=None, ge=0, le=0.9)

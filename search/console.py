@@ -19,6 +19,7 @@ from rich.progress import (
 
 from search.job import silent
 from search.samples import Tick
+from search.user_code import users_lines
 
 BAD_INPUT = 2
 
@@ -48,11 +49,15 @@ def progress(quiet: bool) -> Any:
     return bars
 
 
-def refused(message: str) -> int:
+def refused(message: str, error: Exception | None = None) -> int:
+    """Say what is wrong, after the lines of the user's own code that raised it, where it did."""
+    lines = "" if error is None else users_lines(error)
+    if lines:
+        say(f"{lines}\n", err)
     say(f"quantfix: {message}", err)
     return BAD_INPUT
 
 
 def say(text: str, console: Console | None = None) -> None:
     """Print text as it is: a path or a plan must stay on one line and without colours."""
-    (console or out).print(text, markup=False, highlight=False, soft_wrap=True)
+    (console or out).print(text, markup=False, highlight=False, emoji=False, soft_wrap=True)

@@ -7,8 +7,9 @@ import importlib
 import inspect
 import logging
 import pickle
+import re
 import sys
-import traceback
+import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from types import ModuleType
@@ -17,7 +18,6 @@ from typing import Any
 import safetensors.torch
 import timm
 import torch
-from safetensors import SafetensorError
 from timm.data.config import resolve_data_config
 from torch import Tensor, nn
 
@@ -25,7 +25,10 @@ from search.boxes import boxed_images
 from search.config import Config, ConfigError
 from search.digits import digits
 from search.images import Data, Inputs, Preprocessing, Samples, arrays, image_folder, image_table
+from search.user_code import blame
 from search.video_data import frame_table, sequence_arrays
+
+log = logging.getLogger(__name__)
 
 __all__ = ["Data", "Inputs", "batches", "call_factory", "load_data", "load_model"]
 
@@ -48,6 +51,20 @@ def load_model(cfg: Config) -> nn.Module:
             raise ConfigError(f"model: factory {cfg.model.factory}: returned no nn.Module: {kind}")
     else:
         model = _timm_model(cfg)
+    return _on_cpu_in_float32(model)
+
+
+def _on_cpu_in_float32(model: nn.Module) -> nn.Module:
+    """Edit model: int8 is compared with float32, whatever the network is kept in."""
+    tensors = {**dict(model.named_parameters()), **dict(model.named_buffers())}
+    empty = next((name for name, t in tensors.items() if t.is_meta), None)
+    if empty is not None:
+        raise ConfigError(
+            f"model: {empty}: on the device meta, without values; load weights first"
+        )
+    odd = {str(t.dtype) for t in tensors.values() if t.is_floating_point()} - {"torch.float32"}
+    if odd:
+        log.warning("model: has %s values: converted to float32", ", ".join(sorted(odd)))
     return model.cpu().float().eval()
 
 
@@ -102,7 +119,7 @@ def batches(dataset: Samples, size: int) -> Iterator[Any]:
         end = min(start + size, len(dataset))
         items = [_sample(dataset, i, Path.cwd()) for i in range(start, end)]
         paired = isinstance(items[0], (tuple, list))
-        inputs = [item[0] for item in items] if paired else items
+        inputs = [_input(item, start + i, paired) for i, item in enumerate(items)]
         shapes = sorted({tuple(x.shape) for x in inputs})
         if len(shapes) > 1:
             raise ConfigError(f"data: inputs differ in shape: {shapes[0]} and {shapes[1]}")
@@ -130,11 +147,11 @@ def call_factory(cfg: Config, key: str, name: str, args: Mapping[str, Any]) -> A
         if error.name and (module_name == error.name or module_name.startswith(error.name + ".")):
             fact = f"no module {error.name}, neither in {folder} nor installed"
             raise ConfigError(f"{subject}: {fact}") from error
-        raise ConfigError(f"{subject}: {_blame(error, folder)}") from error
+        raise ConfigError(f"{subject}: {blame(error, folder)}") from error
     except ConfigError as error:
         raise ConfigError(f"{subject}: {error}") from error
-    except Exception as error:
-        raise ConfigError(f"{subject}: {_blame(error, folder)}") from error
+    except (Exception, SystemExit) as error:
+        raise ConfigError(f"{subject}: {blame(error, folder)}") from error
     function = getattr(module, attribute, None)
     if not callable(function):
         names = [n for n, value in vars(module).items() if callable(value) and n[0] != "_"]
@@ -146,8 +163,8 @@ def call_factory(cfg: Config, key: str, name: str, args: Mapping[str, Any]) -> A
         return function(**args)
     except ConfigError:
         raise
-    except Exception as error:
-        raise ConfigError(f"{subject}: {_blame(error, folder)}") from error
+    except (Exception, SystemExit) as error:
+        raise ConfigError(f"{subject}: {blame(error, folder)}") from error
 
 
 def _import_user_module(name: str, folder: Path) -> ModuleType:
@@ -180,19 +197,6 @@ def _check_arguments(subject: str, function: Callable[..., Any], args: Mapping[s
         raise ConfigError(f"{subject}: args do not fit {signature}: {error}") from error
 
 
-def _blame(error: BaseException, folder: Path) -> str:
-    """Type, place (the last line of the user's own code that it passed) and text."""
-    frames = traceback.extract_tb(error.__traceback__)
-    if isinstance(error, SyntaxError) and error.filename:
-        place = f"{Path(error.filename).name}:{error.lineno}"
-    else:
-        users = [f for f in frames if Path(f.filename).is_relative_to(folder)]
-        frame = (users or list(frames))[-1]
-        place = f"{Path(frame.filename).name}:{frame.lineno}"
-    text = error.msg if isinstance(error, SyntaxError) else str(error)
-    return f"{type(error).__name__} at {place}: {text}"
-
-
 def _timm_model(cfg: Config) -> nn.Module:
     name, weights = str(cfg.model.timm), cfg.model.weights or "pretrained"
     if ":" not in name and not timm.is_model(name):
@@ -215,9 +219,9 @@ def _create(cfg: Config, name: str, *, pretrained: bool) -> nn.Module:
     except TypeError as error:
         raise ConfigError(f"model: args do not fit {name}: {error}") from error
     except Exception as error:
-        # whatever the hub's client raises: no network, no such repository, no pretrained weights
         if not pretrained:
-            raise
+            raise ConfigError(f"model: timm.create_model({name!r}): {blame(error)}") from error
+        # whatever the hub's client raises: no network, no such repository, no pretrained weights
         reason = (
             f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error) else ''}"
         )
@@ -237,9 +241,16 @@ def _load_weights(model: nn.Module, file: Path) -> None:
         if file.suffix == ".safetensors":
             state: Any = safetensors.torch.load_file(file)
         else:
-            state = torch.load(file, map_location="cpu", weights_only=True)
-    except (OSError, SafetensorError, pickle.UnpicklingError, RuntimeError, EOFError) as error:
-        first = str(error).strip().splitlines()[0]
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # of old pickles, which are refused below
+                state = torch.load(file, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as error:
+        found = re.search(r"GLOBAL ([\w.]+)", str(error))
+        what = f" ({found.group(1)})" if found else ""
+        fact = f"holds code or objects{what}, not only tensors: refused, as loading would run it"
+        raise ConfigError(f"model.weights: {file}: {fact}; save model.state_dict()") from error
+    except Exception as error:  # a damaged file makes the readers raise whatever they meet first
+        first = next(iter(str(error).strip().splitlines()), type(error).__name__)
         fact = f"not readable as a file of tensors: {first}; save model.state_dict()"
         raise ConfigError(f"model.weights: {file}: {fact}") from error
     for key in STATE_KEYS:
@@ -293,6 +304,7 @@ def _preprocessing(cfg: Config) -> Preprocessing:
 def _check_splits(data: Data, folder: Path, shape: str) -> None:
     """Look at the first sample of each split: a wrong form is best named before any work."""
     splits = {"calibration": data.calibration, "evaluation": data.evaluation}
+    shapes: dict[str, tuple[int, ...]] = {}
     if data.training is not None:
         splits["training"] = data.training
     for name, dataset in splits.items():
@@ -312,6 +324,10 @@ def _check_splits(data: Data, folder: Path, shape: str) -> None:
             raise ConfigError(f"data.{name}: inputs must be float32 tensors {shape}: {kind}")
         if shape == "(T, C, H, W)" and x.ndim != 4:
             raise ConfigError(f"data.{name}: inputs must have the shape {shape}: {tuple(x.shape)}")
+        shapes[name] = tuple(x.shape)
+    if shapes["calibration"] != shapes["evaluation"]:
+        fact = f"inputs have the shape {shapes['evaluation']}, those of calibration"
+        raise ConfigError(f"data.evaluation: {fact} {shapes['calibration']}")
 
 
 def _sample(dataset: Samples, index: int, folder: Path) -> Any:
@@ -320,7 +336,27 @@ def _sample(dataset: Samples, index: int, folder: Path) -> Any:
     except ConfigError:
         raise
     except Exception as error:
-        raise ConfigError(f"data: sample {index}: {_blame(error, folder)}") from error
+        raise ConfigError(f"data: sample {index}: {blame(error, folder)}") from error
+
+
+def _input(item: Any, index: int, paired: bool) -> Tensor:
+    """What the network reads of a sample that must be like the first of its batch."""
+    if paired != isinstance(item, (tuple, list)) or (paired and len(item) != 2):
+        wanted = "an (input, target) pair" if paired else "an input alone"
+        raise ConfigError(
+            f"data: sample {index}: is not {wanted}, as the others are: {_kind(item)}"
+        )
+    x = item[0] if paired else item
+    if not isinstance(x, Tensor):
+        raise ConfigError(f"data: sample {index}: the input is no tensor: {_kind(x)}")
+    if x.is_floating_point() and not bool(torch.isfinite(x).all()):
+        bad = int((~torch.isfinite(x)).sum())
+        raise ConfigError(f"data: sample {index}: {bad} values of the input are NaN or infinite")
+    return x
+
+
+def _kind(value: Any) -> str:
+    return f"{type(value).__name__} {value!r}"[:60]
 
 
 def _stack_targets(targets: Sequence[Any]) -> Any:
@@ -328,4 +364,10 @@ def _stack_targets(targets: Sequence[Any]) -> Any:
         return torch.stack(list(targets))
     if any(isinstance(t, (Tensor, Mapping, Sequence)) for t in targets):
         return list(targets)
-    return torch.as_tensor(targets)
+    try:
+        return torch.as_tensor(targets)
+    except (TypeError, ValueError, RuntimeError) as error:
+        fact = "a target is no number, tensor, list or mapping"
+        raise ConfigError(
+            f"data: {fact}: {_kind(targets[0])}; without labels, yield inputs alone"
+        ) from error

@@ -34,7 +34,7 @@ from search.constraints import size_of
 from search.measure import Measure, Part, Runner, latency
 from search.racing import Race
 from search.records import Baseline, Confirmations, Records, Samples, Score
-from search.samples import SampleSet, Tick
+from search.samples import SampleSet, Tick, check_outputs
 from search.tasks import Task
 
 log = logging.getLogger(__name__)
@@ -274,6 +274,7 @@ class RewriteEvaluator:
         """Flat float outputs over all samples, each (n, ...); computed once."""
         if self._reference is None:
             self._reference = [o.cpu() for o in self._run_torch(self.gm, self.samples.batches())]
+            check_outputs(self._reference, self.samples.count)
         return self._reference
 
     @property

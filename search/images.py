@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import csv
 import logging
+import zipfile
+import zlib
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -151,7 +153,7 @@ def image_table(table: Path, images: Path, cfg: DataConfig, preprocessing: Prepr
             reader = csv.DictReader(f)
             columns = list(reader.fieldnames or [])
             rows = list(reader)
-    except (OSError, UnicodeDecodeError) as error:
+    except (OSError, UnicodeDecodeError, csv.Error) as error:
         raise ConfigError(f"data.csv: cannot be read: {table}: {error}") from error
     if "file" not in columns:
         raise ConfigError(f"data.csv: {table.name}:1: no column file; columns: {columns}")
@@ -179,15 +181,7 @@ def arrays(archive: Path, cfg: DataConfig, preprocessing: Callable[[], Preproces
     Raises:
         ConfigError: the archive is missing, or its arrays have other names, types or shapes.
     """
-    try:
-        with np.load(archive, allow_pickle=False) as z:
-            content = {key: z[key] for key in z.files if key in ("x", "y")}
-            names = list(z.files)
-    except (OSError, ValueError) as error:
-        raise ConfigError(f"data.npz: cannot be read: {archive}: {error}") from error
-    if "x" not in content:
-        raise ConfigError(f"data.npz: {archive.name}: no array x; arrays: {names}")
-    x, y = content["x"], content.get("y")
+    x, y = read_archive(archive)
     kind = f"{x.dtype} of shape {x.shape}"
     if y is not None and (y.shape != x.shape[:1] or y.dtype.kind not in "iu"):
         raise ConfigError(
@@ -213,6 +207,28 @@ def arrays(archive: Path, cfg: DataConfig, preprocessing: Callable[[], Preproces
     )
 
 
+def read_archive(archive: Path) -> tuple[NDArray[Any], NDArray[Any] | None]:
+    """The arrays ``x`` and, where there is one, ``y`` of an ``.npz``; objects are never unpickled.
+
+    Raises:
+        ConfigError: the file is missing or damaged, or has no ``x``.
+    """
+    try:
+        if archive.is_file() and not zipfile.is_zipfile(archive):
+            raise ConfigError(f"data.npz: cannot be read: {archive}: damaged, or no .npz archive")
+        with np.load(archive, allow_pickle=False) as z:
+            content = {key: z[key] for key in z.files if key in ("x", "y")}
+            names = list(z.files)
+    except OSError as error:
+        why = error.strerror or error
+        raise ConfigError(f"data.npz: cannot be read: {archive}: {why}") from error
+    except (ValueError, EOFError, zipfile.BadZipFile, zlib.error) as error:
+        raise ConfigError(f"data.npz: cannot be read: {archive}: {error}") from error
+    if "x" not in content:
+        raise ConfigError(f"data.npz: {archive.name}: no array x; arrays: {names}")
+    return content["x"], content.get("y")
+
+
 def split(source: Path, count: int, cfg: DataConfig) -> tuple[NDArray[np.intp], NDArray[np.intp]]:
     """Indices that calibrate and indices that evaluate, disjoint, in an order fixed by the seed.
 
@@ -236,7 +252,8 @@ def _split_files(
     preprocessing: Preprocessing,
 ) -> Data:
     if not files:
-        raise ConfigError(f"data: {source}: holds no images ({', '.join(sorted(EXTENSIONS))})")
+        named = f" ({', '.join(sorted(EXTENSIONS))})" if source.is_dir() else ""
+        raise ConfigError(f"data: {source}: {'holds' if named else 'lists'} no images{named}")
     parts = [readable(source, part, files) for part in split(source, len(files), cfg)]
     transform = preprocessing.transform()
     calibration, evaluation = ([files[i] for i in part] for part in parts)

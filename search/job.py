@@ -17,15 +17,16 @@ from torch import Tensor, fx
 from torch.utils import _pytree as pytree
 
 from rewriter import profile, target, trace
-from rewriter.graph import unflatten
+from rewriter.graph import layers, unflatten
 from rewriter.int8.scheme import QuantScheme
 from rewriter.streaming import first_output_only
 from search.config import Config, ConfigError
 from search.data import Data, Inputs, batches, load_data, load_model
 from search.evaluator import RewriteEvaluator
 from search.fingerprint import Digest, model_digest, rules_digest, source_digest
+from search.overlap import mark, warn_of_overlap
 from search.records import Confirmations, Records, Score, fingerprint, open_run
-from search.samples import Tick, chosen_on, load_samples, shuffled
+from search.samples import Tick, check_outputs, chosen_on, load_samples, shuffled
 from search.tasks import Task, task
 from search.tasks.detection import Detection
 from search.tasks.video import Video
@@ -98,6 +99,14 @@ def load_network(cfg: Config, progress: Progress = silent) -> Network:
             if done >= total:
                 break
     gm = trace(model, found[0][:2])
+    if not layers(gm):
+        hidden = "; ".join(
+            f"{part.name} is kept whole: {part.reason}" for part in gm.meta["opaque"]
+        )
+        why = f" ({hidden})" if hidden else ""
+        raise ConfigError(
+            f"model: no convolution, linear layer or matrix product to quantize{why}"
+        )
     gm.meta["calibration"] = cfg.calibration.method
     goal: Any = task(cfg)
     if isinstance(goal, Video):
@@ -113,20 +122,21 @@ def float_metric(network: Network, count: int = 256) -> str:
     """What the float network reaches on its first samples, in words."""
     found: list[list[Tensor]] = []
     targets: list[Any] = []
+    marks: list[bytes] = []
     done = 0
     with torch.no_grad():
         for batch in batches(network.data.evaluation, 32):
             x, y = batch if isinstance(batch, tuple) else (batch, None)
+            marks += map(mark, x)
             leaves = pytree.tree_leaves(network.gm(x))
             found.append([o for o in leaves if isinstance(o, Tensor)])
             targets += [] if y is None else list(y)
             done += len(x)
             if done >= count:
                 break
+    warn_of_overlap(network.calibration, marks)
     outputs = [torch.cat(parts) for parts in zip(*found, strict=True)]
-    bad = sum(int((~torch.isfinite(o)).sum()) for o in outputs if o.is_floating_point())
-    if bad:
-        return f"{bad} outputs are NaN or infinite on the first {done} samples"
+    check_outputs(outputs, done)
     if not targets:
         return f"runs on the first {done} samples; no labels"
     stacked: Any = torch.stack(targets) if isinstance(targets[0], Tensor) else targets
@@ -145,6 +155,7 @@ def open_job(
         TraceError: the model cannot be traced.
     """
     network = load_network(cfg, progress)
+    device = device_of_run(cfg)
     with progress("reading evaluation images") as tick:
         evaluation = network.data.evaluation
         samples = load_samples(evaluation, tick, order=shuffled(len(evaluation)))
@@ -152,10 +163,10 @@ def open_job(
         raise ConfigError(
             f"{cfg.path.name}: search.objective: metric: the evaluation data have no labels"
         )
+    warn_of_overlap(network.calibration, samples.marks)
     chosen = chosen_on(samples.count, cfg.search.confirmation)
     scheme = target(cfg.target)
     engine = scheme.engine if cfg.engine == "auto" else cfg.engine
-    device = device_of_run(cfg)
     calibration = Digest()
     calibration.add([cfg.calibration.method, *network.calibration])
     parts = {

@@ -8,25 +8,31 @@ again.
 
 from __future__ import annotations
 
-import fcntl
 import hashlib
 import json
-import math
-import os
-from collections.abc import Generator, Mapping
-from contextlib import contextmanager
+import logging
+import zipfile
+import zlib
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from search.files import REMEDY, finite
+from search.files import RunError as RunError
+from search.files import append as append
+from search.files import mend as mend
+from search.files import read_json as read_json
+from search.files import replacing as replacing
+from search.files import write_json as write_json
+from search.run_facts import checked, fault_of_run
+
+log = logging.getLogger(__name__)
+
 Array = NDArray[np.float64]
-
-
-class RunError(Exception):
-    """A run directory cannot be used; the message says why and what to do."""
 
 
 @dataclass(frozen=True)
@@ -74,17 +80,21 @@ class Score:
 
     def to_dict(self) -> dict[str, Any]:
         """Plain JSON values; a value that is not finite becomes None."""
-        return {key: _finite(value) for key, value in asdict(self).items()}
+        return {key: finite(value) for key, value in asdict(self).items()}
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> Score:
-        """The score that `to_dict` gave; keys of a later version are ignored."""
+        """The score that `to_dict` gave; keys of a later version are ignored.
+
+        Raises:
+            ValueError: a value has another type.
+        """
         known = {f.name for f in fields(cls)}
         kept = {key: value for key, value in values.items() if key in known}
         if kept.get("interval") is not None:
             low, high = kept["interval"]
             kept["interval"] = (low, high)
-        return cls(**kept)
+        return checked(cls, kept)
 
 
 @dataclass(frozen=True)
@@ -166,8 +176,12 @@ class Records:
         path = self._samples_path(plan)
         if not path.exists():
             return None
-        with np.load(path, allow_pickle=False) as stored:
-            return Samples(**{name: stored[name] for name in stored.files})
+        try:
+            with np.load(path, allow_pickle=False) as stored:
+                return Samples(**{name: stored[name] for name in stored.files})
+        except (ValueError, TypeError, EOFError, zipfile.BadZipFile, zlib.error) as damage:
+            log.warning("%s: unreadable, left out: %s", path, str(damage).partition("\n")[0])
+            return None
 
     def add(self, score: Score, samples: Samples | None = None) -> None:
         """Store a score for good: its samples, then its line, on disk before this returns."""
@@ -220,100 +234,18 @@ class Confirmations:
         return cls(chosen_on, Records(records.folder, held), Records(records.folder, whole))
 
 
-@contextmanager
-def replacing(path: Path, mode: str = "w") -> Generator[IO[Any]]:
-    """Write a file that readers see only when it is complete; until then they see the old one."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.name}.{os.getpid()}.part")
-    try:
-        with partial.open(mode, encoding=None if "b" in mode else "utf-8") as file:
-            yield file
-            file.flush()
-            os.fsync(file.fileno())
-        partial.replace(path)
-    finally:
-        partial.unlink(missing_ok=True)
-
-
-def write_json(path: Path, value: Mapping[str, Any]) -> None:
-    """Write JSON in one piece; a number that is not finite is written as null."""
-    with replacing(path) as file:
-        json.dump(_finite(value), file, indent=1, allow_nan=False)
-        file.write("\n")
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """The JSON object in a file of the run directory.
+def read_run(folder: Path) -> dict[str, Any]:
+    """The content of ``run.json``.
 
     Raises:
-        RunError: The file is missing or is not a JSON object.
+        RunError: The file is missing, damaged, or has values that no run writes.
     """
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise RunError(f"{path}: no such file: is {path.parent} a run directory?") from None
-    except (json.JSONDecodeError, UnicodeDecodeError) as cause:
-        raise RunError(f"{path}: not JSON: {cause}; remove the file and run again") from cause
-    if not isinstance(value, dict):
-        raise RunError(f"{path}: not a JSON object: {type(value).__name__}")
-    return value
-
-
-def mend(path: Path) -> None:
-    """Cut off a last line that a killed process left half written.
-
-    The next appended line would otherwise be glued to it and both would be lost.
-    """
-    if not path.exists():
-        return
-    with path.open("r+b") as file, locked(file):
-        size = file.seek(0, os.SEEK_END)
-        end = size
-        while end > 0:
-            start = max(0, end - 65536)
-            file.seek(start)
-            block = file.read(end - start)
-            newline = block.rfind(b"\n")
-            if newline >= 0:
-                end = start + newline + 1
-                break
-            end = start
-        if end < size:
-            file.truncate(end)
-
-
-def append(path: Path, text: bytes, *, sync: bool = False) -> None:
-    """Append whole lines to a file, or nothing: where the disk is full, no half line is left.
-
-    Args:
-        path: Made where it is missing.
-        text: Ends with a newline.
-        sync: Not to return before it is on the disk.
-
-    Raises:
-        OSError: it cannot be written.
-    """
-    with path.open("ab", buffering=0) as file, locked(file):
-        size = file.seek(0, os.SEEK_END)
-        try:
-            left = memoryview(text)
-            while left:
-                left = left[file.write(left) :]
-            if sync:
-                os.fsync(file.fileno())
-        except OSError as cause:
-            file.truncate(size)
-            raise OSError(cause.errno, cause.strerror, str(path)) from cause
-
-
-@contextmanager
-def locked(file: IO[Any]) -> Generator[None]:
-    """Hold the lock of an open file; the kernel releases it when the process dies."""
-    fcntl.flock(file.fileno(), fcntl.LOCK_EX)
-    try:
-        yield
-    finally:
-        fcntl.flock(file.fileno(), fcntl.LOCK_UN)
+    path = folder / "run.json"
+    facts = read_json(path)
+    fault = fault_of_run(facts)
+    if fault:
+        raise RunError(f"{path}: {fault}; {REMEDY}")
+    return facts
 
 
 def open_run(folder: Path, parts: Mapping[str, str], about: Mapping[str, Any]) -> tuple[str, ...]:
@@ -336,7 +268,7 @@ def open_run(folder: Path, parts: Mapping[str, str], about: Mapping[str, Any]) -
     path = folder / "run.json"
     changed: tuple[str, ...] = ()
     if path.exists():
-        before: dict[str, str] = read_json(path).get("parts", {})
+        before: dict[str, str] = read_run(folder).get("parts", {})
         changed = tuple(name for name in parts if before.get(name, parts[name]) != parts[name])
         other = [
             name for name in changed if name in ("model", "calibration", "evaluation", "target")
@@ -384,15 +316,3 @@ def _record(line: bytes) -> dict[str, Any] | None:
     except (ValueError, KeyError, TypeError):
         return None
     return record if "fingerprint" in record else None
-
-
-def _finite(value: Any) -> Any:
-    if isinstance(value, float):
-        return value if math.isfinite(value) else None
-    if isinstance(value, Mapping):
-        return {str(key): _finite(item) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [_finite(item) for item in value]
-    if isinstance(value, np.generic):
-        return _finite(value.item())
-    return value

@@ -22,10 +22,14 @@ from search.records import (
     RunError,
     Score,
     fingerprint,
-    read_json,
+    read_run,
     write_json,
 )
 from search.steps import step_effects
+
+# of run.json; what makes a report of it
+ABOUT = ("config", "metric", "higher_is_better", "target", "engine", "samples")
+NEEDED = ("parts", "baseline", "objective", "limits", *ABOUT)
 
 
 @dataclass(frozen=True)
@@ -289,14 +293,18 @@ def load_results(folder: Path) -> Results:
     Raises:
         RunError: the folder is no run directory, or no plan is scored in it.
     """
-    facts = read_json(folder / "run.json")
-    missing = [key for key in ("parts", "baseline", "objective", "limits") if key not in facts]
+    facts = read_run(folder)
+    missing = [key for key in NEEDED if facts.get(key) is None]
     if missing:
         raise RunError(
             f"{folder}: no plan is scored yet (run.json has no {missing[0]}): "
             f"quantfix run {facts.get('config', 'CONFIG')}"
         )
     records = Records(folder, fingerprint(facts["parts"]))
+    if not len(records):
+        raise RunError(
+            f"{folder}: no plan is scored yet that can be read: quantfix run {facts['config']}"
+        )
     return results_of(folder, facts, records)
 
 

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from pydantic import ValidationError
 from torch import fx
 
 from rewriter import Plan, Step, cost, find_sites
@@ -24,7 +25,8 @@ from rewriter.ladder import REMEDIES, Splits
 from rewriter.splits import HEAD, RANGES, TAIL, exact_splits
 from search.analysis import Sensitivity, analyze, read_sensitivity
 from search.apart import possible
-from search.config import Config, load_config
+from search.config import Config, ConfigError, SearchConfig, load_config
+from search.config_faults import dotted, explain
 from search.confirm import confirm
 from search.constraints import Limits
 from search.evaluator import extra_macs
@@ -385,7 +387,11 @@ def _end_with(parent: BaseProcess) -> None:
 def with_options(cfg: Config, **options: Any) -> Config:
     """The config with some of its ``search`` keys replaced; None leaves a key as it is."""
     given = {key: value for key, value in options.items() if value is not None}
-    changed = cfg.search.model_validate({**cfg.search.model_dump(), **given})
+    try:
+        changed = cfg.search.model_validate({**cfg.search.model_dump(), **given})
+    except ValidationError as error:
+        faults = [f"{dotted(e['loc'])}: {explain(e, SearchConfig)}" for e in error.errors()]
+        raise ConfigError(f"search.{'; '.join(faults)}") from error
     return cfg.model_copy(update={"search": changed}).read_from(cfg.path)
 
 

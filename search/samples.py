@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -11,9 +11,11 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from search.config import ConfigError
 from search.data import batches
 from search.fingerprint import Digest
 from search.images import Samples as Dataset
+from search.overlap import mark
 
 IN_MEMORY = 2 << 30  # bytes; more inputs than that are decoded again for each plan
 BATCH = 32
@@ -33,6 +35,7 @@ class SampleSet:
         targets: n targets, None without labels.
         digest: Hash of all inputs and targets.
         order: (n,) which sample of the data set each one is.
+        marks: n marks in the data set's order, by which inputs are found again; see `mark`.
     """
 
     dataset: Dataset
@@ -41,6 +44,7 @@ class SampleSet:
     targets: Any
     digest: str
     order: NDArray[np.intp]
+    marks: list[bytes] = field(default_factory=list[bytes], repr=False)
 
     def batches(
         self, size: int = BATCH, start: int = 0, stop: int | None = None
@@ -73,6 +77,27 @@ class _Chosen:
 
     def __getitem__(self, position: int, /) -> Any:
         return self.dataset[self.index[position]]
+
+
+def check_outputs(outputs: Sequence[Tensor], count: int) -> None:
+    """See that the float network's outputs are finite and have a row for each of `count` inputs.
+
+    Raises:
+        ConfigError: they do not.
+    """
+    for i, output in enumerate(outputs):
+        if output.ndim == 0 or len(output) != count:
+            shape = tuple(output.shape)
+            fact = f"{count} inputs give {shape}: its size depends on their values, or it has no batch"
+            raise ConfigError(f"model: output {i} has no row for each input: {fact}")
+        if output.is_floating_point():
+            finite = torch.isfinite(output).flatten(1).all(1)
+            if not bool(finite.all()):
+                first, bad = int((~finite).nonzero()[0]), int((~finite).sum())
+                raise ConfigError(
+                    f"model: output {i} of the float network is NaN or infinite for {bad} of {count} "
+                    f"evaluation samples, such as number {first}"
+                )
 
 
 def shuffled(count: int) -> NDArray[np.intp]:
@@ -111,6 +136,7 @@ def load_samples(
     order = np.arange(total) if order is None else order
     place = torch.from_numpy(np.argsort(order))
     digest = Digest()
+    marks: list[bytes] = []
     inputs: Tensor | None = None
     targets: list[Any] = []
     done = 0
@@ -123,9 +149,10 @@ def load_samples(
         if y is not None:
             targets.append(y)
         digest.add((x, y))
+        marks += map(mark, x)
         done += len(x)
         tick(done, total)
-    return SampleSet(dataset, total, inputs, _join(targets, order), digest.hex(), order)
+    return SampleSet(dataset, total, inputs, _join(targets, order), digest.hex(), order, marks)
 
 
 def _join(targets: list[Any], order: NDArray[np.intp]) -> Any:

@@ -17,14 +17,22 @@ from optuna.storages import BaseStorage, JournalStorage, get_storage
 from optuna.storages.journal import JournalFileBackend, JournalFileOpenLock
 from sqlalchemy.exc import SQLAlchemyError
 
-from search.records import RunError, append, mend
+from search.files import REMEDY, RunError, append, mend
 
 
 def journal(path: Path) -> JournalStorage:
     """Optuna storage in one file, locked so that a killed process leaves no lock behind."""
     path.parent.mkdir(parents=True, exist_ok=True)
     mend(path)
-    return JournalStorage(_Journal(path))
+    try:
+        if path.exists():  # Optuna would notice a line that is none only when it appends another
+            with path.open("rb") as file:
+                for line in file:
+                    json.loads(line)
+        return JournalStorage(_Journal(path))
+    except (ValueError, KeyError, TypeError, AttributeError, AssertionError) as damage:
+        fact = f"damaged, or no journal of a search: {damage}"
+        raise RunError(f"{path}: {fact}; {REMEDY}") from damage
 
 
 def storage_at(place: str) -> BaseStorage:
@@ -47,8 +55,10 @@ def storage_at(place: str) -> BaseStorage:
             "pip install 'quantfix[postgres]'"
         ) from cause
     except (ValueError, SQLAlchemyError, OptunaError) as cause:
-        reason = str(cause.__cause__ or cause).strip().splitlines() or [type(cause).__name__]
-        raise RunError(f"--storage {shown}: cannot be opened: {reason[0]}") from cause
+        said = str(cause.__cause__ or cause).strip().splitlines() or [type(cause).__name__]
+        secret = rest.rpartition("@")[0]
+        reason = said[0].replace(secret, "***") if secret else said[0]
+        raise RunError(f"--storage {shown}: cannot be opened: {reason}") from cause
 
 
 @contextmanager

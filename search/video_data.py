@@ -15,7 +15,7 @@ from PIL import Image
 from torch import Tensor
 
 from search.config import ConfigError, DataConfig
-from search.images import Arrays, Data, Preprocessing, split
+from search.images import Arrays, Data, Preprocessing, read_archive, readable, split
 
 IGNORED = -1  # label of a frame that nobody labelled
 
@@ -58,8 +58,10 @@ def frame_table(table: Path, images: Path, cfg: DataConfig, preprocessing: Prepr
         ConfigError: the table is missing or malformed, or there are too few sequences.
     """
     rows = _rows(table)
+    if not rows:
+        raise ConfigError(f"data.csv: {table.name}: lists no frames")
     sequences: dict[str, list[tuple[Path, int]]] = {}
-    labelled = "label" in rows[0][1] if rows else False
+    labelled = "label" in rows[0][1]
     for line, row in rows:
         path = images / row["file"]
         name = row.get("sequence") or str(Path(row["file"]).parent)
@@ -67,8 +69,12 @@ def frame_table(table: Path, images: Path, cfg: DataConfig, preprocessing: Prepr
     missing = [p for found in sequences.values() for p, _ in found if not p.is_file()]
     if missing:
         raise ConfigError(f"data.csv: {len(missing)} frames are missing, such as {missing[0]}")
+    files = [p for found in sequences.values() for p, _ in found]
+    broken = set(range(len(files))) - set(readable(table, np.arange(len(files)), files))
+    holes = {files[i] for i in broken}
     length = cfg.frames or min((len(s) for s in sequences.values()), default=0)
-    clips = [_clips(s, length, labelled) for s in sequences.values()]
+    found = [_clips(s, length, labelled) for s in sequences.values()]
+    clips = [[c for c in clip if not holes.intersection(c.frames)] for clip in found]
     parts = split(table, len(clips), cfg)
     chosen = [[clip for i in part for clip in clips[i]] for part in parts]
     if not all(chosen):
@@ -86,7 +92,7 @@ def _rows(table: Path) -> list[tuple[int, dict[str, str]]]:
             reader = csv.DictReader(f)
             columns = list(reader.fieldnames or [])
             rows = list(enumerate(reader, start=2))
-    except (OSError, UnicodeDecodeError) as error:
+    except (OSError, UnicodeDecodeError, csv.Error) as error:
         raise ConfigError(f"data.csv: cannot be read: {table}: {error}") from error
     if "file" not in columns:
         raise ConfigError(f"data.csv: {table.name}:1: no column file; columns: {columns}")
@@ -122,15 +128,7 @@ def sequence_arrays(
     Raises:
         ConfigError: the archive is missing, or its arrays have other names, types or shapes.
     """
-    try:
-        with np.load(archive, allow_pickle=False) as z:
-            content = {key: z[key] for key in z.files if key in ("x", "y")}
-            names = list(z.files)
-    except (OSError, ValueError) as error:
-        raise ConfigError(f"data.npz: cannot be read: {archive}: {error}") from error
-    if "x" not in content:
-        raise ConfigError(f"data.npz: {archive.name}: no array x; arrays: {names}")
-    x, y = content["x"], content.get("y")
+    x, y = read_archive(archive)
     if y is not None and (y.shape != x.shape[:2] or y.dtype.kind not in "iu"):
         wanted = f"{x.shape[:2]} integers"
         raise ConfigError(f"data.npz: {archive.name}: y must be {wanted}: {y.dtype} {y.shape}")

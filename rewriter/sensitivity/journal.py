@@ -102,9 +102,12 @@ def _whole_lines(path: Path) -> list[Any]:
         try:
             if not line.endswith("\n"):
                 break
-            lines.append(json.loads(line))
-        except ValueError:
+            found = json.loads(line)
+        except (ValueError, RecursionError):
             break
+        if not isinstance(found, dict) or (lines and not {"key", "value"} <= found.keys()):
+            break
+        lines.append(found)
     return lines
 
 

@@ -31,7 +31,11 @@ class Classification:
             ConfigError: the outputs are no logits, or a target is no class of them.
         """
         logits = _logits(outputs)
-        labels = torch.as_tensor(targets, device=logits.device).reshape(-1)
+        try:
+            labels = torch.as_tensor(targets, device=logits.device).reshape(-1)
+        except (TypeError, ValueError, RuntimeError) as error:
+            shown = f"{type(targets[0]).__name__} {targets[0]!r}"[:60]
+            raise ConfigError(f"data: targets must be class indices: {shown}") from error
         if len(labels) != len(logits):
             raise ConfigError(f"data: {len(logits)} outputs for {len(labels)} targets")
         if labels.is_floating_point() or labels.is_complex() or labels.dtype == torch.bool:

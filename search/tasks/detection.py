@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import io
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -15,9 +15,11 @@ from torch import Tensor
 from rewriter.fidelity import damage as fidelity_damage
 from search.config import ConfigError
 from search.tasks.average_precision import Matches, average_precision, match
+from search.user_code import blame
 
 Detections = list[dict[str, Tensor]]
 POSTPROCESS_BATCH = 32
+KEYS = ("boxes", "scores", "labels")
 
 
 class Detection:
@@ -38,11 +40,21 @@ class Detection:
         self.unflatten: Callable[[list[Tensor]], Any] = _as_returned
 
     def detect(self, outputs: Sequence[Tensor]) -> Detections:
-        """Boxes of every image; the user's exceptions pass through."""
+        """Boxes of every image.
+
+        Raises:
+            ConfigError: the postprocess raises (its exception is the cause), or returns something
+                else than ``boxes``, ``scores`` and ``labels`` for each image.
+        """
         found: Detections = []
         for parts in zip(*[o.split(POSTPROCESS_BATCH) for o in outputs], strict=True):
             with torch.no_grad():
-                found += self.postprocess(self.unflatten(list(parts)))
+                nested = self.unflatten(list(parts))
+                try:
+                    made = self.postprocess(nested)
+                except Exception as error:
+                    raise ConfigError(f"postprocess: {blame(error)}") from error
+            found += _checked(made, len(parts[0]))
         return found
 
     def per_sample(self, outputs: Sequence[Tensor], targets: Sequence[Any]) -> Tensor | None:
@@ -88,6 +100,29 @@ class Detection:
         raise ConfigError(
             "finetune.loss: labels: a detector's loss is not known; use distillation, which needs no labels"
         )
+
+
+def _checked(made: Any, count: int) -> Detections:
+    """What the user's postprocess returned for `count` images, if it has the promised form."""
+    if not isinstance(made, list | tuple) or len(made) != count:
+        shown = f"{len(made)} values" if isinstance(made, list | tuple) else type(made).__name__
+        raise ConfigError(
+            f"postprocess: must return a list of {count}, one for each image: {shown}"
+        )
+    for i, image in enumerate(made):
+        if not isinstance(image, Mapping):
+            kind = type(image).__name__
+            raise ConfigError(
+                f"postprocess: image {i}: must be a dict of {', '.join(KEYS)}: {kind}"
+            )
+        wrong = [key for key in KEYS if not isinstance(image.get(key), Tensor)]
+        if wrong:
+            raise ConfigError(f"postprocess: image {i}: {wrong[0]} is no tensor")
+        n = image["scores"].numel()
+        if image["boxes"].numel() != 4 * n or image["labels"].numel() != n:
+            shapes = ", ".join(f"{key} {tuple(image[key].shape)}" for key in KEYS)
+            raise ConfigError(f"postprocess: image {i}: not (n, 4), (n,) and (n,): {shapes}")
+    return list(made)
 
 
 def _as_returned(flat: list[Tensor]) -> Any:

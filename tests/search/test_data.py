@@ -200,7 +200,7 @@ def test_unusable_weights_are_refused(config: Written, tmp_path: Path) -> None:
     (tmp_path / "broken.safetensors").write_bytes(b"abc")
     assert "not readable as a file of tensors" in fault("broken.safetensors")
     torch.save(nn.Linear(2, 2), tmp_path / "module.pt")
-    assert "not readable as a file of tensors" in fault("module.pt")
+    assert "holds code or objects (torch.nn.modules.linear.Linear)" in fault("module.pt")
     torch.save([1, 2], tmp_path / "list.pt")
     assert "holds no state dict" in fault("list.pt")
     safetensors.torch.save_file({"a": torch.ones(1)}, tmp_path / "other.safetensors")
