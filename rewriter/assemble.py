@@ -89,6 +89,11 @@ def assemble(
     return Assembled(quantized, fits)
 
 
+def prepare(gm: fx.GraphModule, batches: Batches) -> None:
+    """Measure of the network as it is what plans without single places need; otherwise the first such plan does."""
+    _measure(gm, batches, again=False)
+
+
 def rewritten(
     gm: fx.GraphModule,
     plan: Plan,

@@ -91,9 +91,15 @@ def _grouped_error(found: Tensor, expected: Tensor, groups: OutputGroups) -> Ten
 
 
 def kl_divergence(logits: Tensor, reference: Tensor) -> Tensor:
-    """(N,) KL(softmax(reference) || softmax(logits)) of class logits (N, classes)."""
+    """(N,) float64 KL(softmax(reference) || softmax(logits)) of class logits (N, classes), in nats.
+
+    Logits that are not finite do infinite damage, so that no ranking lets them pass.
+    """
     p, q = reference.double().log_softmax(1), logits.double().log_softmax(1)
-    return (p.exp() * (p - q)).sum(1)
+    # a class that the reference rules out (log p = -inf) adds nothing
+    terms = torch.where(p.isneginf(), 0.0, p.exp() * (p - q))
+    divergence = terms.sum(1).clamp_min(0.0)  # rounding can leave -1e-17
+    return torch.where(divergence.isnan(), torch.inf, divergence)
 
 
 def is_class_output(reference: list[Tensor], kind: str | None = None) -> bool:

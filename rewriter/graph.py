@@ -321,17 +321,30 @@ def propagate_shapes(gm: fx.GraphModule) -> None:
         Shapes(gm).run(*zeros)
 
 
-def walk(gm: fx.GraphModule, inputs: tuple[Tensor, ...]) -> Iterator[tuple[fx.Node, Any]]:
-    """Run the graph and yield each node with its value, which is dropped after its last use."""
-    values: dict[fx.Node, Any] = {}
+def last_uses(gm: fx.GraphModule) -> dict[fx.Node, list[fx.Node]]:
+    """The values that no node after this one reads, by node; a value that nobody reads dies where it is made."""
     last: dict[fx.Node, fx.Node] = {}
     for node in gm.graph.nodes:
+        last[node] = node
         for used in node.all_input_nodes:
             last[used] = node
     dying: dict[fx.Node, list[fx.Node]] = {}
     for used, user in last.items():
         dying.setdefault(user, []).append(used)
-    feed = iter(inputs)
+    return dying
+
+
+def device_of(gm: nn.Module) -> torch.device:
+    """Where the weights of a network are, and so where it runs."""
+    return next((p.device for p in gm.parameters()), torch.device("cpu"))
+
+
+def walk(gm: fx.GraphModule, inputs: tuple[Tensor, ...]) -> Iterator[tuple[fx.Node, Any]]:
+    """Run the graph where its weights are; yield each node with its value, which is dropped after its last use."""
+    values: dict[fx.Node, Any] = {}
+    dying = last_uses(gm)
+    device = device_of(gm)
+    feed = iter([x.to(device) for x in inputs])
     for node in gm.graph.nodes:
         if node.op == "output":
             return

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -21,9 +21,13 @@ REMEDIES: tuple[tuple[str, str], ...] = (
     ("bias correction", "correct_bias"),
     ("rounding", "round_weights"),
 )
+# A split adds kernel calls, which MACs do not show: a rung of them is kept if it takes away this
+# share of the damage.
+LEAST_OF_A_SPLIT = 0.2
 
 
 EMPTY = Plan()
+Splits = Sequence[tuple[str, tuple[Step, ...]]]
 
 
 class Measured(Protocol):
@@ -58,25 +62,36 @@ class Rung:
 
 
 def climb(
-    gm: fx.GraphModule, score: Callable[[Plan], Measured], base: Plan = EMPTY
+    gm: fx.GraphModule,
+    score: Callable[[Plan], Measured],
+    base: Plan = EMPTY,
+    splits: Splits = (),
 ) -> tuple[Rung, ...]:
     """Measure plain int8, then every free remedy on top of those that helped.
+
+    Exact splits come first: while one range for boxes and scores, or for very uneven channels,
+    leaves nothing of the answers, no other remedy can show what it is worth.
 
     Args:
         gm: profiled canonical graph.
         score: measures a plan (an evaluator; whatever it remembers is not measured again).
         base: steps that every rung has.
+        splits: names and steps of the rungs that split layers, see ``rewriter.splits``.
 
     Returns:
         The rungs in order; ``best(rungs)`` is the plan to start from.
     """
     first = score(base)
     rungs = [Rung("plain int8", base, _damage(first), first.metric, kept=True)]
+    tried: tuple[Step, ...] = ()
+    for name, steps in splits:  # on top of all before: one may show nothing without the next
+        tried = (*tried, *steps)
+        rungs.append(_split(score, best(rungs), name, tried))
     for name, word in REMEDIES:
         rungs.append(_rung(gm, score, best(rungs), name, word))
     # what did not help alone may help on top of the rest
     for rung in rungs[1:-1]:
-        if not rung.kept and not rung.note:
+        if not rung.kept and not rung.note and rung.name in dict(REMEDIES):
             word = dict(REMEDIES)[rung.name]
             rungs.append(_rung(gm, score, best(rungs), f"{rung.name}, at last", word))
     return tuple(rungs)
@@ -94,13 +109,27 @@ def _rung(
     note = "the rule does not match" if site is None else site.blocked
     if note:
         return Rung(name, plan, float("inf"), None, kept=False, note=note)
+    return _measured(score, below, name, plan, below.damage)
+
+
+def _split(
+    score: Callable[[Plan], Measured], below: Rung, name: str, steps: tuple[Step, ...]
+) -> Rung:
+    plan = Plan(tuple(dict.fromkeys((*below.plan.steps, *steps))))
+    return _measured(score, below, name, plan, (1 - LEAST_OF_A_SPLIT) * below.damage)
+
+
+def _measured(
+    score: Callable[[Plan], Measured], below: Rung, name: str, plan: Plan, bound: float
+) -> Rung:
+    """The rung of a plan, which is kept where its damage is below a bound."""
     try:
         found = score(plan)
     except RewriteError as cause:
         return Rung(name, plan, float("inf"), None, kept=False, note=str(cause))
     damage = _damage(found)
     log.info("%s: damage %.4g, %.4g without", name, damage, below.damage)
-    return Rung(name, plan, damage, found.metric, kept=damage < below.damage)
+    return Rung(name, plan, damage, found.metric, kept=damage < bound)
 
 
 def best(rungs: tuple[Rung, ...] | list[Rung]) -> Rung:

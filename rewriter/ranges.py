@@ -35,7 +35,7 @@ def profile(gm: fx.GraphModule, batches: Iterable[Tensor | tuple[Tensor, ...]]) 
                     continue
                 if not value.is_floating_point():
                     continue
-                low, high = channel_range(value)
+                low, high = (r.cpu() for r in channel_range(value))
                 if "channel_range" in node.meta:
                     seen_low, seen_high = node.meta["channel_range"]
                     low, high = torch.minimum(low, seen_low), torch.maximum(high, seen_high)

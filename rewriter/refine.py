@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
-from rewriter.graph import is_call, module_of, run_node
+from rewriter.graph import is_call, last_uses, module_of, run_node
 from rewriter.int8.annotate import annotation, is_layer
 from rewriter.int8.calibrate import input_scale
 from rewriter.int8.rounding import MomentSums, best_scale, patches, reproducing, round_weights
@@ -53,7 +53,7 @@ def refine(
     result = replace(quantized, gm=gm, calibration=replace(quantized.calibration, weights=scales))
     inputs = _affordable(quantized.gm, batches)
     twins = dict(zip(quantized.gm.graph.nodes, gm.graph.nodes, strict=True))
-    last = _last_uses(quantized.gm)
+    last = last_uses(quantized.gm)
     exact: list[dict[fx.Node, Any]] = [{} for _ in inputs]
     rounded: list[dict[fx.Node, Any]] = [{} for _ in inputs]
     feeds = [(iter(x), iter(x)) for x in inputs]
@@ -76,24 +76,11 @@ def refine(
     return result
 
 
-def _last_uses(gm: fx.GraphModule) -> dict[fx.Node, list[fx.Node]]:
-    """The values that no node after this one reads, by node."""
-    last: dict[fx.Node, fx.Node] = {}
-    for node in gm.graph.nodes:
-        last[node] = node
-        for used in node.all_input_nodes:
-            last[used] = node
-    dying: dict[fx.Node, list[fx.Node]] = {}
-    for used, user in last.items():
-        dying.setdefault(user, []).append(used)
-    return dying
-
-
 def _affordable(
     gm: fx.GraphModule, batches: Sequence[Tensor | tuple[Tensor, ...]]
 ) -> list[tuple[Tensor, ...]]:
     """As many of the inputs as the live values of two networks leave room for."""
-    dying, live, peak = _last_uses(gm), 0, 1
+    dying, live, peak = last_uses(gm), 0, 1
     for node in gm.graph.nodes:
         live += _size(node)
         peak = max(peak, live)

@@ -17,6 +17,7 @@ from rewriter.sensitivity import analyze as analyze_layers
 from search.evaluator import RewriteEvaluator, Tick
 from search.notebook import ShownSensitivity
 from search.records import Baseline, RunError, read_json, write_json
+from search.sensitivity_picture import sensitivity_svg
 
 log = logging.getLogger(__name__)
 
@@ -66,7 +67,7 @@ def analyze(
     exact: bool = False,
     tick: Tick = lambda done, total: None,
 ) -> Sensitivity:
-    """Rank the layers and write ``sensitivity.json``; a killed analysis goes on where it was.
+    """Rank the layers and write ``sensitivity.json`` and the picture ``sensitivity.svg``; a killed analysis goes on where it was.
 
     Args:
         evaluator: Of the run.
@@ -80,7 +81,7 @@ def analyze(
     targets = evaluator.samples.targets
     metric = None if targets is None else _per_sample(evaluator)
     found = analyze_layers(
-        copy_graph(evaluator.gm),
+        copy_graph(evaluator.gm).to(evaluator.device),
         evaluator.scheme,
         evaluator.calibration,
         inputs,
@@ -96,19 +97,17 @@ def analyze(
     )
     content = found.to_json()
     content["simulated_baseline"] = content["baseline"]
-    write_json(
-        folder / "sensitivity.json",
-        {
-            **content,
-            "baseline": asdict(baseline),
-            "samples": count,
-            "layer_samples": len(inputs),
-            "engine": "simulate",
-            "opaque": [asdict(part) for part in evaluator.gm.meta["opaque"]],
-            "exact": exact,
-            "fingerprint": evaluator.records.fingerprint,
-        },
-    )
+    content |= {
+        "baseline": asdict(baseline),
+        "samples": count,
+        "layer_samples": len(inputs),
+        "engine": "simulate",
+        "opaque": [asdict(part) for part in evaluator.gm.meta["opaque"]],
+        "exact": exact,
+        "fingerprint": evaluator.records.fingerprint,
+    }
+    write_json(folder / "sensitivity.json", content)
+    (folder / "sensitivity.svg").write_text(sensitivity_svg(content), encoding="utf-8")
     known = read_sensitivity(folder)
     assert known is not None
     return known

@@ -19,6 +19,7 @@ from search.evaluator import extra_macs
 from search.exhibits import write_exhibits
 from search.job import Job, float_metric, load_network, open_job
 from search.records import RunError, Score, read_json
+from search.remarks import remarks
 from search.report import write_report
 from search.results import Results, load_results, write_front
 from search.run import (
@@ -133,7 +134,7 @@ def analyze(
     quiet: Quiet = False,
     seed: Seed = None,
 ) -> None:
-    """Which layers int8 breaks, why, and which rules answer them. Writes DIR/sensitivity.json.
+    """Which layers int8 breaks, why, and which rules answer them. Writes DIR/sensitivity.json, .svg.
 
     Example: quantfix analyze configs/digits.yaml
     """
@@ -142,7 +143,9 @@ def analyze(
     sensitivity = sensitivity_of(job, progress(quiet), exact=exact)
     if not quiet:
         out.print(sensitivity_table(sensitivity))
-        say(f"written: {folder / 'sensitivity.json'}")
+        for line in remarks(read_json(folder / "sensitivity.json")):
+            say(line)
+        say(f"written: {folder / 'sensitivity.json'}, {folder / 'sensitivity.svg'}")
 
 
 @app.command()

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import errno
 import logging
-import statistics
 import time
 from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import contextmanager
@@ -23,7 +22,7 @@ from torch import Tensor, fx
 from torch.utils import _pytree as pytree
 
 from rewriter import Plan, Quantized, cost, simulate
-from rewriter.assemble import Assembled, assemble
+from rewriter.assemble import Assembled, assemble, prepare
 from rewriter.errors import RewriteError
 from rewriter.graph import channels_last
 from rewriter.int8.onnx import float_onnx, to_onnx
@@ -32,7 +31,7 @@ from rewriter.int8.session import Session
 from rewriter.plan import rewrite, rule_named
 from search.apart import LostError, apart
 from search.constraints import size_of
-from search.measure import Measure, Part
+from search.measure import Measure, Part, Runner, latency
 from search.racing import Race
 from search.records import Baseline, Confirmations, Records, Samples, Score
 from search.samples import SampleSet, Tick
@@ -40,9 +39,7 @@ from search.tasks import Task
 
 log = logging.getLogger(__name__)
 
-RUNS = 30  # of one input, behind a latency
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-Runner = Callable[[Tensor], list[Tensor]]
 
 
 @dataclass
@@ -161,6 +158,7 @@ class RewriteEvaluator:
         if self.limit_s is None:
             return action()
         self.measured.float_metric(self.chosen_on)  # once, and not in each child
+        prepare(self.gm, self.calibration)
         try:
             return apart(action, self.limit_s)
         except LostError as cause:
@@ -331,18 +329,6 @@ class RewriteEvaluator:
         if outputs is None:
             return self.measured.float_metric(part)[0]
         return self.measured.metric([o[slice(*part)] for o in outputs], part)
-
-
-def latency(runner: Runner, x: Tensor, runs: int = RUNS) -> float:
-    """Median milliseconds of one input on this machine, as busy as it is; x is (1, ...)."""
-    for _ in range(3):
-        runner(x)
-    times: list[float] = []
-    for _ in range(runs):
-        start = time.perf_counter()
-        runner(x)
-        times.append(1000 * (time.perf_counter() - start))
-    return round(statistics.median(times), 4)
 
 
 def extra_macs(gm: fx.GraphModule, plans: Sequence[Plan]) -> dict[str, int]:

@@ -41,6 +41,16 @@ log = logging.getLogger(__name__)
 WARM_UP = 0.05  # share of the steps in which the rate rises
 BETAS, EPS = (0.9, 0.99), 1e-10
 LEAST = 1e-2  # of a channel's scale relative to its tensor's
+# what torch.load raises where a file is no checkpoint
+DAMAGED = (
+    pickle.UnpicklingError,
+    RuntimeError,
+    LookupError,
+    ValueError,
+    TypeError,
+    EOFError,
+    AttributeError,
+)
 SMALLEST = 1e-3  # scale of biases that start at zero
 
 
@@ -173,7 +183,9 @@ class Training:
             loss = self._loss(found, wanted)
             if not bool(torch.isfinite(loss)):
                 return False
-            gradients = torch.autograd.grad(loss, list(parameters.values()), allow_unused=True)
+            gradients: Any = torch.autograd.grad(
+                loss, list(parameters.values()), allow_unused=True
+            )
         state.step += 1
         rate = self.options.rate * _schedule(state.step, self.options.steps)
         decay = min(self.options.ema, (1 + state.step) / (10 + state.step))
@@ -224,7 +236,7 @@ class Training:
             try:
                 stored = torch.load(self.checkpoint, self.device, weights_only=True)
                 return _State(**stored)
-            except (pickle.UnpicklingError, RuntimeError, EOFError, TypeError) as damage:
+            except DAMAGED as damage:
                 log.warning("%s: unreadable, training again: %s", self.checkpoint, damage)
         first = self.loss(self.student)
         if not math.isfinite(first):

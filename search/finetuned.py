@@ -17,7 +17,7 @@ from search.evaluator import RewriteEvaluator
 from search.finetune import Trained, Training
 from search.finetune_data import Pool, pool_of
 from search.job import Job, Progress, silent
-from search.records import Records, Score, note
+from search.records import Records, Score, note, read_json
 from search.samples import Tick
 
 VERSION = 1  # raised when the result of a training changes
@@ -186,14 +186,17 @@ def finetune(job: Job, plans: Sequence[Plan], progress: Progress = silent) -> No
     """
     options = job.cfg.finetune
     tuner = Finetuner(job, options)
-    trained: dict[str, Any] = {}
-    controls = {plan: control_of(plan) for plan in plans}
-    wanted = dict.fromkeys([*plans, *(c for c in controls.values() if c is not None)])
-    for plan in wanted:
-        job.evaluator.confirm(plan)
-        trained[str(plan)] = asdict(tuner.score(plan, progress)[1])
-        done = {p: c for p, c in controls.items() if str(p) in trained}
-        rows = {str(p): None if c is None else str(c) for p, c in done.items()}
+    known = read_json(job.folder / "run.json").get("finetune", {})
+    if known.get("digest") != tuner.pool.digest:
+        known = {"plans": {}, "trained": {}}  # of another recipe, whose scores stand elsewhere
+    rows, trained = dict(known["plans"]), dict(known["trained"])
+    for plan in plans:
+        control = control_of(plan)
+        for wanted in (plan, control):
+            if wanted is not None:
+                job.evaluator.confirm(wanted)
+                trained[str(wanted)] = asdict(tuner.score(wanted, progress)[1])
+        rows[str(plan)] = None if control is None else str(control)
         facts = {"digest": tuner.pool.digest, "options": options.model_dump(), "plans": rows}
         note(job.folder, finetune={**facts, "trained": trained})
 

@@ -155,9 +155,7 @@ def open_job(
     chosen = chosen_on(samples.count, cfg.search.confirmation)
     scheme = target(cfg.target)
     engine = scheme.engine if cfg.engine == "auto" else cfg.engine
-    device = cfg.device
-    if device == "auto":
-        device = "cuda" if torch.cuda.is_available() else "cpu"
+    device = device_of_run(cfg)
     calibration = Digest()
     calibration.add([cfg.calibration.method, *network.calibration])
     parts = {
@@ -210,6 +208,26 @@ def open_job(
         timed=cfg.search.cost == "latency" or cfg.search.max_latency_ms is not None,
     )
     return Job(cfg, folder, evaluator, network.data)
+
+
+def device_of_run(cfg: Config) -> str:
+    """Where torch runs.
+
+    Raises:
+        ConfigError: the config asks for a GPU that torch does not see.
+    """
+    seen = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    device = ("cuda" if seen else "cpu") if cfg.device == "auto" else cfg.device
+    if device == "cpu":
+        return device
+    number = int(device.partition(":")[2] or 0)
+    if number >= seen:
+        raise ConfigError(
+            f"{cfg.path.name}: device: {device}: torch sees {seen} CUDA devices here"
+        )
+    # 10 bits of mantissa in the float network's convolutions would look like damage of int8
+    torch.backends.cudnn.allow_tf32 = False
+    return device
 
 
 def _inputs(dataset: Any) -> Any:

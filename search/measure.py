@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+import statistics
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol, runtime_checkable
@@ -18,6 +20,8 @@ from search.samples import SampleSet
 from search.tasks import Task
 
 REPLICATES = 500
+RUNS = 30  # of one input, behind a latency
+Runner = Callable[[Tensor], list[Tensor]]
 Part = tuple[int, int]
 """The samples from the first number up to, but without, the second."""
 
@@ -124,3 +128,15 @@ def _weights(count: int) -> NDArray[np.float64]:
     """(REPLICATES, count) how often each sample is in each bootstrap sample."""
     index = resampled_indices(count, REPLICATES)
     return np.stack([np.bincount(row, minlength=count) for row in index]).astype(np.float64)
+
+
+def latency(runner: Runner, x: Tensor, runs: int = RUNS) -> float:
+    """Median milliseconds of one input on this machine, as busy as it is; x is (1, ...)."""
+    for _ in range(3):
+        runner(x)
+    times: list[float] = []
+    for _ in range(runs):
+        start = time.perf_counter()
+        runner(x)
+        times.append(1000 * (time.perf_counter() - start))
+    return round(statistics.median(times), 4)

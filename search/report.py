@@ -18,7 +18,7 @@ from search.report_outputs import outputs_section
 from search.report_page import Section, listed, page, paragraph, plot, table
 from search.report_ranges import ranges_section
 from search.results import Results
-from search.tables import front_rows, score_rows
+from search.tables import finetuned_rows, front_rows, score_rows
 
 LEGEND = (
     "Point at a plan for its steps and numbers. Filled: on the front; hollow: costs more, does less damage, and its "
@@ -27,6 +27,8 @@ LEGEND = (
     "Plans far below plain int8 lie outside; zoom out to see them."
 )
 EFFECTS = "Each row compares two plans that were scored, of which one has this step more; several rows need not add up."
+
+TRAINED = "Before and after training; the control is the same training without the rewrites that cost MACs."
 
 
 def write_report(results: Results) -> tuple[Path, Path]:
@@ -52,6 +54,7 @@ def html_report(results: Results, exhibits: Mapping[str, Any] | None = None) -> 
     title = f"quantfix: {Path(str(results.facts['config'])).stem} on {results.facts['target']}"
     sections = [
         Section("front", "Front: compute against int8 quality", _front(results)),
+        Section("finetuned", "Fine-tuned", _trained(results)),
         layers_section(results.sensitivity),
         network_section(exhibits, results.sensitivity),
         ranges_section(exhibits),
@@ -79,6 +82,12 @@ def _front(results: Results) -> str:
         parts.append("<h3>For comparison: the most harmful layers left in float</h3>")
         parts.append(table(*score_rows(results.references)))
     return "".join(parts)
+
+
+def _trained(results: Results) -> str:
+    if not results.finetuned:
+        return ""
+    return table(*finetuned_rows(results), TRAINED)
 
 
 def _stale(results: Results, exhibits: Mapping[str, Any] | None) -> str:

@@ -20,7 +20,8 @@ from torch import fx
 
 from rewriter import Plan, Step, cost, find_sites
 from rewriter.graph import layers
-from rewriter.ladder import REMEDIES
+from rewriter.ladder import REMEDIES, Splits
+from rewriter.splits import HEAD, RANGES, TAIL, exact_splits
 from search.analysis import Sensitivity, analyze, read_sensitivity
 from search.apart import possible
 from search.config import Config, load_config
@@ -29,6 +30,7 @@ from search.constraints import Limits
 from search.evaluator import extra_macs
 from search.front import cost_named, select_front
 from search.job import Job, Progress, Told, open_job, silent
+from search.prediction import refitted
 from search.racing import Race
 from search.records import Samples, Score, note
 from search.results import load_results
@@ -98,7 +100,9 @@ def space_of(job: Job, sensitivity: Sensitivity) -> Space:
     damage = sensitivity.damage_by_node()
     limits = limits_of(job)
     budget = Budget(macs=limits.macs, float_layers=limits.float_layers)
-    return make_space(find_sites(job.gm), damage, price, macs, budget)
+    sites = find_sites(job.gm)
+    split = [s.anchor for _, steps in exact_splits(job.gm, sites, damage) for s in steps]
+    return make_space(sites, damage, price, macs, budget, always=split)
 
 
 def race_of(job: Job) -> Race:
@@ -127,7 +131,10 @@ def race_of(job: Job) -> Race:
         least=options.race,
         objective=job.objective,
         higher_is_better=job.evaluator.task.higher_is_better,
-        spared=lambda plan: _of_the_ladder(plan) or all(s.rule == KEEP_FLOAT for s in plan.steps),
+        spared=lambda plan: (
+            _of_the_ladder(plan, (TAIL, HEAD, *RANGES))
+            or all(s.rule == KEEP_FLOAT for s in plan.steps)
+        ),
         cost=cost_named(options.cost),
     )
 
@@ -137,8 +144,8 @@ def worth_trying(
 ) -> Callable[[Mapping[str, Score]], list[Plan]]:
     """What to score first, before any search.
 
-    References, the ladder of free remedies, each answer on top of its best rung, then what these
-    predict to be best.
+    References, the ladder of free remedies, each answer on top of its best rung, what these
+    predict to be best, and from then on, every other time, what all scores predict.
 
     A step is taken to multiply the damage by the factor that it has alone: so the prediction never
     falls below zero, and the logarithm is additive. A layer in float that was not scored takes
@@ -154,10 +161,13 @@ def worth_trying(
     singles = [p for p in single_plans(space, max(6, trials // 3)) if not _of_the_ladder(p)]
     alone = {Step(KEEP_FLOAT, d.node): d.damage for d in sensitivity.layers}
 
+    splits = exact_splits(gm, find_sites(gm), sensitivity.damage_by_node())
+    splits = [(name, space.repair(steps).steps) for name, steps in splits]
+
     def worth(scores: Mapping[str, Score]) -> list[Plan]:
-        ladder = rungs(gm, scores)
+        ladder = rungs(gm, scores, splits)
         if isinstance(ladder, Plan):
-            return list(dict.fromkeys([*first, *_below(gm, scores), ladder]))
+            return list(dict.fromkeys([*first, *_below(gm, scores, splits), ladder]))
         base = start(ladder)
         plans = [*first, *(r.plan for r in ladder if not r.note), *_on_top(space, base, singles)]
         empty, bottom = scores.get(""), scores.get(str(base))
@@ -166,29 +176,39 @@ def worth_trying(
         if empty is None or not empty.damage or bottom is None or not bottom.damage:
             return plans
         gain: dict[Step, float] = {}
+        measured: set[Step] = set()
         for step in space.steps():
             score = scores.get(str(space.repair([*base.steps, step])))
             if step in base.steps:
                 continue
             if score is not None and score.damage is not None:
                 left = score.damage / bottom.damage
+                measured.add(step)
             else:
                 left = 1 - alone.get(step, 0.0) / empty.damage
             gain[step] = -math.log(max(left, LEAST_LEFT))
-        found = predicted_front(space, gain, math.log(bottom.damage))
-        return plans + _on_top(space, base, [plan for plan, _ in found])
+        total = math.log(bottom.damage)
+        plans += _on_top(space, base, [p for p, _ in predicted_front(space, gain, total)])
+        if len(scores) % 2 == 0 and all(str(p) in scores for p in plans):
+            gains = refitted(gain, frozenset(measured), base, scores)
+            for belief in (gains.mean, gains.hoped()):
+                found = predicted_front(space, belief, total)
+                plans += _on_top(space, base, [plan for plan, _ in found])
+        return plans
 
     return worth
 
 
-def _of_the_ladder(plan: Plan) -> bool:
-    return all(step.rule in dict(REMEDIES).values() for step in plan.steps)
+def _of_the_ladder(plan: Plan, more: tuple[str, ...] = ()) -> bool:
+    return all(step.rule in (*dict(REMEDIES).values(), *more) for step in plan.steps)
 
 
-def _below(gm: fx.GraphModule, scores: Mapping[str, Score]) -> list[Plan]:
+def _below(gm: fx.GraphModule, scores: Mapping[str, Score], splits: Splits) -> list[Plan]:
     """The rungs that are scored already, in the order in which they were climbed."""
     known: list[Plan] = []
-    while isinstance(following := rungs(gm, {str(p): scores[str(p)] for p in known}), Plan):
+    while isinstance(
+        following := rungs(gm, {str(p): scores[str(p)] for p in known}, splits), Plan
+    ):
         if str(following) not in scores:
             break
         known.append(following)

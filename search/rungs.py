@@ -10,7 +10,7 @@ from collections.abc import Mapping
 
 from torch import fx
 
-from rewriter.ladder import Rung, best, climb
+from rewriter.ladder import Rung, Splits, best, climb
 from rewriter.plan import Plan
 from search.records import Score
 
@@ -21,12 +21,15 @@ class _UnknownError(Exception):
         self.plan = plan
 
 
-def rungs(gm: fx.GraphModule, scores: Mapping[str, Score]) -> tuple[Rung, ...] | Plan:
+def rungs(
+    gm: fx.GraphModule, scores: Mapping[str, Score], splits: Splits = ()
+) -> tuple[Rung, ...] | Plan:
     """The whole ladder where every rung is scored, else the plan that is to be scored next.
 
     Args:
         gm: Profiled canonical graph.
         scores: By plan text; a failed plan counts as a rung that does not help.
+        splits: Rungs that split layers.
     """
 
     def known(plan: Plan) -> Score:
@@ -35,7 +38,7 @@ def rungs(gm: fx.GraphModule, scores: Mapping[str, Score]) -> tuple[Rung, ...] |
         return scores[str(plan)]
 
     try:
-        return climb(gm, known)
+        return climb(gm, known, splits=splits)
     except _UnknownError as missing:
         return missing.plan
 

@@ -147,6 +147,7 @@ def make_space(
     macs: int,
     budget: Budget | None = None,
     limit: int = LIMIT,
+    always: Iterable[str] = (),
 ) -> Space:
     """The space of the sites of a network, most harmful anchors first.
 
@@ -160,6 +161,7 @@ def make_space(
         macs: Cost of the network as it is.
         budget: Steps that alone exceed it are left out.
         limit: Anchors kept at most; where there are more, harmless ones are left out as well.
+        always: Anchors that are kept whatever harm they do.
     """
     budget = budget or Budget()
     places: dict[str, list[Site]] = {}
@@ -175,10 +177,12 @@ def make_space(
     if len(ranked) > limit:
         worst = max((h for h in harm.values() if h < math.inf), default=0.0)
         limit = min(limit, sum(harm[a] >= HARMLESS * worst for a in ranked))
+    always = set(always)
+    kept = [*ranked[:limit], *(a for a in ranked[limit:] if a in always)]
     choices: dict[str, list[str]] = {}
     nodes: dict[Step, frozenset[str]] = {}
     extra: dict[Step, int] = {}
-    for site in (site for anchor in ranked[:limit] for site in places[anchor]):
+    for site in (site for anchor in kept for site in places[anchor]):
         step = Step(site.rule, site.nodes[0])
         added = price(step)
         if added is None or not budget.meets(macs + added, int(site.rule == KEEP_FLOAT)):
@@ -193,7 +197,7 @@ def make_space(
         extra_macs=extra,
         macs=macs,
         budget=budget,
-        dropped=tuple(ranked[limit:]),
+        dropped=tuple(a for a in ranked[limit:] if a not in always),
     )
 
 

@@ -12,10 +12,12 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any
 
+from optuna.exceptions import OptunaError
 from optuna.storages import BaseStorage, JournalStorage, get_storage
 from optuna.storages.journal import JournalFileBackend, JournalFileOpenLock
+from sqlalchemy.exc import SQLAlchemyError
 
-from search.records import append, mend
+from search.records import RunError, append, mend
 
 
 def journal(path: Path) -> JournalStorage:
@@ -26,8 +28,27 @@ def journal(path: Path) -> JournalStorage:
 
 
 def storage_at(place: str) -> BaseStorage:
-    """Optuna storage of a database URL, or of a journal file."""
-    return get_storage(place) if "://" in place else journal(Path(place))
+    """Optuna storage of a database URL, or of a journal file.
+
+    Raises:
+        RunError: the database cannot be opened.
+    """
+    if "://" not in place:
+        return journal(Path(place))
+    scheme, _, rest = place.partition("://")
+    # "postgresql" alone is another driver in each version of SQLAlchemy
+    driver = "postgresql+psycopg" if scheme in ("postgres", "postgresql") else scheme
+    shown = f"{scheme}://{rest.rpartition('@')[2]}"  # without a password
+    try:
+        return get_storage(f"{driver}://{rest}")
+    except ImportError as cause:
+        raise RunError(
+            f"--storage {shown}: {cause.name or cause} is not installed: "
+            "pip install 'quantfix[postgres]'"
+        ) from cause
+    except (ValueError, SQLAlchemyError, OptunaError) as cause:
+        reason = str(cause.__cause__ or cause).strip().splitlines() or [type(cause).__name__]
+        raise RunError(f"--storage {shown}: cannot be opened: {reason[0]}") from cause
 
 
 @contextmanager

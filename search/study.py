@@ -154,7 +154,10 @@ def search(
             if settings.timeout_s is not None and time.monotonic() - began >= settings.timeout_s:
                 return Outcome("timeout", count)
             seed = _seed(settings.seed, len(ended), len(claimed))
-            plan = _next(space, worth, records, trials, claimed | set(ended), settings, seed)
+            # Only of trials that have ended: a score whose trial was killed before it was told, or
+            # one from elsewhere, must not change which plan comes next.
+            scores = {s.plan: s for s in records.scores() if s.plan in ended}
+            plan = _next(space, worth, scores, trials, claimed | set(ended), settings, seed)
             if plan is None:
                 return Outcome("exhausted", count)
             tried = _try(study, plan, evaluate, records, space, settings, worker)
@@ -168,14 +171,14 @@ def search(
 def _next(
     space: Space,
     worth: Worth,
-    records: Records,
+    scores: Mapping[str, Score],
     trials: Sequence[FrozenTrial],
     seen: set[str],
     settings: Settings,
     seed: int,
 ) -> Plan | None:
     """The plan to try next, None where all are known."""
-    for plan in worth({s.plan: s for s in records.scores()}):
+    for plan in worth(scores):
         if str(plan) not in seen and space.choice(plan) is not None:
             return plan
     refused: set[str] = set()

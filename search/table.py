@@ -145,6 +145,8 @@ def make_table(
         score, _ = tuner.score(replaced, progress)
         add(f"replaced + {TRAININGS[loss]}", score, loss)
     remedies = Plan(tuple(Step(rule, "model") for _, rule in REMEDIES))
+    both = Plan((*replaced.steps, *remedies.steps))
+    add("replaced + free rewrites", job.evaluator.confirm(both))
     add("control: free rewrites", job.evaluator.confirm(remedies), control=True)
     for loss, tuner in tuners.items():
         score, _ = tuner.score(empty, progress)

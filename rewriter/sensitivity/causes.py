@@ -272,9 +272,8 @@ def _output_causes(values: Sequence[fx.Node], usage: Mapping[fx.Node, Usage]) ->
 
 def _usage(quantized: Quantized, wanted: set[fx.Node], inputs: Tensor) -> dict[fx.Node, Usage]:
     found: dict[fx.Node, Usage] = {}
-    device = next((p.device for p in quantized.gm.parameters()), inputs.device)
     with torch.no_grad():
-        for node, value in walk(quantized.gm, (inputs.to(device),)):
+        for node, value in walk(quantized.gm, (inputs,)):
             if node in wanted and isinstance(value, Tensor) and value.ndim >= 2:
                 found[node] = _usage_of(quantized, node, value)
             if len(found) == len(wanted):

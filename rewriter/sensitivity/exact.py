@@ -91,7 +91,8 @@ def _score(
     signal, noise = objective.noise(reference, found)
     values = None
     if metric is not None and targets is not None:
-        values = torch.as_tensor(metric(found, targets)).double().flatten().tolist()
+        on_cpu = [o.cpu() for o in found]  # where the targets are
+        values = torch.as_tensor(metric(on_cpu, targets)).double().flatten().tolist()
     return {
         "damage": objective.damage(reference, found).tolist(),
         "signal": signal.tolist(),

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, fx, nn
 from torch.nn import functional
 
-from rewriter.graph import is_call, module_of, outputs, run_node
+from rewriter.graph import device_of, is_call, last_uses, module_of, outputs, run_node
 from rewriter.int8.annotate import annotate, annotation, is_layer, moves_values
 from rewriter.int8.scheme import QuantScheme, QuantSpec, channel_axis, dequantized_weight
 from rewriter.int8.simulate import Quantized
@@ -174,21 +174,15 @@ class Forks:
         self.quantized, self.gm = quantized, quantized.gm
         (self.output,) = self.gm.graph.find_nodes(op="output")
         self.nodes = [n for n in self.gm.graph.nodes if n.op != "output"]
-        self.index = {n: i for i, n in enumerate(self.nodes)}
         self.returned = outputs(self.gm)
-        end = len(self.nodes)
-        self.last = {
-            n: max((self.index.get(u, end) for u in n.users), default=-1) for n in self.nodes
-        }
-        self.dying: list[list[fx.Node]] = [[] for _ in range(end + 1)]
-        for node, last in self.last.items():
-            self.dying[last if last >= 0 else self.index[node]].append(node)
+        uses = last_uses(self.gm)
+        self.dying = [uses.get(n, []) for n in self.nodes]
         self.in_place = {n for n in self.nodes if _may_overwrite(self.gm, n)}
         self.modules = modules_of(self.gm)
         moved = {n.name for n in self.nodes if moves_values(self.gm, n)}
         self.moved = moved
         self.params: dict[fx.Node, tuple[float, int, QuantSpec]] = {}
-        self.device = next((p.device for p in self.gm.parameters()), torch.device("cpu"))
+        self.device = device_of(self.gm)
 
     def share(self, base: Variant, variant: Variant) -> float:
         """Share of the network's multiply-accumulates that a fork to ``variant`` runs."""

@@ -62,7 +62,7 @@ class Objective:
             return Objective("classes", probabilities)
         groups = [_groups(r) for r in reference]
         energy = [
-            _group_energy(r, axis, number).mean(0)
+            _group_energy(r, axis, number).mean(0).cpu()
             for r, (axis, number) in zip(reference, groups, strict=True)
         ]
         return Objective("values", False, groups, energy)

@@ -28,7 +28,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from rewriter.graph import outputs
+from rewriter.graph import device_of, last_uses, outputs
 from rewriter.int8.annotate import annotation
 from rewriter.int8.scheme import QuantSpec
 from rewriter.int8.simulate import Quantized
@@ -175,15 +175,12 @@ class Screener:
         self.params = {
             v: value_params(quantized, v) for some in self.rounded.values() for v in some
         }
-        self.last: dict[fx.Node, fx.Node] = {}
-        for node in self.gm.graph.nodes:
-            for used in node.all_input_nodes:
-                self.last[used] = node
+        self.dying = last_uses(self.gm)
         self.candidates: dict[str, list[Candidate]] = {}
         for c in candidates:
             self.candidates.setdefault(c.makes, []).append(c)
         self.wanted = {c.reads for c in candidates}
-        self.device = next((p.device for p in self.gm.parameters()), torch.device("cpu"))
+        self.device = device_of(self.gm)
 
     def batch(self, inputs: Tensor, generator: torch.Generator) -> dict[str, Any]:
         """Projections of every part of the int8 error on one batch (N, ...), as plain JSON values.
@@ -236,9 +233,8 @@ class Screener:
                 for c in self.candidates.get(node.name, ()):
                     hang.candidate(c, kept[c.reads], value)
                 values[node] = value
-                for used in node.all_input_nodes:
-                    if self.last[used] is node:
-                        del values[used]
+                for used in self.dying.get(node, ()):
+                    del values[used]
         return [values[n] for n in self.returned], roots
 
     def _at_outputs(self, plain: list[Tensor], direction: list[Tensor]) -> dict[Key, Tensor]:

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from torch import Tensor, fx
 
-from rewriter.graph import find, kind_of, layer_name, layers
+from rewriter.graph import device_of, find, kind_of, layer_name, layers
 from rewriter.int8.annotate import annotation, is_layer
 from rewriter.int8.simulate import Quantized
 from rewriter.ranges import width
@@ -77,7 +77,10 @@ def summarise(
     float_, int8 = tallies["float"], tallies["*"]
     harmful = [find(gm, n) for n in ranked[:top]]
     causes = find_causes(quantized, screening, harmful, inputs)
+    device = device_of(gm)
+    gm.to("cpu")  # where rules rewrite
     answers = find_answers(quantized, harmful)
+    gm.to(device)
     weight, whole = screening.weight_damage(), screening.layer_damage()
     noise = _noise_per_damage([tallies[n] for n in ranked if n in tallies])
     found: list[LayerDamage] = []

@@ -246,7 +246,7 @@ def test_memory_does_not_grow_with_the_number_of_inputs() -> None:
         return size
 
     peak(1)
-    assert peak(12) < 1.5 * peak(2)
+    assert peak(40) < peak(2) + 2**15  # what Python itself keeps for reuse comes and goes
 
 
 # ------------------------------------------------------------------------------------ weights

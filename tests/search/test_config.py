@@ -71,6 +71,21 @@ def test_the_config_cannot_be_changed(tmp_path: Path) -> None:
         ("trials: 7", "trials: 0", "run.yaml:5: search.trials: should be greater than or equal"),
         ("trials: 7", "trials: 2.5", "run.yaml:5: search.trials: should be a valid integer"),
         ("1.2", ".nan", "run.yaml:5: search.max_macs: should be"),
+        (
+            "target:",
+            "finetune: {step: 3}\ntarget:",
+            "run.yaml:4: finetune.step: unknown key; did you mean steps?",
+        ),
+        (
+            "target:",
+            "finetune: {loss: label}\ntarget:",
+            "run.yaml:4: finetune.loss: should be 'distillation' or 'labels'; is 'label'; did you",
+        ),
+        (
+            "target:",
+            "finetune: {rate: 0}\ntarget:",
+            "run.yaml:4: finetune.rate: should be greater",
+        ),
         ("1.2", "115", "run.yaml:5: search.max_macs: should be less than or equal to 100"),
         ("per_tensor", "per_tenser", "run.yaml:4: target: unknown: 'per_tenser'; did you mean"),
         (

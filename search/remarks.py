@@ -1,0 +1,42 @@
+"""What an analysis found beside its ranking, in sentences: values that hurt, and layers that interact."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+# A value with less than this share of the whole damage is not worth a sentence.
+SHARE = 0.1
+MOST = 5
+
+
+def remarks(content: Mapping[str, Any]) -> list[str]:
+    """Lines about the content of sensitivity.json, the most harmful first."""
+    whole = content.get("simulated_baseline", content["baseline"])["damage"]
+    harmful = [v for v in content["values"] if v["damage"] >= SHARE * whole > 0][:MOST]
+    return [_value(v) for v in harmful] + [
+        _interaction(x) for x in content["interaction"] if x["disagrees"]
+    ]
+
+
+def _value(value: Mapping[str, Any]) -> str:
+    low, high = value["range"]
+    made = f", made by {value['layer']}," if value["layer"] else ""
+    said = f"value {value['value']}{made} does {value['damage']:.3g} damage: range [{low:.4g}, {high:.4g}]"
+    if value["channels"]:
+        plural = "s" if len(value["channels"]) > 1 else ""
+        said += f" set by channel{plural} {', '.join(map(str, value['channels']))}"
+        said += f", the widest {value['spread']:.3g} times the middle one"
+    if value["feeds"]:
+        said += f"; read by {', '.join(value['feeds'])}"
+    return said
+
+
+def _interaction(found: Mapping[str, Any]) -> str:
+    how = "" if found["measured"] else ", as predicted"
+    gain = found["gain"]
+    effect = f"takes {gain:.3g} away" if gain >= 0 else f"adds {-gain:.3g}"
+    return (
+        f"layer {found['layer']} interacts with others{how}: alone in int8 it does "
+        f"{found['alone']:.3g} damage, and leaving it in float {effect}"
+    )
