@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test check conformance slow clean
+.PHONY: demo test check conformance slow cluster clean
 
 demo: $(VENV)/.installed
 	$(BIN)/quantfix run configs/digits.yaml
@@ -23,6 +23,12 @@ conformance: $(VENV)/.dev
 
 slow: $(VENV)/.dev
 	$(BIN)/python -m pytest -m slow
+
+# Searches on several machines: with a PostgreSQL that the tests start themselves, if it is installed, on two local Ray nodes,
+# and under the eyes of optuna-dashboard. What is not there is skipped, with the reason.
+cluster: $(VENV)/.dev
+	$(BIN)/python -m pip install --quiet --editable '.[postgres,ray,dashboard]'
+	$(BIN)/python -m pytest -m "slow or not slow" tests/search/test_postgres.py tests/search/test_cluster.py tests/search/test_live.py
 
 $(VENV)/.installed: pyproject.toml
 	$(PYTHON) -m venv $(VENV)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import shlex
 import sys
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -13,6 +14,7 @@ from rich.logging import RichHandler
 from rich.table import Table
 
 from rewriter import Plan, RewriteError, cost, find_sites
+from search.cluster import search_on_ray
 from search.config import Config, ConfigError, load_config, shipped_config
 from search.console import err, out, progress, refused, say
 from search.evaluator import extra_macs
@@ -69,6 +71,10 @@ MaxMacs = Annotated[
 Storage = Annotated[
     str | None,
     typer.Option(metavar="URL", help="Optuna storage; default: a journal in the run directory."),
+]
+Ray = Annotated[
+    str | None,
+    typer.Option("--ray", metavar="auto|ADDRESS", help="Ray cluster on which the workers run."),
 ]
 
 
@@ -174,6 +180,7 @@ def run(
     timeout: Timeout = None,
     workers: Workers = None,
     storage: Storage = None,
+    ray: Ray = None,
     tuned: Tuned = None,
     quiet: Quiet = False,
     seed: Seed = None,
@@ -185,7 +192,7 @@ def run(
     cfg, folder = _opened(
         config, out_dir, seed=seed, trials=trials, timeout=timeout, workers=workers
     )
-    job, results = _run(with_training(cfg, tuned), folder, storage, quiet)
+    job, results = _run(with_training(cfg, tuned), folder, storage, quiet, ray=ray)
     _show(train_chosen(job, results, quiet), quiet)
 
 
@@ -315,7 +322,12 @@ def fix(
 
 
 def _run(
-    cfg: Config, folder: Path, storage: str | None, quiet: bool, goal: Goal | None = None
+    cfg: Config,
+    folder: Path,
+    storage: str | None,
+    quiet: bool,
+    goal: Goal | None = None,
+    ray: str | None = None,
 ) -> tuple[Job, Results]:
     """Analyse and search; whatever ends it, the front of what is scored is on disk."""
     bars = progress(quiet)
@@ -325,14 +337,20 @@ def _run(
     if not quiet:
         out.print(sensitivity_table(sensitivity, 8))
     try:
-        with helpers(cfg, folder, storage), bars("scoring plans") as tick:
-            run_search(
-                job,
-                sensitivity,
-                storage,
-                lambda score, count: tick(count, cfg.search.trials),
-                goal,
-            )
+        with (
+            nullcontext() if ray else helpers(cfg, folder, storage),
+            bars("scoring plans") as tick,
+        ):
+            if ray is not None:
+                search_on_ray(job, storage, ray, tick)
+            else:
+                run_search(
+                    job,
+                    sensitivity,
+                    storage,
+                    lambda score, count: tick(count, cfg.search.trials),
+                    goal,
+                )
         confirm_front(job, bars)
         with bars("drawing the network") as tick:
             write_exhibits(job, load_results(folder), tick)

@@ -190,6 +190,8 @@ class SearchConfig(_Section):
         race: Images after which a plan may first be given up, because it is clear that it is not
             on the front; 0: never. Four times as many are needed.
         workers: Processes that search.
+        worker_cpus: On a Ray cluster, processor cores of each.
+        worker_gpus: The same of GPUs; a fraction where several share one.
     """
 
     trials: int = Field(default=100, ge=1)
@@ -210,6 +212,8 @@ class SearchConfig(_Section):
     race: int = Field(default=64, ge=0)
     # each is a process with a network of its own; more belong on more machines (quantfix worker)
     workers: int = Field(default=1, ge=1, le=64)
+    worker_cpus: int = Field(default=1, ge=1)
+    worker_gpus: float = Field(default=0.0, ge=0)
 
 
 class FinetuneConfig(_Section):
@@ -240,7 +244,7 @@ class FinetuneConfig(_Section):
     quantization: Literal["learned", "fixed", "float"] = "learned"
     steps: int = Field(default=400, ge=1)
     batch: int = Field(default=16, ge=1)
-    rate: float = Field(default=1e-3, gt=0, le=1)
+    rate: float = Field(default=5e-4, gt=0, le=1)
     ema: float = Field(default=0.98, ge=0, lt=1)
     validation: float = Field(default=0.2, gt=0, le=0.9)
     check: int = Field(default=20, ge=1)

@@ -107,7 +107,10 @@ class Training:
     options: FinetuneConfig
     device: str = "cpu"
     checkpoint: Path | None = None
-    _judged: list[tuple[Tensor, Any]] = field(default_factory=list[tuple[Tensor, Any]], init=False)
+    _answers: list[Any] = field(default_factory=list[Any], init=False)
+
+    def __post_init__(self) -> None:
+        self.teacher.to(self.device)
 
     def run(self, tick: Tick = lambda done, total: None) -> Trained:
         """Edit the student: train it, or go on training it; leaves the best weights in it.
@@ -117,7 +120,6 @@ class Training:
             OSError: the checkpoint cannot be written.
         """
         self.student.to(self.device)
-        self.teacher.to(self.device)
         _prepare(self.student)
         parameters = {n: p for n, p in self.student.named_parameters() if p.requires_grad}
         start = {n: p.detach().clone() for n, p in parameters.items()}
@@ -150,7 +152,6 @@ class Training:
             state.step,
         )
         self.student.to("cpu")
-        self.teacher.to("cpu")
         return Trained(state.step, state.kept, state.first, state.best)
 
     def loss(self, network: Callable[[Tensor], Any]) -> float:
@@ -214,15 +215,15 @@ class Training:
 
     def _judges(self) -> Iterator[tuple[Tensor, Any]]:
         """Inputs that judge, and what is wanted of them; the teacher's answers are computed once."""
-        if not self._judged:
-            for x, labels in self.pool.judges(self.options.batch):
-                x = channels_last(x).to(self.device)
-                wanted = labels
-                if self.options.loss == "distillation":
-                    with torch.no_grad(), self._precision():
-                        wanted = flat(self.teacher(x))
-                self._judged.append((x, wanted))
-        return iter(self._judged)
+        for i, (x, labels) in enumerate(self.pool.judges(self.options.batch)):
+            x = channels_last(x).to(self.device)
+            if self.options.loss != "distillation":
+                yield x, labels
+                continue
+            if i == len(self._answers):
+                with torch.no_grad(), self._precision():
+                    self._answers.append(flat(self.teacher(x)))
+            yield x, self._answers[i]
 
     def _precision(self) -> AbstractContextManager[Any]:
         """Mixed precision on a GPU; bfloat16 has the range of float32, so no loss is scaled."""

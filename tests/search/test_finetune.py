@@ -181,6 +181,18 @@ def test_samples_are_read_once_as_far_as_memory_allows() -> None:
     assert [read.count(i) for i in range(3)] == [1, 1, 3]
 
 
+def test_a_data_set_that_augments_at_random_is_the_same_one_each_time(tmp_path: Path) -> None:
+    class Random(small.Unlabelled):
+        def __getitem__(self, index: int) -> Tensor:
+            return super().__getitem__(index) + 0.1 * torch.rand(())
+
+    data = Data(Random(IMAGES), small.Unlabelled(IMAGES))
+    pools = [pool_of(config(tmp_path, validation=0.25), data) for _ in range(2)]
+    assert pools[0].digest == pools[1].digest
+    first, again = (next(pools[0].judges(6))[0] for _ in range(2))
+    assert not torch.equal(first, again), "what is random was frozen"
+
+
 def test_losses_are_the_damage_of_a_batch_and_have_gradients() -> None:
     generator = torch.Generator().manual_seed(2)
     wanted = 3 * torch.randn(6, 5, generator=generator)

@@ -1,0 +1,118 @@
+from __future__ import annotations
+
+import math
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+
+from rewriter.plan import Plan, Step
+from search import run
+from search.prediction import refitted
+from search.records import Score
+from search.space import Budget
+from tests.search import fake
+
+STEPS = [Step("keep_float", name) for name in "abcdef"]
+BASE = Plan((Step("replace_block", "stem"),))
+BOTTOM = 0.4
+
+
+def scored(steps: list[Step], damage: float, **more: object) -> Score:
+    return Score(plan=str(Plan((*BASE.steps, *steps))), macs=1, damage=damage, **more)  # type: ignore[arg-type]
+
+
+def by_plan(*scores: Score) -> dict[str, Score]:
+    return {s.plan: s for s in (scored([], BOTTOM), *scores)}
+
+
+def test_a_law_that_holds_exactly_is_found_from_plans_of_many_steps() -> None:
+    """The prior is wrong by as much as it says it may be; twenty plans correct it."""
+    random = np.random.default_rng(0)
+    true = {s: float(g) for s, g in zip(STEPS, random.uniform(0.1, 1.0, 6), strict=True)}
+    believed = {s: g * float(random.uniform(0.6, 1.4)) for s, g in true.items()}
+    found: list[Score] = []
+    for _ in range(20):
+        steps = [s for s in STEPS if random.random() < 0.5]
+        found.append(scored(steps, BOTTOM * math.exp(-sum(true[s] for s in steps))))
+    gains = refitted(believed, frozenset(), BASE, by_plan(*found))
+    for step in STEPS:
+        assert abs(gains.mean[step] - true[step]) < 0.35 * abs(believed[step] - true[step]) + 0.01
+        assert gains.deviation[step] < 0.1
+
+
+def test_it_is_the_posterior_of_a_linear_model() -> None:
+    """Against the textbook's form in the space of the steps, which inverts another matrix."""
+    believed = {s: 0.2 + 0.1 * i for i, s in enumerate(STEPS)}
+    measured = frozenset(STEPS[:3])
+    plans = [[STEPS[0], STEPS[3]], [STEPS[1]], STEPS[:5]]
+    found = [scored(p, 0.1 + 0.05 * i) for i, p in enumerate(plans)]
+    gains = refitted(believed, measured, BASE, by_plan(*found))
+    prior = np.array([believed[s] for s in STEPS])
+    scale = np.array([0.3 if s in measured else 1.0 for s in STEPS]) * prior + 0.03
+    x = np.array([[s in p for s in STEPS] for p in plans], dtype=float)
+    y = np.array([-math.log((s.damage or 0) / BOTTOM) for s in found])
+    precision = np.diag(1 / scale**2) + x.T @ x / 0.1**2
+    mean = np.linalg.solve(precision, prior / scale**2 + x.T @ y / 0.1**2)
+    deviation = np.sqrt(np.diag(np.linalg.inv(precision)))
+    assert list(gains.mean.values()) == pytest.approx(mean)
+    assert list(gains.deviation.values()) == pytest.approx(deviation)
+
+
+def test_without_plans_of_these_steps_it_is_what_was_believed() -> None:
+    believed = dict.fromkeys(STEPS, 0.5)
+    gains = refitted(believed, frozenset(STEPS[:1]), BASE, by_plan())
+    assert gains.mean == believed
+    assert gains.deviation[STEPS[0]] == pytest.approx(0.18)
+    assert gains.deviation[STEPS[1]] == pytest.approx(0.53)
+    assert gains.hoped()[STEPS[1]] == pytest.approx(1.03)
+
+
+@pytest.mark.parametrize(
+    "more", [{"error": "planted"}, {"stopped": True}, {"damage": None}, {"damage": 0.0}]
+)
+def test_plans_that_say_nothing_about_the_damage_do_not_count(more: dict[str, object]) -> None:
+    believed = dict.fromkeys(STEPS, 0.5)
+    values = {"damage": 0.001} | more
+    plan = Score(plan=str(Plan((*BASE.steps, STEPS[0]))), macs=1, **values)  # type: ignore[arg-type]
+    assert refitted(believed, frozenset(), BASE, by_plan(plan)).mean == believed
+
+
+def test_a_plan_without_the_base_does_not_count() -> None:
+    believed = dict.fromkeys(STEPS, 0.5)
+    plan = Score(plan=str(Plan((STEPS[0],))), macs=1, damage=0.001)
+    assert refitted(believed, frozenset(), BASE, by_plan(plan)).mean == believed
+
+
+def test_a_search_predicts_anew_every_other_time_and_believes_what_it_saw(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Two merges that are worthless beside each other are not predicted together again."""
+    monkeypatch.setattr(run, "rungs", lambda gm, scores: ())
+    monkeypatch.setattr(run, "start", lambda ladder: Plan())
+    space = fake.space(Budget(macs=1.3 * fake.MACS, float_layers=0))
+    layers = [SimpleNamespace(node=n, damage=d) for n, d in fake.DAMAGE.items()]
+    worth = run.worth_trying(None, space, SimpleNamespace(layers=layers), 30)  # type: ignore[arg-type]
+    merges = {Step("merge_separable", "dw0"), Step("merge_separable", "dw1")}
+    scores: dict[str, Score] = {}
+
+    def score(plan: Plan) -> None:
+        damage = fake.TOTAL
+        for step in plan.steps:
+            damage *= 1 - fake.GAIN.get(step, 0.0) / fake.TOTAL
+        if merges <= set(plan.steps):
+            damage *= 3
+        macs = space.predicted_macs(plan)
+        scores[str(plan)] = Score(plan=str(plan), macs=macs, damage=damage)
+
+    asked: list[tuple[int, Plan]] = []
+    for turn in range(16):
+        wanted = [p for p in worth(scores) if str(p) not in scores]  # type: ignore[arg-type]
+        if wanted:
+            asked.append((len(scores), wanted[0]))
+        # where nothing is predicted, TPE tries something
+        score(wanted[0] if wanted else Plan((Step("keep_float", f"other{turn}"),)))
+    (both,) = (i for i, (_, plan) in enumerate(asked) if merges <= set(plan.steps))
+    again = asked[both + 1 :]
+    assert again
+    assert all(count % 2 == 0 for count, _ in again)
