@@ -29,7 +29,13 @@ class Cost:
 
 
 def cost(gm: fx.GraphModule) -> Cost:
-    """The cost of a canonical graph for one input of the shape it was traced with."""
+    """The cost of a canonical graph for one input of the shape it was traced with.
+
+    >>> from torch import nn, zeros
+    >>> from rewriter import trace
+    >>> cost(trace(nn.Sequential(nn.Conv2d(3, 8, 3, padding=1)).eval(), zeros(2, 3, 10, 10))).macs
+    21600
+    """
     zeros = [torch.zeros(1, *shape) for shape in gm.meta["example"]]
     calls: list[tuple[nn.Module, Any]] = []
     hooks = [

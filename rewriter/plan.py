@@ -28,7 +28,13 @@ class Step:
 
 @dataclass(frozen=True)
 class Plan:
-    """A set of steps, sorted and unique; ``str`` and ``Plan.parse`` are inverse."""
+    """A set of steps, sorted and unique; ``str`` and ``Plan.parse`` are inverse.
+
+    >>> str(Plan.parse("keep_float@fc equalize@model equalize@model"))
+    'equalize@model keep_float@fc'
+    >>> Plan.parse("keep_float@fc").steps[0].anchor
+    'fc'
+    """
 
     steps: tuple[Step, ...] = ()
 

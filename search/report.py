@@ -56,7 +56,7 @@ def html_report(results: Results, exhibits: Mapping[str, Any] | None = None) -> 
         Section("front", "Front: compute against int8 quality", _front(results)),
         Section("finetuned", "Fine-tuned", _trained(results)),
         layers_section(results.sensitivity),
-        network_section(exhibits),
+        network_section(exhibits, results.sensitivity),
         ranges_section(exhibits),
         outputs_section(exhibits),
         Section("failures", "Plans that could not be scored", _failures(results)),

@@ -5,25 +5,33 @@ from __future__ import annotations
 import difflib
 import itertools
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from html import escape
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from search.report_page import Section, drawing, folded, paragraph, table
 
+if TYPE_CHECKING:
+    from search.analysis import Sensitivity
+
+HARMFUL = 5  # layers that are marked with their cause
 WIDTH, ROW, BOX = 980, 34, 26
-COLUMN, LEFT, RIGHT = 420, 20, 540
+COLUMN, LEFT, RIGHT = 460, 4, 516
 AROUND = 1  # unchanged layers that are shown beside a changed one
-LONGEST = 54
+LONGEST = 76
 
 
 @dataclass(frozen=True)
 class Row:
-    """One line of the picture: the layer before and after, either of them None; or so many left out."""
+    """One line of the picture: the layer before and after, either of them None; or so many left out.
+
+    ``harm`` is the rank and the cause of a harmful layer.
+    """
 
     before: Mapping[str, Any] | None = None
     after: Mapping[str, Any] | None = None
     left_out: int = 0
+    harm: str = ""
 
     @property
     def changed(self) -> str:
@@ -39,45 +47,56 @@ class Row:
         return f"by {self.after['made_by']}" if self.after["made_by"] else ""
 
 
-def network_section(exhibits: Mapping[str, Any] | None) -> Section:
-    """The picture, its table, and the steps that act everywhere."""
+def network_section(
+    exhibits: Mapping[str, Any] | None, sensitivity: Sensitivity | None = None
+) -> Section:
+    """The picture with the harmful layers and what changed, its table, and the steps that act everywhere."""
     title = "The network before and after"
     if exhibits is None:
         return Section("network", title, "")
     plan = str(exhibits["plan"])
-    if not plan:
-        return Section(
-            "network",
-            title,
-            paragraph("Nothing is to be changed: the best plan is the empty one."),
-        )
-    everywhere = [s.partition("@")[0] for s in plan.split() if s.endswith("@model")]
     rows = aligned(exhibits["before"], exhibits["after"])
+    harmful = {} if sensitivity is None else _harmful(sensitivity)
+    rows = [replace(r, harm=harmful.get(str((r.before or {}).get("name")), "")) for r in rows]
     changed = [r for r in rows if r.changed]
     said = f"{len(changed)} of {len(rows)} layers are new, replaced, changed or left in float"
-    parts: list[str] = []
-    if everywhere:
-        parts.append(
-            paragraph(
-                f"Throughout the network, without a change of its layers: {', '.join(everywhere)}. "
-                "They act on weights, biases and ranges only."
-            )
-        )
-    if not changed:
+    parts = [paragraph(_everywhere(plan))]
+    if not changed and plan:
         parts.append(paragraph("No layer is added, replaced or left in float by this plan."))
-    else:
-        parts.append(
-            drawing(
-                network_svg(rows, said),
-                f"Left: as it is. Right: rewritten. {said}; green: new or "
-                "changed, red: replaced, amber: left in float. Runs of unchanged layers are left out.",
-            )
+    if changed or harmful:
+        caption = (
+            f"Left: as it is, the most harmful layers with their cause. Right: rewritten. {said}; green: new or "
+            "changed, red: replaced, amber: left in float. Runs of other layers are left out."
         )
-        named = [[_named(r.before), _named(r.after), r.changed] for r in changed]
-        parts.append(
-            folded("The changes as a table", table(["before", "after", "what happened"], named))
-        )
+        parts.append(drawing(network_svg(rows, said), caption))
+        named = [
+            [_named(r.before), _named(r.after), r.changed, r.harm]
+            for r in rows
+            if r.changed or r.harm
+        ]
+        listing = table(["before", "after", "what happened", "causes"], named)
+        parts.append(folded("The picture as a table", listing))
     return Section("network", title, "".join(parts))
+
+
+def _everywhere(plan: str) -> str:
+    whole = [s.partition("@")[0] for s in plan.split() if s.endswith("@model")]
+    if not plan:
+        return "Nothing is to be changed: the best plan is the empty one."
+    if not whole:
+        return "Every step of the plan acts at one place."
+    return (
+        f"Throughout the network, without a change of its layers: {', '.join(whole)}. "
+        "They act on weights, biases and ranges only."
+    )
+
+
+def _harmful(sensitivity: Sensitivity) -> dict[str, str]:
+    """The first layers of the ranking by node name, with what is wrong."""
+    worst = [d for d in sensitivity.layers[:HARMFUL] if d.damage > 0]
+    return {
+        d.node: f"{i}. {d.causes[0] if d.causes else 'harmful'}" for i, d in enumerate(worst, 1)
+    }
 
 
 def aligned(before: Sequence[Mapping[str, Any]], after: Sequence[Mapping[str, Any]]) -> list[Row]:
@@ -96,7 +115,12 @@ def aligned(before: Sequence[Mapping[str, Any]], after: Sequence[Mapping[str, An
 
 def shortened(rows: Sequence[Row]) -> list[Row]:
     """Changed rows and their neighbours; each run of others is one row that counts them."""
-    near = {i + k for i, row in enumerate(rows) if row.changed for k in range(-AROUND, AROUND + 1)}
+    near = {
+        i + k
+        for i, row in enumerate(rows)
+        if row.changed or row.harm
+        for k in range(-AROUND, AROUND + 1)
+    }
     found: list[Row] = []
     skipped = 0
     for i, row in enumerate(rows):
@@ -128,39 +152,40 @@ def network_svg(rows: Sequence[Row], said: str) -> str:
             )
         drawn += [_box(shown[i], column, x, ROW * (i + 1) - 4) for i in present]
     return (
-        f'<svg viewBox="0 0 {WIDTH} {height}" width="{WIDTH}" role="img" aria-label="{escape(said)}; '
+        f'<svg viewBox="0 0 {WIDTH} {height}" width="100%" role="img" aria-label="{escape(said)}; '
         f'listed in the table below">{"".join(drawn)}</svg>'
     )
 
 
 def _box(row: Row, column: str, x: float, y: float) -> str:
     if row.left_out:
-        word = f"{row.left_out} unchanged layers" if row.left_out > 1 else "1 unchanged layer"
+        word = f"{row.left_out} other layers" if row.left_out > 1 else "1 other layer"
         return f'<text class="quiet" x="{x + COLUMN / 2}" y="{y + 18}" text-anchor="middle">{word}</text>'
     entry = row.before if column == "before" else row.after
     assert entry is not None
-    fill, stroke = "--box", "--line"
-    if row.changed:
-        if column == "before":
-            fill, stroke = ("--gonebox", "--gone") if row.after is None else ("--box", "--soft")
-        else:
-            in_float = row.changed == "left in float"
-            fill, stroke = ("--floatbox", "--ref") if in_float else ("--newbox", "--new")
+    fill, stroke, note = _look(row, column)
     text = _named(entry)
-    made = ""
-    if column == "after" and row.changed:
-        made = (
-            "left in float"
-            if row.changed == "left in float"
-            else entry["made_by"].partition("@")[0]
-        )
-    text = _cut(text, LONGEST - len(made))
-    note = f'<tspan font-style="italic"> {escape(made)}</tspan>' if made else ""
+    text = _cut(text, LONGEST - len(note))
+    marked = f'<tspan font-style="italic"> {escape(note)}</tspan>' if note else ""
     return (
-        f"<g><title>{escape(_named(entry))} {escape(row.changed)}</title>"
+        f"<g><title>{escape(' '.join((_named(entry), row.harm, row.changed)).strip())}</title>"
         f'<rect x="{x}" y="{y}" width="{COLUMN}" height="{BOX}" rx="5" style="fill: var({fill}); '
-        f'stroke: var({stroke})"/><text x="{x + 10}" y="{y + 17}">{escape(text)}{note}</text></g>'
+        f'stroke: var({stroke})"/><text x="{x + 10}" y="{y + 17}">{escape(text)}{marked}</text></g>'
     )
+
+
+def _look(row: Row, column: str) -> tuple[str, str, str]:
+    """Fill, outline and note of a layer's box."""
+    if column == "before":
+        if row.changed and row.after is None:
+            return "--gonebox", "--gone", row.harm
+        return "--box", "--gone" if row.harm else "--line", row.harm
+    if not row.changed:
+        return "--box", "--line", ""
+    if row.changed == "left in float":
+        return "--floatbox", "--ref", row.changed
+    made = "" if row.after is None else str(row.after["made_by"]).partition("@")[0]
+    return "--newbox", "--new", made
 
 
 def _named(entry: Mapping[str, Any] | None) -> str:

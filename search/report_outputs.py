@@ -74,13 +74,17 @@ def _image(image: Mapping[str, Any], name: str) -> str:
             f'<text x="{x + line:.1f}" y="{y - line:.1f}" style="fill: #fff; stroke: {colour}; '
             f'stroke-width: {size / 4:.1f}; paint-order: stroke; font-size: {size:.1f}px">{label}</text>'
         )
-    said = f"Sample {image['sample']} with {len(boxes)} boxes of the {name} network"
+    said = f"Sample {image['sample']} with {_count(boxes)} of the {name} network"
     return (
-        f"<figure><h4>{escape(name)}: {len(boxes)} boxes</h4>"
+        f"<figure><h4>{escape(name)}: {_count(boxes)}</h4>"
         f'<svg viewBox="0 0 {width} {height}" role="img" aria-label="{escape(said)}">'
         f'<image href="data:image/jpeg;base64,{image["jpeg"]}" width="{width}" height="{height}"/>'
         f"{''.join(drawn)}</svg></figure>"
     )
+
+
+def _count(boxes: Sequence[Any]) -> str:
+    return "1 box" if len(boxes) == 1 else f"{len(boxes)} boxes"
 
 
 def _rect(box: Sequence[float], style: str, line: float) -> str:
@@ -163,6 +167,6 @@ def _curve(sequence: Mapping[str, Any]) -> str:
         f"Scores of {frames} frames by {', '.join(sequence['scores'])}; numbers in the table below"
     )
     return (
-        f'<svg viewBox="0 0 {WIDTH} {HEIGHT}" width="{WIDTH}" role="img" aria-label="{escape(said)}">'
+        f'<svg viewBox="0 0 {WIDTH} {HEIGHT}" width="100%" role="img" aria-label="{escape(said)}">'
         f"{''.join(drawn)}</svg>"
     )

@@ -18,7 +18,7 @@ body { font: 16px/1.55 system-ui, sans-serif; color: var(--ink); background: var
   max-width: 68rem; margin: 2rem auto; padding: 0 1.25rem; }
 h1 { font-size: 1.55rem; margin-bottom: .4rem; } h2 { font-size: 1.2rem; margin: 2.4rem 0 .5rem; }
 h3 { font-size: 1rem; margin: 1.4rem 0 .3rem; overflow-wrap: anywhere; }
-a { color: var(--mark); } nav a { margin-right: 1rem; white-space: nowrap; }
+a { color: var(--mark); } nav a { margin-right: 1rem; display: inline-block; }
 .advice { font-size: 1.1rem; border-left: 4px solid var(--mark); background: var(--panel);
   padding: .7rem 1rem; margin: 1rem 0; overflow-wrap: anywhere; }
 table { border-collapse: collapse; width: 100%; font-variant-numeric: tabular-nums;
@@ -46,7 +46,8 @@ pre { background: var(--panel); border: 1px solid var(--line); border-radius: 6p
   --box: #e9edf1; --newbox: #d7f5df; --gonebox: #ffe1de; --floatbox: #fdeccf; }
   body { margin: 0; max-width: none; font-size: 11pt; } nav, .skip, .modebar { display: none; }
   figure, tr, .advice { break-inside: avoid; } h2, h3 { break-after: avoid; }
-  .wide { overflow: visible; } * { print-color-adjust: exact; } }
+  .wide { overflow: visible; } table { font-size: 8pt; }
+  th, td { padding: .2rem .35rem; } th:first-child, td:first-child { min-width: 7rem; } * { print-color-adjust: exact; } }
 """
 
 # Plotly writes its colours into the figure, so they are set again when the theme or the medium changes.

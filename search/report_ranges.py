@@ -82,7 +82,7 @@ def ranges_svg(tensors: Sequence[Mapping[str, Any]], said: str) -> str:
         if len(pairs) == 1:
             drawn += [_limit(start, start + share, y(v)) for v in pairs[0]]
     return (
-        f'<svg viewBox="0 0 {WIDTH} {HEIGHT - 12}" width="{WIDTH}" role="img" aria-label="{escape(said)}">'
+        f'<svg viewBox="0 0 {WIDTH} {HEIGHT - 12}" width="100%" role="img" aria-label="{escape(said)}">'
         f"{''.join(drawn)}</svg>"
     )
 

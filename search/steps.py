@@ -47,6 +47,10 @@ def step_effects(plan: str, scores: Iterable[Score]) -> list[StepEffect]:
     Args:
         plan: Text of the plan.
         scores: All that is scored; failed plans and those given up early do not count.
+
+    >>> known = [Score("", 100, damage=0.5), Score("keep_float@fc", 100, damage=0.25)]
+    >>> step_effects("keep_float@fc", known)[0].damage
+    -0.25
     """
     steps = frozenset(plan.split())
     known = {

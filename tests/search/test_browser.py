@@ -79,6 +79,10 @@ def test_the_report_opens_answers_and_asks_for_nothing(
     assert (sum(numbers) > 600) == (scheme == "light")
     assert drawn.lower() in ("#fff", "#0d1117")
     assert page.evaluate("document.documentElement.scrollWidth <= innerWidth")
+    page.set_viewport_size({"width": 390, "height": 800})
+    page.wait_for_function(
+        "document.documentElement.scrollWidth <= innerWidth"
+    )  # plots follow later
     assert errors == []
     assert [r for r in requests if not r.startswith("data:")] == [path.as_uri()]
     page.close()
@@ -117,5 +121,10 @@ def test_printed_in_dark_it_is_light(browser: Any, tmp_path: Path) -> None:
     )
     assert page.locator("details:not([open])").count() == 0
     assert page.locator("nav").is_hidden()
+    page.set_viewport_size({"width": 690, "height": 980})  # A4 within its margins
+    beyond = (
+        "[...document.querySelectorAll('table')].filter(t => t.scrollWidth > innerWidth).length"
+    )
+    assert page.evaluate(beyond) == 0
     assert errors == []
     page.close()

@@ -200,7 +200,7 @@ def test_boxes_of_float_and_int8_are_drawn_on_the_same_image(tmp_path: Path) -> 
     page = outputs_section({"outputs": found}).body
     assert page.count("data:image/jpeg;base64,") == 9
     assert "1: 0.90" in page
-    assert f"Sample {found['images'][0]['sample']} with 1 boxes" in page
+    assert f"Sample {found['images'][0]['sample']} with 1 box of" in page
 
 
 class Frames(nn.Module):
