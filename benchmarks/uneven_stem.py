@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import argparse
 import io
-import itertools
 import logging
 from collections.abc import Iterator
 from pathlib import Path
@@ -40,12 +39,14 @@ def images(file: Path, part: str, count: int) -> tuple[Tensor, Tensor]:
     """(count, 3, 32, 32) in [-2, 2], and their classes."""
     with np.load(file) as found:
         data, offsets, labels = (found[f"{part}_{k}"] for k in ("jpeg", "offset", "label"))
+        # the file is sorted by class
+        chosen = np.random.default_rng(0).permutation(len(labels))[:count]
         pictures = [
             np.asarray(Image.open(io.BytesIO(data[a:b].tobytes())).convert("RGB"))
-            for a, b in itertools.pairwise(offsets[: count + 1])
+            for a, b in zip(offsets[chosen], offsets[chosen + 1], strict=True)
         ]
     x = torch.from_numpy(np.stack(pictures)).permute(0, 3, 1, 2).float() / 255
-    return (x - 0.47) / 0.25, torch.from_numpy(labels[:count].astype(np.int64))
+    return (x - 0.47) / 0.25, torch.from_numpy(labels[chosen].astype(np.int64))
 
 
 def conv(i: int, o: int, k: int, stride: int = 1, groups: int = 1) -> list[nn.Module]:
