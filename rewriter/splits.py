@@ -10,8 +10,7 @@ from collections.abc import Iterator, Mapping, Sequence
 
 from torch import fx
 
-from rewriter.component import component_of
-from rewriter.graph import find, outputs
+from rewriter.graph import outputs
 from rewriter.plan import Step
 from rewriter.rules import Site
 
@@ -38,7 +37,7 @@ def exact_splits(
     ends = [] if _classes(gm) else [s for s in free if s.rule in (TAIL, HEAD)]
     found = [
         ("outputs split", tuple(Step(s.rule, s.anchor) for s in ends)),
-        ("channels split by range", tuple(_by_range(gm, free, damage))),
+        ("channels split by range", tuple(_by_range(free, damage))),
     ]
     return tuple((name, steps) for name, steps in found if steps)
 
@@ -50,26 +49,23 @@ def _classes(gm: fx.GraphModule) -> bool:
     return alone and gm.meta.get("kind") != "values"
 
 
-def _by_range(
-    gm: fx.GraphModule, sites: Sequence[Site], damage: Mapping[str, float]
-) -> Iterator[Step]:
-    """Splits of the most harmful components, none of which shares a layer with another."""
+def _by_range(sites: Sequence[Site], damage: Mapping[str, float]) -> Iterator[Step]:
+    """Splits where layers are hurt most, none of which shares a layer with another.
+
+    A layer is hurt by its input as much as by its weights: those that read the values count, the
+    one that makes them does not.
+    """
     best: dict[str, Site] = {}
     for rule in RANGES:
         for site in sites:
             if site.rule == rule:
                 best.setdefault(site.anchor, site)
-    harm = {anchor: _harm(gm, site, damage) for anchor, site in best.items()}
+    harm = {
+        a: sum(damage.get(n, 0.0) for n in (*s.nodes[1:], *s.readers)) for a, s in best.items()
+    }
     least = SHARE * sum(damage.values())
     taken: set[str] = set()
     for anchor in sorted(best, key=lambda a: -harm[a])[:MOST]:
         if harm[anchor] > least and not taken.intersection(best[anchor].nodes):
             taken.update(best[anchor].nodes)
             yield Step(best[anchor].rule, anchor)
-
-
-def _harm(gm: fx.GraphModule, site: Site, damage: Mapping[str, float]) -> float:
-    """Damage of the layers that read a component's values: a layer's is that of its input too."""
-    component = component_of(gm, find(gm, site.anchor))
-    readers = {n.name for n in component.inside} | {user.name for user, _ in component.exits}
-    return sum(damage.get(name, 0.0) for name in readers)

@@ -154,7 +154,7 @@ def make_space(
     Args:
         sites: Places where a rule may act; blocked ones are left out.
         damage: Damage of quantizing each weighted layer alone, by node name. A site counts with
-            the sum over its nodes; a site of which no node is known (a rule on the whole network)
+            the sum over its nodes and readers; a site of which no node is known (a rule on the whole network)
             is always kept.
         price: MACs that a step adds, None where it does not apply after all. Asked only for the
             anchors that are kept.
@@ -170,7 +170,7 @@ def make_space(
         if not site.blocked:
             anchor = site.nodes[0]
             places.setdefault(anchor, []).append(site)
-            known = [damage[n] for n in site.nodes if n in damage]
+            known = [damage[n] for n in (*site.nodes, *site.readers) if n in damage]
             here = sum(known) if known else math.inf
             harm[anchor] = max(harm.get(anchor, -math.inf), here)
     ranked = sorted(places, key=lambda a: -harm[a])  # stable: graph order among equals

@@ -13,6 +13,7 @@ from rewriter.int8.onnx import to_onnx
 from rewriter.int8.session import Session
 from rewriter.int8.simulate import quantize
 from rewriter.ladder import Rung, best, climb
+from rewriter.sensitivity.answers import find_answers
 from rewriter.splits import exact_splits
 from tests.detectors import Yolov8, Yolox, trained
 from tests.rules import check
@@ -38,6 +39,13 @@ def test_all_heads_the_tail_and_the_value_that_harms_its_reader(make) -> None:
     )
     assert found["channels split by range"] == [f"split_range_3@{stem}"]
     assert "channels split by range" not in splits_of(gm, None)
+
+
+def test_the_split_of_a_value_answers_the_layer_that_reads_it() -> None:
+    gm, x = graph_of(trained(Yolox(n=0)))
+    stem, reader = layers(gm)[:2]
+    found = find_answers(quantize(gm, target("onnxruntime"), [x]), [reader])
+    assert f"split_range_3@{stem.name}" in dict(found[reader.name])
 
 
 def test_a_classifier_has_no_outputs_to_split() -> None:

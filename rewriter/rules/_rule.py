@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
@@ -23,11 +23,13 @@ class Site:
         nodes: names of the nodes the rule takes; the first is the anchor that a plan names.
         blocked: why the rule may not act here, "" where it may: a near miss that is shown to the
             user.
+        readers: names of nodes that are not taken, but read in int8 what the rule improves.
     """
 
     rule: str
     nodes: tuple[str, ...]
     blocked: str = ""
+    readers: tuple[str, ...] = ()
 
     @property
     def anchor(self) -> str:
@@ -66,9 +68,10 @@ class RewriteRule(ABC):
     def apply(self, gm: fx.GraphModule, site: Site) -> None:
         """Edit gm in place at ``site``."""
 
-    def site(self, *nodes: fx.Node, blocked: str = "") -> Site:
+    def site(self, *nodes: fx.Node, blocked: str = "", readers: Iterable[fx.Node] = ()) -> Site:
         """A site of this rule at these nodes, the anchor first."""
-        return Site(self.name, tuple(n.name for n in nodes), blocked)
+        names = tuple(dict.fromkeys(n.name for n in readers))
+        return Site(self.name, tuple(n.name for n in nodes), blocked, names)
 
 
 def mark(node: fx.Node, site: Site) -> None:

@@ -70,13 +70,21 @@ class SplitRange(RewriteRule):
             component = component_of(gm, node)
             seen.update(component.entries)
             first = component.entries[0]
-            yield self.site(first, *_others(component), blocked=self._problem(gm, component))
+            yield self.site(
+                first,
+                *_others(component),
+                blocked=self._problem(gm, component),
+                readers=self._readers(component),
+            )
 
     def apply(self, gm: fx.GraphModule, site: Site) -> None:
         component = component_of(gm, find(gm, site.anchor))
         groups = self._groups(gm, component)
         joined = self._joined(gm, component)
         split_component(gm, component, groups, f"{site.rule}@{site.anchor}", joined)
+
+    def _readers(self, component: Component) -> Iterator[fx.Node]:
+        return (user for user, _ in component.exits if user.op != "output")
 
     def _joined(self, gm: fx.GraphModule, component: Component) -> set[fx.Node]:
         return joined_values(gm, component, self.groups)

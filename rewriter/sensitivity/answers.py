@@ -17,7 +17,7 @@ Answers = tuple[tuple[str, int], ...]
 
 
 def find_answers(quantized: Quantized, harmful: Sequence[fx.Node]) -> dict[str, Answers]:
-    """The steps that touch each layer, free ones first, keeping the layer in float last.
+    """The steps that touch each layer or its input, free ones first, keeping the layer in float last.
 
     Args:
         quantized: the network; where it was not profiled, calibrated ranges stand in.
@@ -30,7 +30,8 @@ def find_answers(quantized: Quantized, harmful: Sequence[fx.Node]) -> dict[str, 
         sites = [
             s
             for s in find_sites(gm)
-            if not s.blocked and (s.anchor == "model" or names.intersection(s.nodes))
+            if not s.blocked
+            and (s.anchor == "model" or names.intersection((*s.nodes, *s.readers)))
         ]
         added = _added_macs(gm, sites)
     finally:
@@ -44,7 +45,7 @@ def find_answers(quantized: Quantized, harmful: Sequence[fx.Node]) -> dict[str, 
         name: tuple(
             (str(_step(s)), added[_step(s)])
             for s in sorted(sites, key=rank)
-            if s.anchor == "model" or name in s.nodes
+            if s.anchor == "model" or name in s.nodes or name in s.readers
         )
         for name in (n.name for n in harmful)
     }

@@ -32,6 +32,20 @@ def test_a_large_space_keeps_the_most_harmful_anchors_and_names_the_others() -> 
     assert space.dropped == ("dw2", "pw0", "pw1", "head")
 
 
+def test_anchors_that_are_always_wanted_stay_in_a_large_space() -> None:
+    space = make_space(
+        fake.sites(), fake.DAMAGE, fake.price, fake.MACS, limit=2, always=["pw0", "dw0"]
+    )
+    assert list(space.choices) == ["dw0", "dw1", "pw0"]
+    assert "pw0" not in space.dropped
+
+
+def test_what_reads_a_value_counts_as_harm_of_what_makes_it() -> None:
+    sites = [Site("keep_float", ("a",)), Site("split_range_2", ("b",), readers=("c",))]
+    space = make_space(sites, {"a": 1.0, "b": 0.1, "c": 2.0}, fake.price, fake.MACS)
+    assert list(space.choices) == ["b/split", "a"]
+
+
 WHOLE = [Site("equalize", ("model",)), Site("correct_bias", ("model",))]
 
 
