@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from rewriter.graph import trace, walk
-from rewriter.ranges import group_by_range, profile, rounding_error, width
+from rewriter.ranges import channel_range, group_by_range, profile, rounding_error, width
 from tests.networks import SIZE, network
 
 
@@ -28,6 +28,26 @@ def test_profile_against_all_values_at_once(seed: int) -> None:
         low, high = node.meta["channel_range"]
         assert torch.equal(low, channels.amin(1)), node.name
         assert torch.equal(high, channels.amax(1)), node.name
+
+
+@pytest.mark.parametrize("shape", [(3, 5, 7, 6), (2, 1, 4, 4), (2, 4, 1, 1), (4, 5), (2, 3, 8)])
+@pytest.mark.parametrize("last", [False, True])
+def test_range_of_each_channel_in_any_layout(shape: tuple[int, ...], last: bool) -> None:
+    x = torch.randn(shape, generator=torch.Generator().manual_seed(1))
+    if last and len(shape) == 4:
+        x = x.contiguous(memory_format=torch.channels_last)
+    low, high = channel_range(x)
+    rows = x.transpose(0, 1).reshape(shape[1], -1)
+    assert torch.equal(low, rows.min(1).values)
+    assert torch.equal(high, rows.max(1).values)
+
+
+@pytest.mark.parametrize("groups", [2, 3, 4])
+def test_many_channels_are_cut_like_few(groups: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    low, high = ranges(60, 5)
+    whole = group_by_range(low, high, groups)
+    monkeypatch.setattr("rewriter.ranges.PIECE", 7)  # row by row
+    assert group_by_range(low, high, groups) == whole
 
 
 def test_width_holds_zero() -> None:
