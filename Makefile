@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test check conformance slow cluster clean
+.PHONY: demo test lint check conformance slow cluster clean
 
 demo: $(VENV)/.installed
 	$(BIN)/quantfix run configs/digits.yaml
@@ -11,11 +11,12 @@ demo: $(VENV)/.installed
 test: $(VENV)/.dev
 	$(BIN)/python -m pytest
 
-check: $(VENV)/.dev
+lint: $(VENV)/.dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/pyright --pythonpath $(BIN)/python
-	$(BIN)/python -m pytest
+
+check: lint test
 
 # All slow tests but the hundreds of random networks with every rule (make slow runs those too); about ten minutes on two cores.
 conformance: $(VENV)/.dev

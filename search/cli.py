@@ -11,16 +11,28 @@ from typing import Annotated, Any
 
 import typer
 from rich.logging import RichHandler
-from rich.table import Table
 
 from rewriter import Plan, RewriteError, cost, find_sites
 from search.cluster import search_on_ray
 from search.config import Config, ConfigError, load_config, shipped_config
 from search.console import err, out, progress, refused, say
-from search.evaluator import extra_macs
 from search.exhibits import write_exhibits
 from search.init import init
 from search.job import Job, float_metric, load_network, open_job
+from search.options import (
+    ConfigPath,
+    MaxDrop,
+    MaxMacs,
+    Out,
+    Quiet,
+    Ray,
+    RunFolder,
+    Seed,
+    Storage,
+    Timeout,
+    Trials,
+    Workers,
+)
 from search.records import RunError, Score, read_json, read_run
 from search.remarks import remarks
 from search.report import write_report
@@ -29,15 +41,20 @@ from search.run import (
     Goal,
     cheapest,
     confirm_front,
-    helpers,
     note_run,
     run_search,
     sensitivity_of,
     with_options,
-    work,
 )
-from search.tables import finetuned_table, front_table, reference_table, sensitivity_table
+from search.tables import (
+    finetuned_table,
+    front_table,
+    reference_table,
+    sensitivity_table,
+    sites_table,
+)
 from search.training_commands import Tuned, as_trained, table, train_chosen, with_training
+from search.workers import helpers, work
 
 GOAL_NOT_MET, INTERRUPTED = 1, 130
 
@@ -48,37 +65,6 @@ app = typer.Typer(
     add_completion=False,
     rich_markup_mode=None,
 )
-ConfigPath = Annotated[Path, typer.Argument(metavar="CONFIG", help="YAML file of the run.")]
-RunFolder = Annotated[Path, typer.Argument(metavar="DIR", help="Run directory.")]
-Out = Annotated[
-    Path | None,
-    typer.Option("--out", metavar="DIR", help="Run directory. Default: runs/NAME OF THE CONFIG."),
-]
-Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="No progress, no tables.")]
-Seed = Annotated[int | None, typer.Option(min=0, help="Of the search and the fits.")]
-Trials = Annotated[
-    int | None, typer.Option(min=1, help="Plans to score in all, those of earlier runs included.")
-]
-Timeout = Annotated[
-    float | None, typer.Option(min=0, metavar="SECONDS", help="Begin no plan after so long.")
-]
-Workers = Annotated[int | None, typer.Option(min=1, max=64, help="Processes that search.")]
-MaxDrop = Annotated[
-    float | None, typer.Option(min=0, metavar="POINTS", help="Largest loss against float.")
-]
-MaxMacs = Annotated[
-    float | None, typer.Option(min=0, metavar="RATIO", help="Largest cost; 1: as it is.")
-]
-Storage = Annotated[
-    str | None,
-    typer.Option(metavar="URL", help="Optuna storage; default: a journal in the run directory."),
-]
-Ray = Annotated[
-    str | None,
-    typer.Option("--ray", metavar="auto|ADDRESS", help="Ray cluster on which the workers run."),
-]
-
-
 app.command()(init)
 
 
@@ -164,14 +150,7 @@ def sites(config: ConfigPath, quiet: Quiet = False) -> None:
     """
     gm = load_network(load_config(config), progress(quiet)).gm
     found = find_sites(gm)
-    base = cost(gm).macs
-    added = extra_macs(gm, [Plan.parse(f"{s.rule}@{s.nodes[0]}") for s in found if not s.blocked])
-    table = Table("step", "nodes", "MACs", "near miss, because")
-    for site in sorted(found, key=lambda s: bool(s.blocked)):
-        step = f"{site.rule}@{site.nodes[0]}"
-        more = f"{added[step] / base:+.1%}" if step in added else ""
-        table.add_row(step, " ".join(site.nodes[1:]), more, site.blocked)
-    out.print(table)
+    out.print(sites_table(gm, found))
 
 
 @app.command()

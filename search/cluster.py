@@ -15,8 +15,8 @@ from typing import Any
 from search.config import ConfigError
 from search.job import Job
 from search.records import RunError
-from search.run import work
 from search.samples import Tick
+from search.workers import work
 
 RETRIES = 5  # of a worker whose node died
 LOOK_S = 1.0  # between two looks at how far the search is

@@ -5,17 +5,10 @@ from __future__ import annotations
 import hashlib
 import logging
 import math
-import multiprocessing
-import os
-import threading
-from collections.abc import Callable, Generator, Iterable, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, dataclass
-from multiprocessing.process import BaseProcess
-from pathlib import Path
 from typing import Any
 
-import torch
 from pydantic import ValidationError
 from torch import fx
 
@@ -25,13 +18,13 @@ from rewriter.ladder import REMEDIES, Splits
 from rewriter.splits import HEAD, RANGES, TAIL, exact_splits
 from search.analysis import Sensitivity, analyze, read_sensitivity
 from search.apart import possible
-from search.config import Config, ConfigError, SearchConfig, load_config
+from search.config import Config, ConfigError, SearchConfig
 from search.config_faults import dotted, explain
 from search.confirm import confirm
 from search.constraints import Limits
 from search.evaluator import extra_macs
 from search.front import cost_named, select_front
-from search.job import Job, Progress, Told, open_job, silent
+from search.job import Job, Progress, Told, silent
 from search.prediction import refitted
 from search.racing import Race
 from search.records import Samples, Score, note
@@ -335,53 +328,6 @@ def cheapest(job: Job, goal: Goal, max_macs: float) -> Score | None:
         if goal.met(job, whole):
             return whole
     return None
-
-
-@contextmanager
-def helpers(cfg: Config, folder: Path, storage: str | None) -> Generator[None]:
-    """The config's other worker processes beside this one; they end with the search."""
-    context = multiprocessing.get_context("spawn")
-    options = cfg.search.model_dump()
-    share = max(1, (os.cpu_count() or 1) // cfg.search.workers)
-    started = [
-        context.Process(target=work, args=(cfg.path, folder, options, storage, share), daemon=True)
-        for _ in range(cfg.search.workers - 1)
-    ]
-    for process in started:
-        process.start()
-    try:
-        yield
-        for process in started:
-            process.join()
-    finally:
-        for process in started:
-            if process.is_alive():
-                process.terminate()
-                process.join(10)
-
-
-def work(
-    path: Path,
-    folder: Path,
-    options: Mapping[str, Any],
-    storage: str | None = None,
-    threads: int = 1,
-    told: Told = lambda score, count: None,
-) -> Outcome:
-    """Be one more worker of a run whose analysis is done; ends with the process that started it."""
-    parent = multiprocessing.parent_process()
-    if parent is not None:
-        threading.Thread(target=_end_with, args=(parent,), daemon=True).start()
-    torch.set_num_threads(threads)
-    cfg = with_options(load_config(path), **options)
-    job = open_job(cfg, folder, threads=threads)
-    return run_search(job, sensitivity_of(job), storage, told)
-
-
-def _end_with(parent: BaseProcess) -> None:
-    """A killed parent cannot end its workers; nothing is lost by ending in the middle of a plan."""
-    parent.join()
-    os._exit(1)
 
 
 def with_options(cfg: Config, **options: Any) -> Config:

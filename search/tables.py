@@ -5,8 +5,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from rich.table import Table
+from torch import fx
 
+from rewriter import Plan, cost
+from rewriter.rules import Site
 from search.analysis import Sensitivity
+from search.evaluator import extra_macs
 from search.records import Score
 from search.results import Results
 
@@ -160,3 +164,15 @@ def _how(results: Results) -> str:
 
 def percent(value: float | None) -> str:
     return "" if value is None else f"{value:.2%}"
+
+
+def sites_table(gm: fx.GraphModule, sites: Sequence[Site]) -> Table:
+    """Where rules may act and what that costs; near misses last, with the reason."""
+    base = cost(gm).macs
+    added = extra_macs(gm, [Plan.parse(f"{s.rule}@{s.nodes[0]}") for s in sites if not s.blocked])
+    table = Table("step", "nodes", "MACs", "near miss, because")
+    for site in sorted(sites, key=lambda s: bool(s.blocked)):
+        step = f"{site.rule}@{site.nodes[0]}"
+        more = f"{added[step] / base:+.1%}" if step in added else ""
+        table.add_row(step, " ".join(site.nodes[1:]), more, site.blocked)
+    return table

@@ -15,6 +15,7 @@ from search.config import Config, load_config
 from search.console import out, progress, say
 from search.finetuned import Finetuner, finetune
 from search.job import Job, open_job
+from search.options import ConfigPath, Out, Quiet, Seed
 from search.records import Score
 from search.report import write_report
 from search.results import Results, load_results, write_front
@@ -77,18 +78,13 @@ def as_trained(job: Job, results: Results, score: Score, quiet: bool) -> tuple[J
 
 
 def table(
-    config: Annotated[Path, typer.Argument(metavar="CONFIG", help="YAML file of the run.")],
-    out_dir: Annotated[
-        Path | None,
-        typer.Option(
-            "--out", metavar="DIR", help="Run directory. Default: runs/NAME OF THE CONFIG."
-        ),
-    ] = None,
+    config: ConfigPath,
+    out_dir: Out = None,
     steps: Annotated[
         int | None, typer.Option(min=1, help="Of each training; default: finetune.steps.")
     ] = None,
-    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="No progress, no tables.")] = False,
-    seed: Annotated[int | None, typer.Option(min=0, help="Of the fits.")] = None,
+    quiet: Quiet = False,
+    seed: Seed = None,
 ) -> None:
     """What replacing only the first depthwise separable convolution is worth. Writes DIR/table.json.
 

@@ -1,7 +1,6 @@
 from __future__ import annotations
 
-import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -15,29 +14,9 @@ from torch import nn
 from search.config import Config, ConfigError, load_config
 from search.data import batches, load_data, load_model
 
-MODEL = 'model: {factory: "mine:net"}'
 PIXELS = "size: 8, mean: [0.5, 0.25, 0], std: [1, 0.5, 2], crop: 1"
 
 Written = Callable[..., Config]
-
-
-@pytest.fixture
-def config(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Written]:
-    """Writes a config, and mine.py beside it; nothing imported from there outlives the test."""
-    monkeypatch.setattr(sys, "path", list(sys.path))
-    before = set(sys.modules)
-
-    def write(data: str = "{npz: none.npz}", model: str = MODEL, code: str = "") -> Config:
-        if code:
-            (tmp_path / "mine.py").write_text(code, encoding="utf-8")
-        file = tmp_path / "run.yaml"
-        file.write_text(f"task: classification\n{model}\ndata: {data}\n", encoding="utf-8")
-        return load_config(file)
-
-    yield write
-    for name in set(sys.modules) - before:
-        if name.startswith("mine"):
-            del sys.modules[name]
 
 
 def model_fault(config: Config) -> str:
@@ -400,41 +379,6 @@ def test_an_archive_of_objects_is_not_unpickled(config: Written, tmp_path: Path)
     assert "data.npz: cannot be read" in data_fault(config("{npz: set.npz}"))
     (tmp_path / "set.npz").unlink()
     assert "data.npz: cannot be read" in data_fault(config("{npz: set.npz}"))
-
-
-# Batches
-
-
-def test_batches_keep_the_order_and_the_rest() -> None:
-    pairs = [(torch.full((1, 2), float(i)), i) for i in range(7)]
-    found = list(batches(pairs, 3))
-    assert [len(x) for x, _ in found] == [3, 3, 1]
-    assert torch.cat([x for x, _ in found])[:, 0, 0].tolist() == list(range(7))
-    assert torch.cat([y for _, y in found]).tolist() == list(range(7))
-    assert found[0][1].dtype == torch.int64
-
-
-def test_batches_of_inputs_alone_and_of_other_targets() -> None:
-    x = torch.zeros(1, 2)
-    assert next(iter(batches([x, x], 2))).shape == (2, 1, 2)
-    frames = next(iter(batches([(x, torch.zeros(3))] * 2, 2)))[1]
-    assert frames.shape == (2, 3)
-    boxes = [{"boxes": torch.zeros(n, 4)} for n in (1, 2)]
-    assert next(iter(batches([(x, b) for b in boxes], 2)))[1] == boxes
-
-
-def test_batches_name_a_sample_that_fails_or_differs() -> None:
-    with pytest.raises(ConfigError, match=r"inputs differ in shape: \(1, 2\) and \(1, 3\)"):
-        list(batches([torch.zeros(1, 2), torch.zeros(1, 3)], 2))
-
-    class Broken(list[torch.Tensor]):
-        def __getitem__(self, i: Any) -> Any:
-            if i == 2:
-                raise ValueError("bad sample")
-            return super().__getitem__(i)
-
-    with pytest.raises(ConfigError, match=r"sample 2: ValueError at test_data.py:\d+: bad sample"):
-        list(batches(Broken([torch.zeros(1)] * 4), 2))
 
 
 # Real networks

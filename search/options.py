@@ -1,0 +1,38 @@
+"""Arguments and options that commands share."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+ConfigPath = Annotated[Path, typer.Argument(metavar="CONFIG", help="YAML file of the run.")]
+RunFolder = Annotated[Path, typer.Argument(metavar="DIR", help="Run directory.")]
+Out = Annotated[
+    Path | None,
+    typer.Option("--out", metavar="DIR", help="Run directory. Default: runs/NAME OF THE CONFIG."),
+]
+Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="No progress, no tables.")]
+Seed = Annotated[int | None, typer.Option(min=0, help="Of the search and the fits.")]
+Trials = Annotated[
+    int | None, typer.Option(min=1, help="Plans to score in all, those of earlier runs included.")
+]
+Timeout = Annotated[
+    float | None, typer.Option(min=0, metavar="SECONDS", help="Begin no plan after so long.")
+]
+Workers = Annotated[int | None, typer.Option(min=1, max=64, help="Processes that search.")]
+MaxDrop = Annotated[
+    float | None, typer.Option(min=0, metavar="POINTS", help="Largest loss against float.")
+]
+MaxMacs = Annotated[
+    float | None, typer.Option(min=0, metavar="RATIO", help="Largest cost; 1: as it is.")
+]
+Storage = Annotated[
+    str | None,
+    typer.Option(metavar="URL", help="Optuna storage; default: a journal in the run directory."),
+]
+Ray = Annotated[
+    str | None,
+    typer.Option("--ray", metavar="auto|ADDRESS", help="Ray cluster on which the workers run."),
+]

@@ -1,0 +1,66 @@
+"""More processes of one search: beside this one, and whoever joins from elsewhere."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import threading
+from collections.abc import Generator, Mapping
+from contextlib import contextmanager
+from multiprocessing.process import BaseProcess
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from search.config import Config, load_config
+from search.job import Told, open_job
+from search.run import run_search, sensitivity_of, with_options
+from search.study import Outcome
+
+
+@contextmanager
+def helpers(cfg: Config, folder: Path, storage: str | None) -> Generator[None]:
+    """The config's other worker processes beside this one; they end with the search."""
+    context = multiprocessing.get_context("spawn")
+    options = cfg.search.model_dump()
+    share = max(1, (os.cpu_count() or 1) // cfg.search.workers)
+    started = [
+        context.Process(target=work, args=(cfg.path, folder, options, storage, share), daemon=True)
+        for _ in range(cfg.search.workers - 1)
+    ]
+    for process in started:
+        process.start()
+    try:
+        yield
+        for process in started:
+            process.join()
+    finally:
+        for process in started:
+            if process.is_alive():
+                process.terminate()
+                process.join(10)
+
+
+def work(
+    path: Path,
+    folder: Path,
+    options: Mapping[str, Any],
+    storage: str | None = None,
+    threads: int = 1,
+    told: Told = lambda score, count: None,
+) -> Outcome:
+    """Be one more worker of a run whose analysis is done; ends with the process that started it."""
+    parent = multiprocessing.parent_process()
+    if parent is not None:
+        threading.Thread(target=_end_with, args=(parent,), daemon=True).start()
+    torch.set_num_threads(threads)
+    cfg = with_options(load_config(path), **options)
+    job = open_job(cfg, folder, threads=threads)
+    return run_search(job, sensitivity_of(job), storage, told)
+
+
+def _end_with(parent: BaseProcess) -> None:
+    """A killed parent cannot end its workers; nothing is lost by ending in the middle of a plan."""
+    parent.join()
+    os._exit(1)
