@@ -133,6 +133,8 @@ def test_analyze_check_and_sites_say_what_they_found(
     assert "keep_float@dw_0" in capsys.readouterr().out
     assert quantfix(monkeypatch, "analyze", config) == 0
     assert (tmp_path / "runs" / "small" / "sensitivity.json").exists()
+    picture = (tmp_path / "runs" / "small" / "sensitivity.svg").read_text(encoding="utf-8")
+    assert picture.startswith("<svg") and picture.rstrip().endswith("</svg>")
     assert "dw.0" in capsys.readouterr().out
 
 
