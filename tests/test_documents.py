@@ -131,7 +131,7 @@ def photographs(folder: Path, count: int, labels: int) -> None:
 
 
 def for_timm(folder: Path) -> None:
-    photographs(folder / "images", 30, 5)
+    photographs(folder / "images", 20, 5)
     torch.manual_seed(0)
     model = timm.create_model("mobilenetv2_050", num_classes=5)
     save_file(model.state_dict(), folder / "mobilenetv2_100.safetensors")
@@ -171,6 +171,7 @@ def smaller(text: str) -> str:
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(1800)  # a dozen commands, each of which starts anew
 @pytest.mark.parametrize("name", TRIED)
 def test_a_tutorial_can_be_followed(name: str, tmp_path: Path) -> None:
     path = ROOT / "docs" / name
