@@ -8,7 +8,8 @@ All methods choose from the same space under the same limits, and their plans ar
 evaluator: int8 kernels, no racing, all images choose. A plan that one method has had scored is known
 to the others (OUT/memo), and counts for each as one evaluation and as the seconds that it took where
 it was scored. So the benchmark may be killed and run again. Greedy leaves the most harmful layers in
-float, one more at a time. A plan that a sampler proposes again costs it nothing.
+float, one more at a time. A plan that a sampler proposes again, or that a look at the
+graph shows to be impossible or above the limits, costs it nothing.
 
 The quality is minus the damage, or minus its logarithm (``--log``: each halving counts alike), or
 the metric (``--objective metric``: a few hundred images make it jump). The hypervolume is relative
@@ -95,7 +96,7 @@ def ours(job: Job, space: Space, sensitivity: Any, settings: Settings, scored: S
         records.add(score)
         return score
 
-    worth = worth_trying(job.gm, space, sensitivity, settings.trials)
+    worth = worth_trying(job.gm, space, sensitivity, settings.trials, settings.admits)
     place = journal(folder / f"{time.time_ns()}.log")
     search(evaluate, records, space, worth, settings, place)
 
@@ -111,6 +112,9 @@ def sampled(
         trial = study.ask()
         choice = {s: str(trial.suggest_categorical(s, r)) for s, r in space.choices.items()}
         plan = space.plan(choice)
+        if not settings.admits(plan):
+            study.tell(trial, state=optuna.trial.TrialState.FAIL)
+            continue
         idle = idle + 1 if plan in seen else 0
         seen.add(plan)
         values = settings.values(scored(plan))
@@ -219,6 +223,7 @@ def main() -> None:
         objective=options.objective,
         higher_is_better=job.evaluator.task.higher_is_better,
         limits=limits_of(job),
+        admits=limits_of(job).admits(job.gm, {"scheme": job.evaluator.scheme}),
     )
     found: dict[tuple[str, int], list[Score]] = {}
     for seed in range(options.seeds):

@@ -135,7 +135,11 @@ def race_of(job: Job) -> Race:
 
 
 def worth_trying(
-    gm: fx.GraphModule, space: Space, sensitivity: Sensitivity, trials: int
+    gm: fx.GraphModule,
+    space: Space,
+    sensitivity: Sensitivity,
+    trials: int,
+    admits: Callable[[Plan], bool] = lambda plan: True,
 ) -> Callable[[Mapping[str, Score]], list[Plan]]:
     """What to score first, before any search.
 
@@ -151,6 +155,7 @@ def worth_trying(
         space: Choices and costs.
         sensitivity: Damage of each layer.
         trials: Plans that will be scored in all; a third of them are single answers.
+        admits: Whether a plan can be carried out within the limits; others are left out.
     """
     first = reference_plans([d.node for d in sensitivity.layers], space)
     singles = [p for p in single_plans(space, max(6, trials // 3)) if not _of_the_ladder(p)]
@@ -159,12 +164,15 @@ def worth_trying(
     splits = exact_splits(gm, find_sites(gm), sensitivity.damage_by_node())
     splits = [(name, space.repair(steps).steps) for name, steps in splits]
 
+    def on_top(base: Plan, plans: Iterable[Plan]) -> list[Plan]:
+        return [plan for plan in _on_top(space, base, plans) if admits(plan)]
+
     def worth(scores: Mapping[str, Score]) -> list[Plan]:
         ladder = rungs(gm, scores, splits)
         if isinstance(ladder, Plan):
             return list(dict.fromkeys([*first, *_below(gm, scores, splits), ladder]))
         base = start(ladder)
-        plans = [*first, *(r.plan for r in ladder if not r.note), *_on_top(space, base, singles)]
+        plans = [*first, *(r.plan for r in ladder if not r.note), *on_top(base, singles)]
         empty, bottom = scores.get(""), scores.get(str(base))
         if any(str(p) not in scores for p in plans):
             return plans
@@ -183,12 +191,12 @@ def worth_trying(
                 left = 1 - alone.get(step, 0.0) / empty.damage
             gain[step] = -math.log(max(left, LEAST_LEFT))
         total = math.log(bottom.damage)
-        plans += _on_top(space, base, [p for p, _ in predicted_front(space, gain, total)])
+        plans += on_top(base, [p for p, _ in predicted_front(space, gain, total)])
         if len(scores) % 2 == 0 and all(str(p) in scores for p in plans):
             gains = refitted(gain, frozenset(measured), base, scores)
             for belief in (gains.mean, gains.hoped()):
                 found = predicted_front(space, belief, total)
-                plans += _on_top(space, base, [plan for plan, _ in found])
+                plans += on_top(base, [plan for plan, _ in found])
         return plans
 
     return worth
@@ -250,12 +258,12 @@ def run_search(
         higher_is_better=job.evaluator.task.higher_is_better,
         cost=options.cost,
         limits=limits_of(job),
-        admits=limits_of(job).admits(job.gm),
+        admits=limits_of(job).admits(job.gm, {"scheme": job.evaluator.scheme}),
     )
     job.evaluator.race = race_of(job)
     job.evaluator.limit_s = _time_limit(job)
     place = storage_at(storage or str(job.folder / "journal.log"))
-    worth = worth_trying(job.gm, space, sensitivity, options.trials)
+    worth = worth_trying(job.gm, space, sensitivity, options.trials, settings.admits)
     enough = _meets(job, goal)
     return search(job.evaluator, job.records, space, worth, settings, place, told, enough)
 

@@ -70,6 +70,12 @@ def test_a_plan_that_cannot_meet_the_limits_is_known_before_it_is_run(chain: Any
     assert not Limits(weight_bytes=least + 3 * 144 - 1).admits(chain)(kept)
     assert not Limits(params=params - 1).admits(chain)(kept)
     assert Limits(macs=0).admits(chain)(kept)  # the space sees to that
+    assert not Limits(float_layers=0).admits(chain)(kept)
+
+
+def test_a_plan_that_cannot_be_carried_out_is_known_before_it_is_run(chain: Any) -> None:
+    assert not Limits().admits(chain)(Plan.parse("keep_float@nowhere"))
+    assert Limits().admits(chain)(Plan())
 
 
 LIMITED = {"trials": 14, "max_macs": 3.0, "max_float_layers": 4}
