@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import errno
 import logging
-import statistics
 import time
 from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import contextmanager
@@ -30,7 +29,7 @@ from rewriter.int8.scheme import QuantScheme
 from rewriter.int8.session import Session
 from rewriter.plan import rewrite, rule_named
 from search.constraints import size_of
-from search.measure import Measure, Part
+from search.measure import Measure, Part, Runner, latency
 from search.racing import Race
 from search.records import Baseline, Confirmations, Records, Samples, Score
 from search.samples import SampleSet, Tick
@@ -38,9 +37,7 @@ from search.tasks import Task
 
 log = logging.getLogger(__name__)
 
-RUNS = 30  # of one input, behind a latency
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-Runner = Callable[[Tensor], list[Tensor]]
 
 
 @dataclass
@@ -86,6 +83,7 @@ class RewriteEvaluator:
     tick: Tick = lambda done, total: None
     _reference: list[Tensor] | None = field(default=None, init=False)
     _measure: Measure | None = field(default=None, init=False)
+    _plain: RewriteEvaluator | None = field(default=None, init=False)
 
     def __call__(self, plan: Plan, *, whole: bool = False) -> Score:
         """The score of a plan on the samples that choose, from the records where it is known.
@@ -199,7 +197,9 @@ class RewriteEvaluator:
     def made_by(self, maker: Callable[[Plan], Assembled], records: Records) -> RewriteEvaluator:
         """The same on all samples, for networks that are made otherwise and recorded elsewhere."""
         own = {"confirmations": None, "race": None, "scorer": None}
-        return replace(self, maker=maker, records=records, **own)
+        other = replace(self, maker=maker, records=records, **own)
+        other._plain = self
+        return other
 
     def _candidate(self, plan: Plan) -> tuple[Score, Runner, fx.GraphModule]:
         """What a plan costs, what runs it, and its float network.
@@ -252,7 +252,7 @@ class RewriteEvaluator:
         Raises:
             RewriteError: the network itself cannot be run in int8.
         """
-        score = self.confirm(Plan(()))
+        score = (self._plain or self).confirm(Plan(()))
         if score.error is not None:
             raise RewriteError(f"the network as it is cannot be scored: {score.error}")
         return Baseline(score.original, score.metric, score.macs, score.damage, score.interval)
@@ -316,18 +316,6 @@ class RewriteEvaluator:
         if outputs is None:
             return self.measured.float_metric(part)[0]
         return self.measured.metric([o[slice(*part)] for o in outputs], part)
-
-
-def latency(runner: Runner, x: Tensor, runs: int = RUNS) -> float:
-    """Median milliseconds of one input on this machine, as busy as it is; x is (1, ...)."""
-    for _ in range(3):
-        runner(x)
-    times: list[float] = []
-    for _ in range(runs):
-        start = time.perf_counter()
-        runner(x)
-        times.append(1000 * (time.perf_counter() - start))
-    return round(statistics.median(times), 4)
 
 
 def extra_macs(gm: fx.GraphModule, plans: Sequence[Plan]) -> dict[str, int]:

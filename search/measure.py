@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+import statistics
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol, runtime_checkable
@@ -18,6 +20,8 @@ from search.samples import SampleSet
 from search.tasks import Task
 
 REPLICATES = 500
+RUNS = 30  # of one input, behind a latency
+Runner = Callable[[Tensor], list[Tensor]]
 Part = tuple[int, int]
 """The samples from the first number up to, but without, the second."""
 
@@ -118,6 +122,18 @@ class Measure:
 
     def _targets(self, part: Part) -> Any:
         return self.samples.targets[slice(*part)]
+
+
+def latency(runner: Runner, x: Tensor, runs: int = RUNS) -> float:
+    """Median milliseconds of one input on this machine, as busy as it is; x is (1, ...)."""
+    for _ in range(3):
+        runner(x)
+    times: list[float] = []
+    for _ in range(runs):
+        start = time.perf_counter()
+        runner(x)
+        times.append(1000 * (time.perf_counter() - start))
+    return round(statistics.median(times), 4)
 
 
 def _weights(count: int) -> NDArray[np.float64]:
