@@ -135,11 +135,11 @@ def test_the_table_of_a_labelled_network(
     assert names == [
         "as it is",
         "replaced",
-        "replaced + distillation",
-        "replaced + training with labels",
         "replaced + free rewrites",
         "control: free rewrites",
+        "replaced + distillation",
         "control: distillation",
+        "replaced + training with labels",
         "control: training with labels",
     ]
     for row in table["rows"]:
