@@ -86,6 +86,7 @@ class RewriteEvaluator:
     tick: Tick = lambda done, total: None
     _reference: list[Tensor] | None = field(default=None, init=False)
     _measure: Measure | None = field(default=None, init=False)
+    _plain: RewriteEvaluator | None = field(default=None, init=False)
 
     def __call__(self, plan: Plan, *, whole: bool = False) -> Score:
         """The score of a plan on the samples that choose, from the records where it is known.
@@ -212,7 +213,9 @@ class RewriteEvaluator:
     def made_by(self, maker: Callable[[Plan], Assembled], records: Records) -> RewriteEvaluator:
         """The same on all samples, for networks that are made otherwise and recorded elsewhere."""
         own = {"confirmations": None, "race": None, "limit_s": None}
-        return replace(self, maker=maker, records=records, **own)
+        other = replace(self, maker=maker, records=records, **own)
+        other._plain = self
+        return other
 
     def _candidate(self, plan: Plan) -> tuple[Score, Runner, fx.GraphModule]:
         """What a plan costs, what runs it, and its float network.
@@ -265,7 +268,7 @@ class RewriteEvaluator:
         Raises:
             RewriteError: the network itself cannot be run in int8.
         """
-        score = self.confirm(Plan(()))
+        score = (self._plain or self).confirm(Plan(()))
         if score.error is not None:
             raise RewriteError(f"the network as it is cannot be scored: {score.error}")
         return Baseline(score.original, score.metric, score.macs, score.damage, score.interval)

@@ -163,6 +163,8 @@ def changes(
     lines += [_said(step.rule, step.anchor, assembled.fits) for step in plan.steps] or [
         "Nothing was changed."
     ]
+    if evaluator.maker is not None:
+        lines += ["", "All weights were then trained end to end with int8 in mind (fine-tuned)."]
     lines += ["", "## Layers", "", *_difference(evaluator.gm, gm), "", "## Measured", ""]
     lines += [
         f"`model_int8.onnx`, this file, in ONNX Runtime on {score.samples} samples:",

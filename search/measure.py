@@ -124,6 +124,18 @@ class Measure:
         return self.samples.targets[slice(*part)]
 
 
+def latency(runner: Runner, x: Tensor, runs: int = RUNS) -> float:
+    """Median milliseconds of one input on this machine, as busy as it is; x is (1, ...)."""
+    for _ in range(3):
+        runner(x)
+    times: list[float] = []
+    for _ in range(runs):
+        start = time.perf_counter()
+        runner(x)
+        times.append(1000 * (time.perf_counter() - start))
+    return round(statistics.median(times), 4)
+
+
 def _weights(count: int) -> NDArray[np.float64]:
     """(REPLICATES, count) how often each sample is in each bootstrap sample."""
     index = resampled_indices(count, REPLICATES)

@@ -133,6 +133,10 @@ def make_table(
     if first.error is not None:
         raise RewriteError(f"table: {step}: {first.error}")
     add("replaced", first)
+    remedies = Plan(tuple(Step(rule, "model") for _, rule in REMEDIES))
+    both = Plan((*replaced.steps, *remedies.steps))
+    add("replaced + free rewrites", job.evaluator.confirm(both))
+    add("control: free rewrites", job.evaluator.confirm(remedies), control=True)
     tuners = dict[str, Finetuner]()
     for loss in TRAININGS:
         why = _unusable(job, loss)
@@ -144,11 +148,6 @@ def make_table(
     for loss, tuner in tuners.items():
         score, _ = tuner.score(replaced, progress)
         add(f"replaced + {TRAININGS[loss]}", score, loss)
-    remedies = Plan(tuple(Step(rule, "model") for _, rule in REMEDIES))
-    both = Plan((*replaced.steps, *remedies.steps))
-    add("replaced + free rewrites", job.evaluator.confirm(both))
-    add("control: free rewrites", job.evaluator.confirm(remedies), control=True)
-    for loss, tuner in tuners.items():
         score, _ = tuner.score(empty, progress)
         add(f"control: {TRAININGS[loss]}", score, loss, control=True)
     return table

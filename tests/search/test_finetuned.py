@@ -70,6 +70,11 @@ def test_a_run_trains_says_so_and_ships_the_trained_weights(
     assert quantfix(monkeypatch, "export", out, "--pick", "best") == 0
     assert "with the fine-tuned weights" in capsys.readouterr().out
     assert measured(out / "export" / "model_int8.onnx") == pytest.approx(tuned["int8"])
+    changes = (out / "export" / "CHANGES.md").read_text()
+    assert "fine-tuned" in changes
+    assert tuned["control"]["plan"] or tuned["control"]["damage"] < front["baseline"]["damage"]
+    row = next(line for line in changes.splitlines() if line.startswith("| int8, as it was"))
+    assert row.split("|")[5].strip() == f"{front['baseline']['damage']:.4g}", "it was trained"
     plain = tmp_path / "plain"
     assert quantfix(monkeypatch, "export", out, "--untrained", "--out", plain) == 0
     assert measured(plain / "model_int8.onnx") == pytest.approx(point["int8"])
@@ -130,11 +135,11 @@ def test_the_table_of_a_labelled_network(
     assert names == [
         "as it is",
         "replaced",
-        "replaced + distillation",
-        "replaced + training with labels",
         "replaced + free rewrites",
         "control: free rewrites",
+        "replaced + distillation",
         "control: distillation",
+        "replaced + training with labels",
         "control: training with labels",
     ]
     for row in table["rows"]:
