@@ -7,6 +7,7 @@ import logging
 import math
 import multiprocessing
 import os
+import signal
 import threading
 from collections.abc import Callable, Generator, Iterable, Mapping
 from contextlib import contextmanager
@@ -327,8 +328,13 @@ def helpers(cfg: Config, folder: Path, storage: str | None) -> Generator[None]:
         context.Process(target=work, args=(cfg.path, folder, options, storage, share), daemon=True)
         for _ in range(cfg.search.workers - 1)
     ]
-    for process in started:
-        process.start()
+    # Ctrl-C goes to every process of a terminal. It is the main one's to answer, which ends these.
+    mask = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        for process in started:
+            process.start()
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, mask)
     try:
         yield
         for process in started:
