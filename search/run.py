@@ -12,6 +12,7 @@ import threading
 from collections.abc import Callable, Generator, Iterable, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
+from multiprocessing import resource_tracker
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
@@ -329,6 +330,8 @@ def helpers(cfg: Config, folder: Path, storage: str | None) -> Generator[None]:
         for _ in range(cfg.search.workers - 1)
     ]
     # Ctrl-C goes to every process of a terminal. It is the main one's to answer, which ends these.
+    # The tracker would lift the mask if it were started under it.
+    resource_tracker.ensure_running()
     mask = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
     try:
         for process in started:
