@@ -18,7 +18,7 @@ def test_what_is_written_loads_up_to_the_place_to_fill_in(tmp_path: Path, kind: 
     assert cfg.task == kind
     with pytest.raises(ConfigError, match=f"{FILL_IN}: build"):
         load_model(cfg)
-    with pytest.raises(ConfigError, match="NotImplementedError|FILL IN"):
+    with pytest.raises(ConfigError, match=f"{FILL_IN}: Calibration"):
         load_data(cfg)
     assert code.read_text().count(f"# {FILL_IN}: ") == (6 if kind == "detection" else 5)
 
@@ -34,5 +34,5 @@ def test_a_place_that_is_filled_in_is_used(tmp_path: Path, kind: str) -> None:
 
 def test_nothing_is_overwritten(tmp_path: Path) -> None:
     write_start("video", tmp_path, "mine")
-    with pytest.raises(ConfigError, match="mine.yaml: is there already"):
+    with pytest.raises(ConfigError, match="is there already"):
         write_start("detection", tmp_path, "mine")
