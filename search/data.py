@@ -311,7 +311,11 @@ def _check_splits(data: Data, folder: Path, shape: str) -> None:
         if not (hasattr(dataset, "__len__") and hasattr(dataset, "__getitem__")):
             kind = type(dataset).__name__
             raise ConfigError(f"data.{name}: no map-style data set (len() and []): {kind}")
-        if len(dataset) == 0:
+        try:
+            count = len(dataset)
+        except Exception as error:
+            raise ConfigError(f"data.{name}: len(): {blame(error, folder)}") from error
+        if count == 0:
             raise ConfigError(f"data.{name}: empty")
         first = _sample(dataset, 0, folder)
         paired = isinstance(first, (tuple, list))

@@ -31,7 +31,7 @@ from rewriter.int8.session import Session
 from rewriter.plan import rewrite, rule_named
 from search.apart import LostError, apart
 from search.constraints import size_of
-from search.measure import Measure, Part, Runner, latency
+from search.measure import Measure, Part, Runner, latency, session_runner
 from search.racing import Race
 from search.records import Baseline, Confirmations, Records, Samples, Score
 from search.samples import SampleSet, Tick, check_outputs
@@ -290,7 +290,7 @@ class RewriteEvaluator:
     def runner(self, quantized: Quantized) -> Runner:
         """What turns a batch of inputs into flat int8 outputs on this evaluator's engine."""
         if self.engine == "onnxruntime":
-            return _session_runner(Session(to_onnx(quantized), threads=self.threads))
+            return session_runner(Session(to_onnx(quantized), threads=self.threads))
         simulated = simulate(quantized, kernels=True).to(self.device)
         return lambda x: _flat(simulated(x.to(self.device)))
 
@@ -327,7 +327,7 @@ class RewriteEvaluator:
             return self._run(lambda x: _flat(gm(x)), 0, count)
         with _blamed():
             session = Session(float_onnx(gm), threads=self.threads)
-        return self._run(_session_runner(session), 0, count)
+        return self._run(session_runner(session), 0, count)
 
     def _metric_in_float(self, outputs: list[Tensor] | None, part: Part) -> float | None:
         if outputs is None:
@@ -393,10 +393,6 @@ def _failed(known: Score, cause: BaseException, parts: list[Part]) -> list[Score
         replace(known, samples=stop - start, error=(kind + text).rstrip(": "))
         for start, stop in parts
     ]
-
-
-def _session_runner(session: Session) -> Runner:
-    return lambda x: [torch.from_numpy(o) for o in session.run(x)]
 
 
 def _flat(outputs: Any) -> list[Tensor]:

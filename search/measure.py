@@ -14,6 +14,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from rewriter.int8.session import Session
 from search.front import paired_interval, replicate_interval, resampled_indices
 from search.records import Array, Samples, Score
 from search.samples import SampleSet
@@ -124,6 +125,11 @@ class Measure:
         return self.samples.targets[slice(*part)]
 
 
+def session_runner(session: Session) -> Runner:
+    """What runs a batch of inputs in ONNX Runtime."""
+    return lambda x: [torch.from_numpy(o) for o in session.run(x)]
+
+
 def latency(runner: Runner, x: Tensor, runs: int = RUNS) -> float:
     """Median milliseconds of one input on this machine, as busy as it is; x is (1, ...)."""
     for _ in range(3):
@@ -140,15 +146,3 @@ def _weights(count: int) -> NDArray[np.float64]:
     """(REPLICATES, count) how often each sample is in each bootstrap sample."""
     index = resampled_indices(count, REPLICATES)
     return np.stack([np.bincount(row, minlength=count) for row in index]).astype(np.float64)
-
-
-def latency(runner: Runner, x: Tensor, runs: int = RUNS) -> float:
-    """Median milliseconds of one input on this machine, as busy as it is; x is (1, ...)."""
-    for _ in range(3):
-        runner(x)
-    times: list[float] = []
-    for _ in range(runs):
-        start = time.perf_counter()
-        runner(x)
-        times.append(1000 * (time.perf_counter() - start))
-    return round(statistics.median(times), 4)

@@ -313,6 +313,6 @@ def _record(line: bytes) -> dict[str, Any] | None:
     try:
         record = json.loads(line)
         Score.from_dict(record["score"])
-    except (ValueError, KeyError, TypeError):
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
         return None
     return record if "fingerprint" in record else None

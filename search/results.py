@@ -247,7 +247,8 @@ class Results(ShownResults):
 
     def _said(self, score: Score) -> str:
         if score.metric is None or self.objective == "damage":
-            return f"damage {score.damage:.4g}"
+            # JSON has no infinity, which a damage may be
+            return "damage " + ("infinite" if score.damage is None else f"{score.damage:.4g}")
         low, high = score.interval or (score.metric, score.metric)
         return f"{self.metric} {score.metric:.2%} [{low:.2%}, {high:.2%}]"
 

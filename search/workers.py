@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import multiprocessing
 import os
+import signal
 import threading
 from collections.abc import Generator, Mapping
 from contextlib import contextmanager
+from multiprocessing import resource_tracker
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
@@ -29,8 +31,15 @@ def helpers(cfg: Config, folder: Path, storage: str | None) -> Generator[None]:
         context.Process(target=work, args=(cfg.path, folder, options, storage, share), daemon=True)
         for _ in range(cfg.search.workers - 1)
     ]
-    for process in started:
-        process.start()
+    # Ctrl-C goes to every process of a terminal. It is the main one's to answer, which ends these.
+    # The tracker would lift the mask if it were started under it.
+    resource_tracker.ensure_running()
+    mask = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        for process in started:
+            process.start()
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, mask)
     try:
         yield
         for process in started:
