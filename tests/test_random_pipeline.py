@@ -94,9 +94,10 @@ def disagreement(way: Travelled) -> str:
             return f"{node.name}: not finite"
         if annotation(node).output is not None:
             step = q.value_params(node)[0]
-            moved = int((difference > 0.01 * step).sum())
-            # of sixty logits two ties are more than 3 %
-            if difference.max() > 3.01 * step or moved > max(3, 0.03 * difference.size):
+            moved = difference > 0.01 * step
+            # one tie on the way can move every output of that sample, but by one step
+            one = moved.reshape(len(b), -1).any(1).sum() <= 1 and difference.max() <= 1.01 * step
+            if difference.max() > 3.01 * step or (moved.mean() > 0.03 and not one):
                 return f"{node.name}: {difference.max() / step:.2f} steps"
         else:
             lost = float((c - a).double().square().mean())
