@@ -94,7 +94,10 @@ def disagreement(way: Travelled) -> str:
             return f"{node.name}: not finite"
         if annotation(node).output is not None:
             step = q.value_params(node)[0]
-            if difference.max() > 3.01 * step or (difference > 0.01 * step).mean() > 0.03:
+            moved = difference > 0.01 * step
+            # one tie on the way can move every output of that sample, but by one step
+            one = moved.reshape(len(b), -1).any(1).sum() <= 1 and difference.max() <= 1.01 * step
+            if difference.max() > 3.01 * step or (moved.mean() > 0.03 and not one):
                 return f"{node.name}: {difference.max() / step:.2f} steps"
         else:
             lost = float((c - a).double().square().mean())
