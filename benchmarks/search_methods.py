@@ -1,8 +1,8 @@
 """Hypervolume against evaluations and seconds: this search, plain Optuna samplers, and greedy.
 
-    python benchmarks/search.py configs/digits.yaml --trials 100 --seeds 5
-    python benchmarks/search.py ../shared/assets/mcunet.yaml --images 150
-    python benchmarks/search.py configs/digits.yaml --speedup 40
+    python benchmarks/search_methods.py configs/digits.yaml --trials 100 --seeds 5
+    python benchmarks/search_methods.py ../shared/assets/mcunet.yaml --images 150
+    python benchmarks/search_methods.py configs/digits.yaml --speedup 40
 
 All methods choose from the same space under the same limits, and their plans are scored by the same
 evaluator: int8 kernels, no racing, all images choose. A plan that one method has had scored is known
@@ -30,9 +30,6 @@ from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
-
-# as a script, this file would be taken for the package of the same name
-sys.path[:] = [p for p in sys.path if Path(p).resolve() != Path(__file__).resolve().parent]
 
 import numpy as np
 import optuna
