@@ -214,9 +214,6 @@ class Tracer(fx.Tracer):
 
     def to_bool(self, obj: Any) -> bool:
         if type(obj) is Proxy and obj.of_shapes:
-            if obj.node.target in (operator.eq, operator.ne):
-                # a remembered shape against that of the input: the batch size is no number
-                return obj.node.target is operator.ne
             raise FxTraceError("a condition depends on the batch size")
         raise FxTraceError("a condition depends on values of the input")
 

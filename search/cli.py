@@ -337,10 +337,11 @@ def _run(
             write_exhibits(job, load_results(folder), tick)
     finally:
         job.records.refresh()
-        results = load_results(folder)
-        write_front(results)
-        write_report(results)
-    return job, results
+        if len(job.records):
+            results = load_results(folder)
+            write_front(results)
+            write_report(results)
+    return job, load_results(folder)
 
 
 def _opened(config: Path, folder: Path | None, **options: Any) -> tuple[Config, Path]:

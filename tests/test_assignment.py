@@ -164,7 +164,8 @@ class Remembering(nn.Module):
         return y + self.grids[0]
 
 
-@pytest.mark.parametrize("batch", [0, 1, 2, 3])
+# a remembered batch of 2 or 3, as tracing itself uses, cannot be told from a condition on the batch size
+@pytest.mark.parametrize("batch", [0, 1, 4])
 def test_what_a_forward_remembers_is_no_obstacle(batch: int) -> None:
     model = randomise(Remembering())
     if batch:

@@ -23,7 +23,7 @@ POINTWISE = [
     nn.PReLU(),
     nn.Sigmoid(),
     nn.LeakyReLU(0.2),
-    nn.Hardtanh(-1, 2),
+    nn.Hardtanh(-1, 20),
 ]
 
 

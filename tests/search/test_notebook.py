@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from search.records import Records, fingerprint, write_json
+from search.records import Records, RunError, fingerprint, write_json
 from search.results import load_results
 from tests.search.test_report import PARTS, PLANS, make
 
@@ -50,11 +50,12 @@ def test_layers_show_their_causes(tmp_path: Path) -> None:
     assert list(bars.x) == sorted(bars.x, reverse=True)
 
 
-def test_a_run_that_has_only_begun_can_be_shown(tmp_path: Path) -> None:
+def test_a_run_that_has_only_begun_says_so(tmp_path: Path) -> None:
     make(tmp_path, PLANS)
     (tmp_path / "scores.jsonl").unlink()
     Records(tmp_path, fingerprint(PARTS))
-    assert "no plan is scored yet" in load_results(tmp_path)._repr_html_()
+    with pytest.raises(RunError, match="no plan is scored yet"):
+        load_results(tmp_path)
     write_json(tmp_path / "run.json", {"parts": PARTS})
     with pytest.raises(Exception, match="no plan is scored yet"):
         load_results(tmp_path)

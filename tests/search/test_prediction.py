@@ -88,11 +88,14 @@ def test_a_search_predicts_anew_every_other_time_and_believes_what_it_saw(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """Two merges that are worthless beside each other are not predicted together again."""
-    monkeypatch.setattr(run, "rungs", lambda gm, scores: ())
+    monkeypatch.setattr(run, "find_sites", lambda gm: [])
+    monkeypatch.setattr(run, "exact_splits", lambda gm, sites, damage: [])
+    monkeypatch.setattr(run, "rungs", lambda gm, scores, splits: ())
     monkeypatch.setattr(run, "start", lambda ladder: Plan())
     space = fake.space(Budget(macs=1.3 * fake.MACS, float_layers=0))
     layers = [SimpleNamespace(node=n, damage=d) for n, d in fake.DAMAGE.items()]
-    worth = run.worth_trying(None, space, SimpleNamespace(layers=layers), 30)  # type: ignore[arg-type]
+    found = SimpleNamespace(layers=layers, damage_by_node=lambda: fake.DAMAGE)
+    worth = run.worth_trying(None, space, found, 30)  # type: ignore[arg-type]
     merges = {Step("merge_separable", "dw0"), Step("merge_separable", "dw1")}
     scores: dict[str, Score] = {}
 
