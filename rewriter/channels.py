@@ -276,12 +276,18 @@ def _rescale_meta(node: fx.Node, made: Tensor, read: Tensor | None) -> None:
     if known is not None and known.shape == made.shape:
         node.meta["influence"] = known / made**2
     known = node.meta.get("weight_influence")
-    if known is not None and known.shape[0] == made.shape[0]:
-        known = known / made[:, None] ** 2
-        if read is not None:
-            rows = read.view(-1, known.shape[1])
-            known = known * rows.repeat_interleave(len(known) // len(rows), 0) ** 2
-        node.meta["weight_influence"] = known
+    if known is None:
+        return
+    groups = 1 if read is None else len(read) // known.shape[1]
+    whole = read is None or groups * known.shape[1] == len(read)
+    if not whole or not groups or len(known) != len(made) or len(known) % groups:
+        del node.meta["weight_influence"]  # of the layer that a step of the plan has changed since
+        return
+    known = known / made[:, None] ** 2
+    if read is not None:
+        rows = read.view(groups, -1)
+        known = known * rows.repeat_interleave(len(known) // groups, 0) ** 2
+    node.meta["weight_influence"] = known
 
 
 def _inner(m: nn.Module, scale: Tensor, weight: Tensor) -> Tensor:

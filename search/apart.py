@@ -25,6 +25,7 @@ from pathlib import Path
 from typing import Any, NoReturn, TypeVar
 
 import torch
+from tqdm import tqdm
 
 from rewriter.errors import RewriteError
 
@@ -43,6 +44,15 @@ def possible(device: str) -> bool:
     return sys.platform == "linux" and device == "cpu" and not torch.cuda.is_available()
 
 
+def own_locks() -> None:
+    """Give this process a lock of its own for progress bars: to be called before a fork.
+
+    tqdm's is shared with forks, and torch.fx takes it for each graph that it interprets: a fork that is killed while it
+    holds the lock would stop this process for ever.
+    """
+    tqdm.set_lock(threading.RLock())
+
+
 def apart(action: Callable[[], T], limit_s: float) -> T:
     """What a function returns that runs in a child process; what it raises is raised here.
 
@@ -53,6 +63,7 @@ def apart(action: Callable[[], T], limit_s: float) -> T:
     Raises:
         LostError: the child took too long, or died.
     """
+    own_locks()
     mine, theirs = os.pipe()
     parent = os.getpid()
     sys.stdout.flush()

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from rewriter import trace
+from rewriter import Plan, find_sites, profile, rewrite, trace
 from rewriter.fidelity import kl_divergence
 from rewriter.graph import find, layers, module_of
 from rewriter.influence import _middles, weigh
@@ -142,3 +142,21 @@ def test_weights_stay_as_they_were() -> None:
     weigh(gm, [x], inputs=4)
     assert all(torch.equal(v, before[k]) for k, v in gm.state_dict().items())
     assert not any(p.requires_grad for p in gm.parameters())
+
+
+def test_what_was_measured_of_a_layer_that_has_changed_since_is_dropped() -> None:
+    """A plan may merge layers and then rescale them, on a graph whose influences are of the old ones."""
+    torch.manual_seed(0)
+    layers = [nn.Conv2d(3, 7, 1), nn.ReLU(), nn.Conv2d(7, 7, 3, groups=7), nn.ReLU()]
+    gm = trace(
+        nn.Sequential(*layers, nn.Conv2d(7, 8, 1), nn.ReLU(), nn.Conv2d(8, 4, 1)).eval(),
+        torch.rand(2, 3, 9, 9),
+    )
+    batches = [torch.rand(4, 3, 9, 9)]
+    profile(gm, batches)
+    weigh(gm, batches)
+    for rule in ("merge_separable", "fuse_expand"):
+        for site in find_sites(gm):
+            if site.rule == rule and not site.blocked:
+                made = rewrite(gm, Plan.parse(f"{rule}@{site.anchor} equalize@model"))
+                assert bool(torch.isfinite(made(torch.rand(2, 3, 9, 9))).all())

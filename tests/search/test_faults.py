@@ -19,7 +19,7 @@ import torch
 
 from rewriter import Plan
 from search import evaluator as evaluator_file
-from search.apart import possible
+from search.apart import own_locks, possible
 from search.config import load_config
 from search.job import open_job
 from search.records import fingerprint, read_json
@@ -139,6 +139,7 @@ def points(folder: Path) -> list[Any]:
 
 def attempt(config: Path, folder: Path) -> int:
     """Fork a process that runs a search; libraries and all need not be loaded again."""
+    own_locks()
     child = os.fork()
     if child:
         return child

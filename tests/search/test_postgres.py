@@ -87,7 +87,7 @@ def wait_for(path: Path, process: subprocess.Popen[str]) -> None:
 
 @pytest.mark.slow
 def test_a_worker_elsewhere_joins_a_run_over_postgresql(tmp_path: Path, database: str) -> None:
-    search = {"trials": 24, "max_macs": 3.0, "max_float_layers": 2}
+    search = {"trials": 70, "max_macs": 3.0, "max_float_layers": 2}
     config, out = write_config(tmp_path, search=search), tmp_path / "out"
     first = command("run", config, "--out", out, "--storage", database, "-q")
     wait_for(out / "run.json", first)
