@@ -86,9 +86,7 @@ def test_in_the_analysis(tmp_path: Path) -> None:
     wait_for(journal, process, 2)
     assert "To go on: quantfix analyze" in interrupted(process)
     before = journal.read_text().splitlines()
-    assert (
-        started(tmp_path, "analyze", str(config), "--exact", "--out", "run", "-q").wait(300) == 0
-    )
+    finished(tmp_path, "analyze", str(config), "--exact", "--out", "run", "-q")
     assert journal.read_text().splitlines()[: len(before)] == before
 
 
