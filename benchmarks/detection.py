@@ -1,6 +1,6 @@
 """What each remedy gives back of a detector's int8 loss: one line for each plan.
 
-    python benchmarks/detection.py /work/shared/assets/yolo_fastest.yaml --out runs/detection
+    python benchmarks/detection.py ../shared/assets/yolo_fastest.yaml --out runs/detection
     python benchmarks/detection.py CONFIG --out DIR --plan "split_head_3@a split_range_3@b" ...
 
 Scores are kept in DIR, so that the command goes on where it stopped. Images, engine and target are
