@@ -19,8 +19,8 @@ import threading
 import time
 import traceback
 import warnings
-from collections.abc import Callable
-from contextlib import suppress
+from collections.abc import Callable, Generator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, NoReturn, TypeVar
 
@@ -68,19 +68,22 @@ def apart(action: Callable[[], T], limit_s: float) -> T:
     parent = os.getpid()
     sys.stdout.flush()
     sys.stderr.flush()
-    with warnings.catch_warnings():
-        # Python 3.12 warns of locks that other threads hold; the child takes none of theirs
-        warnings.simplefilter("ignore", DeprecationWarning)
-        child = os.fork()
-    if child == 0:
-        os.close(mine)
-        _answer(action, theirs, parent)
-    os.close(theirs)
+    child, text, status = 0, None, 0
     try:
+        with _interrupted_later():
+            with warnings.catch_warnings():
+                # Python 3.12 warns of locks that other threads hold; the child takes none of theirs
+                warnings.simplefilter("ignore", DeprecationWarning)
+                child = os.fork()
+            if child == 0:  # which never leaves this block
+                os.close(mine)
+                _answer(action, theirs, parent)
+            os.close(theirs)
         text = _received(mine, child, time.monotonic() + limit_s)
     finally:
         os.close(mine)
-        status = _ended(child)
+        if child:
+            status = _ended(child)
     if text is None:
         raise LostError(f"took longer than {limit_s:g} s (search.candidate_timeout)")
     if not text:
@@ -91,6 +94,22 @@ def apart(action: Callable[[], T], limit_s: float) -> T:
     if not worked:
         raise value
     return value
+
+
+@contextmanager
+def _interrupted_later() -> Generator[None]:
+    """Ctrl-C waits: raised in what Python and its libraries do around a fork, it would be printed and forgotten."""
+    if threading.current_thread() is not threading.main_thread():
+        yield  # such a thread is never interrupted
+        return
+    waiting: list[int] = []
+    before = signal.signal(signal.SIGINT, lambda number, frame: waiting.append(number))
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, signal.SIG_DFL if before is None else before)
+    if waiting:
+        signal.raise_signal(signal.SIGINT)
 
 
 def _received(pipe: int, child: int, deadline: float) -> bytes | None:
