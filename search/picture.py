@@ -7,7 +7,7 @@ from html import escape
 
 from search.records import Score
 from search.results import Results
-from search.tables import percent
+from search.tables import quality_lines
 
 WIDTH, HEIGHT = 760, 420
 LEFT, RIGHT, TOP, BOTTOM = 72, WIDTH - 20, 20, HEIGHT - 56
@@ -62,13 +62,7 @@ def facts_of(results: Results, score: Score) -> str:
         f"{score.macs / 1e6:.1f} M MACs ({score.macs_ratio - 1:+.1%}), "
         f"{score.float_layers} layers in float",
     ]
-    if score.metric is not None:
-        low, high = score.interval or (score.metric, score.metric)
-        lines.append(
-            f"int8 {results.metric} {score.metric:.2%} [{low:.2%}, {high:.2%}], "
-            f"in float {percent(score.metric_float)}"
-        )
-    lines.append(f"damage {score.damage:.4g}; {score.engine}, {score.samples} samples")
+    lines += quality_lines(results, score)
     return "\n".join(lines)
 
 

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from rewriter.ladder import REMEDIES
 from search.records import Score
 from search.steps import StepEffect, effect_said, step_effects
-from search.tables import percent
+from search.tables import quality_lines
 
 if TYPE_CHECKING:
     from search.results import Results
@@ -101,13 +101,7 @@ def hover(results: Results, score: Score) -> str:
         f"{score.macs / 1e6:.2f} M MACs ({score.macs_ratio - 1:+.1%}), "
         f"{score.float_layers} layers in float"
     )
-    if score.metric is not None:
-        low, high = score.interval or (score.metric, score.metric)
-        lines.append(
-            f"int8 {results.metric} {score.metric:.2%} [{low:.2%}, {high:.2%}], "
-            f"in float {percent(score.metric_float)}"
-        )
-    lines.append(f"damage {score.damage:.4g}; {score.engine}, {score.samples} samples")
+    lines += quality_lines(results, score)
     if score.stopped:
         lines.append("given up early: clearly not on the front")
     return "<br>".join(lines)

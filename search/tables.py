@@ -162,6 +162,19 @@ def _how(results: Results) -> str:
     return on
 
 
+def quality_lines(results: Results, score: Score) -> list[str]:
+    """What a plan is worth, and what that was measured on."""
+    lines: list[str] = []
+    if score.metric is not None:
+        low, high = score.interval or (score.metric, score.metric)
+        lines.append(
+            f"int8 {results.metric} {score.metric:.2%} [{low:.2%}, {high:.2%}], "
+            f"in float {percent(score.metric_float)}"
+        )
+    lines.append(f"damage {score.damage:.4g}; {score.engine}, {score.samples} samples")
+    return lines
+
+
 def percent(value: float | None) -> str:
     return "" if value is None else f"{value:.2%}"
 
