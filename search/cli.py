@@ -16,7 +16,6 @@ from rewriter import Plan, RewriteError, cost, find_sites
 from search.cluster import search_on_ray
 from search.config import Config, ConfigError, load_config, shipped_config
 from search.console import err, out, progress, refused, say
-from search.exhibits import write_exhibits
 from search.init import init
 from search.job import Job, float_metric, load_network, open_job
 from search.options import (
@@ -36,6 +35,7 @@ from search.options import (
 from search.records import RunError, Score, read_json, read_run
 from search.remarks import remarks
 from search.report import write_report
+from search.report.exhibits import write_exhibits
 from search.results import Results, load_results, write_front
 from search.run import (
     Goal,

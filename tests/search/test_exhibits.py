@@ -18,14 +18,14 @@ from rewriter import Plan, profile, target, trace
 from rewriter.assemble import assemble
 from search.config import load_config
 from search.evaluator import RewriteEvaluator
-from search.exhibit_network import channel_ranges, layer_list, spread
-from search.exhibit_outputs import LEAST_SCORE, outputs_shown
-from search.exhibits import PLAIN, REWRITTEN, read_exhibits, write_exhibits
 from search.job import open_job
 from search.records import Records
-from search.report_network import Row, aligned, network_section, network_svg, shortened
-from search.report_outputs import outputs_section
-from search.report_ranges import ranges_section, ranges_svg
+from search.report.exhibit_network import channel_ranges, layer_list, spread
+from search.report.exhibit_outputs import LEAST_SCORE, outputs_shown
+from search.report.exhibits import PLAIN, REWRITTEN, read_exhibits, write_exhibits
+from search.report.network import Row, aligned, network_section, network_svg, shortened
+from search.report.outputs import outputs_section
+from search.report.ranges import ranges_section, ranges_svg
 from search.results import load_results
 from search.run import note_run, sensitivity_of
 from search.samples import load_samples

@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 from html import escape
 from typing import TYPE_CHECKING, Any
 
-from search.report_page import Section, drawing, folded, paragraph, table
+from search.report.page import Section, drawing, folded, paragraph, table
 
 if TYPE_CHECKING:
     from search.analysis import Sensitivity

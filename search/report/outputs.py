@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from html import escape
 from typing import Any
 
-from search.report_page import Section, folded, paragraph, table
+from search.report.page import Section, folded, paragraph, table
 
 COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#7f3c8d", "#f0e442")
 WIDTH, HEIGHT, LEFT, TOP, BOTTOM = 900, 200, 56, 12, 176

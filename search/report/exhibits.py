@@ -9,10 +9,10 @@ from typing import Any
 from rewriter import Plan, cost
 from rewriter.assemble import assemble
 from rewriter.errors import RewriteError
-from search.exhibit_network import channel_ranges, layer_list, spread
-from search.exhibit_outputs import outputs_shown
 from search.job import Job
 from search.records import RunError, read_json, write_json
+from search.report.exhibit_network import channel_ranges, layer_list, spread
+from search.report.exhibit_outputs import outputs_shown
 from search.results import Results
 from search.samples import Tick
 

@@ -5,7 +5,8 @@ from __future__ import annotations
 from html import escape
 from typing import TYPE_CHECKING, Any
 
-from search.report_page import Section, folded, paragraph, plot, table
+from search.cause_looks import LOOKS, NO_CAUSE, look
+from search.report.page import Section, folded, paragraph, plot, table
 from search.tables import layer_rows
 
 if TYPE_CHECKING:
@@ -13,19 +14,6 @@ if TYPE_CHECKING:
 
 BARS = 20
 ROWS = 40
-NONE = "no single cause"
-# Eight hues that differ also for most colour-blind eyes (Okabe and Ito, 2008), light and dark alike.
-COLOURS = {
-    "weight_channel_spread": ("#0072b2", "weights: channels of very different range"),
-    "weight_outliers": ("#56b4e9", "weights: a few outliers set the range"),
-    "dead_channels": ("#9c6b4e", "channels that are always zero"),
-    "bias_overflow": ("#7f3c8d", "biases beyond int32 steps"),
-    "activation_channel_spread": ("#d55e00", "activations: channels of very different range"),
-    "activation_outliers": ("#e69f00", "activations: a few outliers set the range"),
-    "shared_range": ("#009e73", "different values share one range"),
-    "saturating_input": ("#cc79a7", "values beyond the calibrated range"),
-    NONE: ("#b0b0b0", NONE),
-}
 
 
 def layers_section(sensitivity: Sensitivity | None) -> Section:
@@ -63,11 +51,11 @@ def layers_figure(sensitivity: Sensitivity) -> Any:
         group = [d for d in shown if _cause(d) == cause]
         fig.add_trace(
             go.Bar(
-                name=COLOURS.get(cause, COLOURS[NONE])[1] if cause in COLOURS else cause,
+                name=LOOKS[cause].words if cause in LOOKS else cause,
                 orientation="h",
                 y=[d.layer for d in group],
                 x=[d.damage for d in group],
-                marker_color=COLOURS.get(cause, COLOURS[NONE])[0],
+                marker_color=look(cause).colour,
                 text=[_hover(d, sensitivity) for d in group],
                 textposition="none",
                 hovertemplate="%{text}<extra></extra>",
@@ -98,16 +86,16 @@ def _hover(layer: Layer, sensitivity: Sensitivity) -> str:
     return (
         f"<b>{escape(layer.layer)}</b> ({escape(layer.kind)}, {layer.macs / 1e6:.2f} M MACs)"
         f"<br>damage {layer.damage:.4g}{'' if layer.exact else ', estimated'}{lost}"
-        f"<br>causes: {escape(', '.join(layer.causes) or NONE)}"
+        f"<br>causes: {escape(', '.join(layer.causes) or NO_CAUSE.words)}"
         f"<br>answers: {escape(', '.join(layer.answers[:4]))}"
     )
 
 
 def _cause(layer: Layer) -> str:
-    return layer.causes[0] if layer.causes else NONE
+    return layer.causes[0] if layer.causes else NO_CAUSE.words
 
 
 def _meanings(sensitivity: Sensitivity) -> str:
     named = dict.fromkeys(c for d in sensitivity.layers[:ROWS] for c in d.causes)
-    said = [f"{c}: {COLOURS[c][1]}" for c in named if c in COLOURS]
+    said = [f"{c}: {LOOKS[c].words}" for c in named if c in LOOKS]
     return paragraph("Causes. " + "; ".join(said) + ".") if said else ""

@@ -7,16 +7,16 @@ from html import escape
 from pathlib import Path
 from typing import Any
 
-from search.exhibits import read_exhibits
 from search.records import fingerprint, replacing
-from search.report_facts import commands, measured
-from search.report_front import effect_rows, front_figure
-from search.report_layers import layers_section
-from search.report_markdown import markdown_report
-from search.report_network import network_section
-from search.report_outputs import outputs_section
-from search.report_page import Section, listed, page, paragraph, plot, table
-from search.report_ranges import ranges_section
+from search.report.exhibits import read_exhibits
+from search.report.facts import commands, measured
+from search.report.front import effect_rows, front_figure
+from search.report.layers import layers_section
+from search.report.markdown import markdown_report
+from search.report.network import network_section
+from search.report.outputs import outputs_section
+from search.report.page import Section, listed, page, paragraph, plot, table
+from search.report.ranges import ranges_section
 from search.results import Results
 from search.tables import finetuned_rows, front_rows, score_rows
 
@@ -47,7 +47,7 @@ def html_report(results: Results, exhibits: Mapping[str, Any] | None = None) -> 
 
     Args:
         results: Of the run.
-        exhibits: What the network itself was needed for (``search.exhibits``); None: these sections are left out.
+        exhibits: What the network itself was needed for (``search.report.exhibits``); None: these sections are left out.
     """
     from plotly.offline import get_plotlyjs
 
