@@ -49,6 +49,7 @@ class _Facts(_Strict):
     limits: dict[str, float | None] = Field(default_factory=dict[str, "float | None"])
     options: dict[str, Any] = Field(default_factory=dict[str, Any])
     storage: str | None = None
+    ladder: list[Annotated[list[Any], Field(min_length=3, max_length=3)]] | None = None
 
 
 def fault_of_run(facts: Mapping[str, Any]) -> str:

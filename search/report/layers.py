@@ -6,11 +6,11 @@ from html import escape
 from typing import TYPE_CHECKING, Any
 
 from search.cause_looks import LOOKS, NO_CAUSE, look
-from search.report.page import Section, folded, paragraph, plot, table
+from search.report.page import Section, folded, listed, paragraph, plot, table
 from search.tables import layer_rows
 
 if TYPE_CHECKING:
-    from search.analysis import Layer, Sensitivity
+    from search.analysis import Layer, Sensitivity, Value
 
 BARS = 20
 ROWS = 40
@@ -35,7 +35,8 @@ def layers_section(sensitivity: Sensitivity | None) -> Section:
     return Section(
         "layers",
         title,
-        body
+        listed(sensitivity.remarks)
+        + body
         + folded("The layers as a table, with the rules that answer them", answered)
         + _meanings(sensitivity),
     )
@@ -61,17 +62,33 @@ def layers_figure(sensitivity: Sensitivity) -> Any:
                 hovertemplate="%{text}<extra></extra>",
             )
         )
-    longest = max(len(d.layer) for d in shown)
+    ends = sensitivity.harmful_outputs()
+    if ends:
+        fig.add_trace(
+            go.Bar(
+                name="one range for a value at the end",
+                orientation="h",
+                y=[v.value for v in ends],
+                x=[v.damage for v in ends],
+                marker={"color": look("shared_range").colour, "pattern": {"shape": "/"}},
+                text=[_end_said(v) for v in ends],
+                textposition="none",
+                hovertemplate="%{text}<extra></extra>",
+            )
+        )
+    rows = [(d.damage, d.layer) for d in shown] + [(v.damage, v.value) for v in ends]
+    names = [name for _, name in sorted(rows, key=lambda row: row[0])]
+    longest = max(map(len, names))
     fig.update_layout(
         template="none",
-        height=110 + 24 * len(shown),
+        height=110 + 24 * len(names),
         margin={"l": min(320, 30 + 7 * longest), "r": 20, "t": 10, "b": 50},
         font={"family": "system-ui, sans-serif", "size": 12},
         bargap=0.25,
         hoverlabel={"align": "left", "namelength": -1},
-        legend={"orientation": "h", "y": -0.08 - 1.2 / len(shown), "yanchor": "top"},
+        legend={"orientation": "h", "y": -0.08 - 1.2 / len(names), "yanchor": "top"},
         xaxis={"title": "damage of this layer alone", "rangemode": "tozero"},
-        yaxis={"categoryorder": "array", "categoryarray": [d.layer for d in reversed(shown)]},
+        yaxis={"categoryorder": "array", "categoryarray": names},
         showlegend=True,
     )
     return fig
@@ -88,6 +105,14 @@ def _hover(layer: Layer, sensitivity: Sensitivity) -> str:
         f"<br>damage {layer.damage:.4g}{'' if layer.exact else ', estimated'}{lost}"
         f"<br>causes: {escape(', '.join(layer.causes) or NO_CAUSE.words)}"
         f"<br>answers: {escape(', '.join(layer.answers[:4]))}"
+    )
+
+
+def _end_said(value: Value) -> str:
+    made = f", made by {escape(value.layer)}" if value.layer else ""
+    return (
+        f"<b>{escape(value.value)}</b>{made}: read by no layer<br>damage of its range alone "
+        f"{value.damage:.4g}"
     )
 
 

@@ -95,7 +95,7 @@ def test_a_network_without_damage_has_a_picture() -> None:
 def test_remarks_name_the_value_its_range_its_channels_and_its_readers() -> None:
     value, layer = remarks(content())
     assert value == (
-        "value act_1, made by stem, does 0.3 damage: range [-2.6, 21.6] set by channels 3, 7, "
+        "value act_1, made by stem, does 0.3 damage alone, all of int8 1: range [-2.6, 21.6] set by channels 3, 7, "
         "the widest 41.2 times the middle one; read by dw, pw"
     )
     assert layer == (
