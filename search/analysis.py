@@ -11,8 +11,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, fx
 
+from rewriter.graph import layers
 from rewriter.plan import copy_graph
 from rewriter.sensitivity import analyze as analyze_layers
 from search.evaluator import RewriteEvaluator, Tick
@@ -54,7 +55,7 @@ class Value:
     Attributes:
         value: Name in the graph.
         layer: That makes it; "" where none does.
-        feeds: Layers that read it; none reads an output of the network.
+        feeds: Layers that read it.
         damage: Of its range alone.
     """
 
@@ -84,8 +85,8 @@ class Sensitivity(ShownSensitivity):
         """Whether a damage is more than a hundredth of that of plain int8: less is not what hurts."""
         return damage > LEAST * (self.whole or 0.0)
 
-    def harmful_outputs(self) -> list[Value]:
-        """Values that hurt and that no layer reads, so that no layer is charged with them."""
+    def uncharged(self) -> list[Value]:
+        """Values that hurt and that no layer reads (an activation or an output does), so that none is charged."""
         least = SHARE * (self.whole or 0.0)
         return [v for v in self.values if not v.feeds and v.damage > 0 and v.damage >= least]
 
@@ -131,6 +132,8 @@ def analyze(
     )
     content = found.to_json()
     content["simulated_baseline"] = content["baseline"]
+    ends = _ends(evaluator.gm)
+    content["values"] = [v | {"ends": v["value"] in ends} for v in content["values"]]
     content |= {
         "baseline": asdict(baseline),
         "samples": count,
@@ -184,6 +187,16 @@ def read_sensitivity(
     except (RunError, KeyError, TypeError, AttributeError, ValueError) as cause:
         log.warning("%s: not readable, so that run and analyze make it anew: %s", path, cause)
         return None
+
+
+def _ends(gm: fx.GraphModule) -> set[str]:
+    """Names of the values from which an output is computed without a layer in between."""
+    weighted = set(layers(gm))
+    found = {n for n in gm.graph.nodes if n.op == "output"}
+    for node in reversed(gm.graph.nodes):
+        if any(u in found and u not in weighted for u in node.users):
+            found.add(node)
+    return {n.name for n in found}
 
 
 def _first_inputs(evaluator: RewriteEvaluator, count: int) -> Tensor:

@@ -27,8 +27,9 @@ def remarks(content: Mapping[str, Any]) -> list[str]:
 
 def _value(value: Mapping[str, Any], whole: float) -> str:
     low, high = value["range"]
-    made = f", made by {value['layer']}," if value["layer"] else ""
-    made += "" if value["feeds"] else " at the end of the network,"
+    about = [f"made by {value['layer']}"] if value["layer"] else []
+    about += ["which ends in an output"] if value.get("ends") else []
+    made = "".join(f", {said}" for said in about) + ("," if about else "")
     said = (
         f"value {value['value']}{made} does {value['damage']:.3g} damage alone, all of int8 {whole:.3g}: "
         f"range [{low:.4g}, {high:.4g}]"

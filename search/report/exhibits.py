@@ -82,12 +82,12 @@ def _exhibits(job: Job, results: Results, plan: str) -> dict[str, Any]:
 
 
 def _shown(results: Results) -> list[tuple[str, str]]:
-    """Node and name of the layers whose ranges are shown, after the outputs that hurt."""
+    """Node and name of the layers whose ranges are shown, after the values that hurt and are charged to none."""
     found = results.sensitivity
     if found is None:
         return []
     # channels of a value that no layer made (boxes beside scores) say nothing of what it holds
-    ends = [(v.value, v.value) for v in found.harmful_outputs() if v.layer][: HARMFUL // 2]
+    ends = [(v.value, v.value) for v in found.uncharged() if v.layer][: HARMFUL // 2]
     worst = [d for d in found.layers[:HARMFUL] if found.counts(d.damage)]
     return ends + [(d.node, d.layer) for d in worst]
 

@@ -204,7 +204,7 @@ def _lay_out(
         hoverlabel={"align": "left", "namelength": -1},
         legend={"orientation": "h", "y": -0.2, "yanchor": "top"},
         xaxis={
-            "title": "compute added, % of the network's MACs",
+            "title": "compute added, % of MACs",
             "range": [min(across) - room, max(across) + room],
             "ticksuffix": " %",
         },

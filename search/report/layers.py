@@ -62,11 +62,11 @@ def layers_figure(sensitivity: Sensitivity) -> Any:
                 hovertemplate="%{text}<extra></extra>",
             )
         )
-    ends = sensitivity.harmful_outputs()
+    ends = sensitivity.uncharged()
     if ends:
         fig.add_trace(
             go.Bar(
-                name="one range for a value at the end",
+                name="the one range of a value that no layer reads",
                 orientation="h",
                 y=[v.value for v in ends],
                 x=[v.damage for v in ends],

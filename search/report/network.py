@@ -18,7 +18,7 @@ HARMFUL = 5  # layers that are marked with their cause
 WIDTH, ROW, BOX = 980, 34, 26
 COLUMN, LEFT, RIGHT = 460, 4, 516
 AROUND = 1  # unchanged layers that are shown beside a changed one
-LONGEST = 76
+LONGEST = 70
 
 
 @dataclass(frozen=True)
@@ -97,7 +97,7 @@ def _harmful(sensitivity: Sensitivity) -> dict[str, str]:
     said = {
         d.node: f"{i}. {d.causes[0] if d.causes else 'harmful'}" for i, d in enumerate(worst, 1)
     }
-    return said | {v.value: "its one range hurts" for v in sensitivity.harmful_outputs()}
+    return said | {v.value: "its one range hurts" for v in sensitivity.uncharged()}
 
 
 def aligned(before: Sequence[Mapping[str, Any]], after: Sequence[Mapping[str, Any]]) -> list[Row]:
