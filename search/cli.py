@@ -20,6 +20,7 @@ from search.init import init
 from search.job import Job, float_metric, load_network, open_job
 from search.options import (
     ConfigPath,
+    MaxDamage,
     MaxDrop,
     MaxMacs,
     Out,
@@ -258,6 +259,7 @@ def fix(
     config: ConfigPath,
     max_drop: MaxDrop = None,
     max_macs: MaxMacs = None,
+    max_damage: MaxDamage = None,
     out_dir: Out = None,
     trials: Trials = None,
     timeout: Timeout = None,
@@ -270,22 +272,17 @@ def fix(
 
     Example: quantfix fix configs/digits.yaml --max-drop 1 --max-macs 1.1
     """
-    given = {"max_drop": max_drop, "max_macs": max_macs}
+    given = {"max_drop": max_drop, "max_macs": max_macs, "max_damage": max_damage}
     cfg, folder = _opened(
         config, out_dir, seed=seed, trials=trials, timeout=timeout, workers=workers, **given
     )
     goal, ratio = Goal(cfg.search.max_drop, cfg.search.max_damage), cfg.search.max_macs
     if goal == Goal():
         raise ConfigError(
-            "fix: how much may be lost? --max-drop POINTS, or search.max_drop (without labels "
-            "search.max_damage) in the config"
+            "fix: how much may be lost? --max-drop POINTS, without labels --max-damage DAMAGE (or "
+            "search.max_drop, search.max_damage in the config)"
         )
     job, results = _run(cfg, folder, storage, quiet, goal)
-    if goal.max_drop is not None and results.baseline.float is None:
-        raise ConfigError(
-            "fix: the evaluation data have no labels, so a drop cannot be measured: give "
-            "search.max_damage in the config instead"
-        )
     chosen = cheapest(job, goal, ratio)
     score = chosen or results.best()
     _export(job, score, folder / "fixed", quiet)
@@ -310,6 +307,11 @@ def _run(
     """Analyse and search; whatever ends it, the front of what is scored is on disk."""
     bars = progress(quiet)
     job = open_job(cfg, folder, bars)
+    if goal and goal.max_drop is not None and job.evaluator.samples.targets is None:
+        raise ConfigError(
+            "fix: the evaluation data have no labels, so a drop cannot be measured: give "
+            "--max-damage instead, such as a tenth of what plain int8 does (quantfix analyze)"
+        )
     sensitivity = sensitivity_of(job, bars)
     note_run(job, storage)
     if not quiet:

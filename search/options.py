@@ -25,6 +25,10 @@ Workers = Annotated[int | None, typer.Option(min=1, max=64, help="Processes that
 MaxDrop = Annotated[
     float | None, typer.Option(min=0, metavar="POINTS", help="Largest loss against float.")
 ]
+MaxDamage = Annotated[
+    float | None,
+    typer.Option(min=0, metavar="DAMAGE", help="Largest distance to float; needs no labels."),
+]
 MaxMacs = Annotated[
     float | None, typer.Option(min=0, metavar="RATIO", help="Largest cost; 1: as it is.")
 ]

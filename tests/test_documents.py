@@ -165,9 +165,7 @@ def smaller(text: str) -> str:
     """The same config for a test: fewer trials and images, a smaller network."""
     text = re.sub(r"trials: \d+", "trials: 3", text)
     text = text.replace("timm: mobilenetv2_100", "timm: mobilenetv2_050, args: {num_classes: 5}")
-    return text.replace(
-        "imagefolder: images, calibration: 200", "imagefolder: images, calibration: 10, size: 64"
-    )
+    return text.replace("imagefolder: images", "imagefolder: images, calibration: 10, size: 64")
 
 
 @pytest.mark.slow

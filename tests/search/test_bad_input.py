@@ -91,6 +91,12 @@ KEYS = [
         },
         words=("run", "CONFIG", "-q", "--out", "RUN"),
     ),
+    Bad(
+        "drop without labels",
+        ("fix: the evaluation data have no labels", "give --max-damage"),
+        {"data": {"factory": "small:data", "args": {"labels": False}}},
+        words=("fix", "CONFIG", "-q", "--max-drop", "1", "--out", "RUN"),
+    ),
 ]
 
 MODELS = [
