@@ -51,6 +51,7 @@ from search.tables import (
     finetuned_table,
     front_table,
     ladder_table,
+    loss_said,
     reference_table,
     sensitivity_table,
     sites_table,
@@ -286,8 +287,7 @@ def fix(
     chosen = cheapest(job, goal, ratio)
     score = chosen or results.best()
     _export(job, score, folder / "fixed", quiet)
-    lost = results.drop(score)
-    said = f"{'' if lost is None else f'{lost:.2f} points lost, '}{score.macs_ratio:.3f} x MACs"
+    said = loss_said(results, score)
     asked = f"{goal} at {ratio:g} x MACs"
     if chosen is None:
         say(f"goal not met ({asked}); best so far: {said}", err)
@@ -310,7 +310,7 @@ def _run(
     if goal and goal.max_drop is not None and job.evaluator.samples.targets is None:
         raise ConfigError(
             "fix: the evaluation data have no labels, so a drop cannot be measured: give "
-            "--max-damage instead, such as a tenth of what plain int8 does (quantfix analyze)"
+            "--max-damage instead, such as half of what plain int8 does (quantfix analyze)"
         )
     sensitivity = sensitivity_of(job, bars)
     note_run(job, storage)

@@ -201,6 +201,16 @@ def quality_lines(results: Results, score: Score) -> list[str]:
     return lines
 
 
+def loss_said(results: Results, score: Score) -> str:
+    """What a plan loses (the damage where there are no labels), and what it costs."""
+    lost = results.drop(score)
+    if lost is None:
+        said = "damage infinite" if score.damage is None else f"damage {score.damage:.3g}"
+    else:
+        said = f"{lost:.2f} points lost"
+    return f"{said}, {score.macs_ratio:.3f} x MACs"
+
+
 def percent(value: float | None) -> str:
     return "" if value is None else f"{value:.2%}"
 

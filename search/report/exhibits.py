@@ -34,6 +34,7 @@ def write_exhibits(job: Job, results: Results, tick: Tick = lambda done, total: 
     plan = results.best().plan
     known = read_exhibits(job.folder, job.records.fingerprint)
     if known is not None and known["plan"] == plan:
+        tick(1, 1)
         return
     tick(0, 1)
     try:
