@@ -238,7 +238,8 @@ class Results(ShownResults):
                 f"{self._said(best)} {on}."
             )
         cost = "no more compute" if best.macs_ratio <= 1 else f"{best.macs_ratio - 1:+.1%} MACs"
-        kept = f" and {best.float_layers} layers in float" if best.float_layers else ""
+        many = "s" if best.float_layers > 1 else ""
+        kept = f" and {best.float_layers} layer{many} in float" if best.float_layers else ""
         plain = "was not scored" if empty is None else f"has {self._said(empty)}"
         return (
             f'Apply "{best.plan}": {self._said(best)} with {cost}{kept}, where plain int8 {plain}'
