@@ -11,6 +11,7 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
+import math
 import zipfile
 import zlib
 from collections.abc import Mapping
@@ -57,6 +58,7 @@ class Score:
         stopped: Whether the plan was given up after so many samples, because it was clear that it
             is not on the front. Its numbers are no substitute for those on all of them.
         error: Why the plan could not be scored; all measured fields are then None.
+        limit_s: Seconds after which it was given up, where it failed because it took longer.
     """
 
     plan: str
@@ -77,6 +79,7 @@ class Score:
     seconds: float = 0.0
     stopped: bool = False
     error: str | None = None
+    limit_s: float | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """Plain JSON values; a value that is not finite becomes None."""
@@ -193,7 +196,7 @@ class Records:
         self._take(score)
 
     def _take(self, score: Score) -> None:
-        """Keep the first score of a plan, until one says more: on all samples, or with a time."""
+        """Keep the first score of a plan, until one says more: after more time, on all samples, or with a time."""
         known = self._scores.get(score.plan)
         if known is None or _fuller(score) > _fuller(known):
             self._scores[score.plan] = score
@@ -304,8 +307,9 @@ def fingerprint(parts: Mapping[str, str]) -> str:
     return hashlib.sha256(json.dumps(dict(sorted(parts.items()))).encode()).hexdigest()[:32]
 
 
-def _fuller(score: Score) -> tuple[bool, bool]:
-    return not score.stopped, score.latency_ms is not None
+def _fuller(score: Score) -> tuple[float, bool, bool]:
+    waited = math.inf if score.limit_s is None else score.limit_s
+    return waited, not score.stopped, score.latency_ms is not None
 
 
 def _record(line: bytes) -> dict[str, Any] | None:
