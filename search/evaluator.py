@@ -12,7 +12,6 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -27,6 +26,7 @@ from rewriter.int8.onnx import float_onnx, to_onnx
 from rewriter.int8.scheme import QuantScheme
 from rewriter.int8.session import Session
 from rewriter.plan import rewrite, rule_named
+from rewriter.store import Store
 from search.apart import LateError, LostError, apart
 from search.constraints import size_of
 from search.failure import CandidateError, blamed, failed, to_be_tried_again
@@ -52,7 +52,7 @@ class RewriteEvaluator:
         records: Where scores are kept.
         engine: ``onnxruntime`` (the int8 kernels that ship) or ``simulate``.
         device: Where torch runs; the kernels always run on the CPU.
-        store: Folder of fitted weights.
+        store: Where fitted weights are kept.
         seed: Of the fits.
         threads: Of ONNX Runtime.
         confirmations: Where scores of chosen plans on all samples are kept, and how many of the
@@ -72,7 +72,7 @@ class RewriteEvaluator:
     records: Records
     engine: str = "onnxruntime"
     device: str = "cpu"
-    store: Path | None = None
+    store: Store | None = None
     seed: int = 0
     threads: int = 2
     confirmations: Confirmations | None = None
@@ -156,7 +156,7 @@ class RewriteEvaluator:
         if self.limit_s is None:
             return action()
         self.measured.float_metric(self.chosen_on)  # once, and not in each child
-        prepare(self.gm, self.calibration)
+        prepare(self.gm, self.calibration, self.store)
         try:
             return apart(action, self.limit_s)
         except LostError as cause:
