@@ -45,6 +45,7 @@ from search.study import Outcome, Settings, search
 
 log = logging.getLogger(__name__)
 
+GRACE_S = 60.0  # what a plan's time limit may be overrun by, clocks that differ included
 LEAST_LEFT = 0.02  # no step is trusted to take away more than 98 % of the damage
 
 
@@ -268,6 +269,7 @@ def run_search(
         limits=limits_of(job),
         admits=limits_of(job).admits(job.gm, {"scheme": job.evaluator.scheme}),
         again=lambda score: to_be_tried_again(score, job.evaluator.limit_s),
+        elsewhere_s=None if options.store is None else options.candidate_timeout + GRACE_S,
     )
     job.evaluator.race = race_of(job)
     job.evaluator.limit_s = _time_limit(job)

@@ -14,7 +14,6 @@ import warnings
 from collections.abc import Callable, Generator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Literal
 
 import numpy as np
@@ -29,7 +28,7 @@ from search.constraints import Limits
 from search.front import Cost, cost_named, pareto
 from search.records import Records, Score
 from search.space import KEEP, Space
-from search.storage import is_held, workers, working
+from search.storage import recover, working
 
 log = logging.getLogger(__name__)
 
@@ -76,6 +75,8 @@ class Settings:
         limits: What a plan must meet to count as feasible.
         admits: Says of a plan whether it can meet the limits; one that cannot is not proposed.
         again: Says of a score that its plan is to be scored once more, before all others.
+        elsewhere_s: Seconds for which a trial is left to a worker of another run directory, of which it
+            cannot be seen here whether it lives. None: there are no such workers.
     """
 
     name: str
@@ -88,6 +89,7 @@ class Settings:
     limits: Limits = field(default_factory=Limits)
     admits: Callable[[Plan], bool] = lambda plan: True
     again: Callable[[Score], bool] = lambda score: False
+    elsewhere_s: float | None = None
 
     def directions(self) -> list[Direction]:
         up = self.objective == "metric" and self.higher_is_better
@@ -145,7 +147,7 @@ def search(
             study.set_metric_names(
                 [settings.cost, settings.objective]
             )  # what optuna-dashboard writes on the axes
-        _recover(study, records.folder / "workers", worker)
+        recover(study, records.folder / "workers", worker, settings.elsewhere_s)
         while True:
             records.refresh()
             trials = study.get_trials(deepcopy=False)
@@ -356,24 +358,6 @@ def _has_score(trial: FrozenTrial) -> bool:
     return (
         trial.state.is_finished() and "counts" in trial.user_attrs and "plan" in trial.user_attrs
     )
-
-
-def _recover(study: optuna.Study, folder: Path, me: str) -> None:
-    """End the trials of dead workers, and, where nobody else is at work, the queue they left.
-
-    Their plans are proposed again, in the order of an undisturbed run.
-    """
-    living = {name for name in workers(folder) if name == me or is_held(folder / name)}
-    for trial in study.get_trials(deepcopy=False, states=(CLAIMED,)):
-        owner = trial.user_attrs.get("worker")
-        if owner is None or owner not in living:
-            log.info("trial %d of a worker that is gone: to be tried again", trial.number)
-            study.tell(trial.number, state=FAILED)
-    for name in workers(folder) - living:
-        (folder / name).unlink(missing_ok=True)
-    if living <= {me}:
-        while study.get_trials(deepcopy=False, states=(TrialState.WAITING,)):
-            study.tell(study.ask(), state=FAILED)
 
 
 @contextmanager
