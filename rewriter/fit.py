@@ -15,7 +15,6 @@ import logging
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
-from pathlib import Path
 
 import torch
 from torch import Tensor, fx, nn
@@ -26,7 +25,7 @@ from rewriter.graph import layers, module_of, walk
 from rewriter.int8.scheme import QuantScheme, fake_quantize
 from rewriter.least_squares import NormalEquations
 from rewriter.plan import Plan, Step, copy_graph, rewrite, rule_named
-from rewriter.store import data_digest, graph_digest, key, load, save_to
+from rewriter.store import Store, data_digest, graph_digest, key, load, save_to
 
 log = logging.getLogger(__name__)
 Batches = Sequence[Tensor | tuple[Tensor, ...]]
@@ -73,7 +72,7 @@ def fit(
     plan: Plan,
     batches: Batches,
     scheme: QuantScheme,
-    store: Path | None = None,
+    store: Store | None = None,
     seed: int = 0,
     distilled: bool = True,
     device: str = "cpu",

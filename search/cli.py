@@ -42,17 +42,13 @@ from search.run import (
     cheapest,
     confirm_front,
     note_run,
+    noted_goal,
     run_search,
     sensitivity_of,
     with_options,
 )
-from search.tables import (
-    finetuned_table,
-    front_table,
-    reference_table,
-    sensitivity_table,
-    sites_table,
-)
+from search.shown import show_results
+from search.tables import sensitivity_table, sites_table
 from search.training_commands import Tuned, as_trained, table, train_chosen, with_training
 from search.workers import helpers, work
 
@@ -174,7 +170,7 @@ def run(
         config, out_dir, seed=seed, trials=trials, timeout=timeout, workers=workers
     )
     job, results = _run(with_training(cfg, tuned), folder, storage, quiet, ray=ray)
-    _show(train_chosen(job, results, quiet), quiet)
+    show_results(train_chosen(job, results, quiet), quiet)
 
 
 @app.command()
@@ -202,7 +198,8 @@ def worker(folder: RunFolder, storage: Storage = None, quiet: Quiet = False) -> 
             f"{folder}: no search is running there: "
             f"start one with quantfix run {facts.get('config', 'CONFIG')}"
         )
-    outcome = work(Path(facts["config"]), folder, options, storage or facts.get("storage"))
+    place, goal = storage or facts.get("storage"), noted_goal(facts)
+    outcome = work(Path(facts["config"]), folder, options, place, goal=goal)
     if not quiet:
         out.print(f"done: {outcome.reason}, {outcome.plans} plans scored")
 
@@ -216,7 +213,7 @@ def front(folder: RunFolder, quiet: Quiet = False) -> None:
     results = load_results(folder)
     write_front(results)
     write_report(results)
-    _show(results, quiet)
+    show_results(results, quiet)
 
 
 @app.command()
@@ -314,12 +311,12 @@ def _run(
     bars = progress(quiet)
     job = open_job(cfg, folder, bars)
     sensitivity = sensitivity_of(job, bars)
-    note_run(job, storage)
+    note_run(job, storage, goal)
     if not quiet:
         out.print(sensitivity_table(sensitivity, 8))
     try:
         with (
-            nullcontext() if ray else helpers(cfg, folder, storage),
+            nullcontext() if ray else helpers(cfg, folder, storage, goal),
             bars("scoring plans") as tick,
         ):
             if ray is not None:
@@ -379,21 +376,6 @@ def _export(job: Job, score: Score, folder: Path, quiet: bool, compared: bool = 
             )
         for file in files:
             say(f"written: {file}")
-
-
-def _show(results: Results, quiet: bool) -> None:
-    if quiet:
-        return
-    if results.references:
-        out.print(reference_table(results))
-    out.print(front_table(results))
-    if results.finetuned:
-        out.print(finetuned_table(results))
-    say(results.advice())
-    if results.luck():
-        say(results.luck())
-    for name in ("front.json", "report.html", "report.md"):
-        say(f"written: {results.folder / name}")
 
 
 if __name__ == "__main__":

@@ -23,6 +23,7 @@ from search.config_faults import dotted, explain
 from search.confirm import confirm
 from search.constraints import Limits
 from search.evaluator import extra_macs
+from search.failure import to_be_tried_again
 from search.front import cost_named, select_front
 from search.job import Job, Progress, Told, silent
 from search.prediction import refitted
@@ -44,6 +45,7 @@ from search.study import Outcome, Settings, search
 
 log = logging.getLogger(__name__)
 
+GRACE_S = 60.0  # what a plan's time limit may be overrun by, clocks that differ included
 LEAST_LEFT = 0.02  # no step is trusted to take away more than 98 % of the damage
 
 
@@ -56,7 +58,7 @@ def sensitivity_of(job: Job, progress: Progress = silent, *, exact: bool = False
         return analyze(job.evaluator, job.folder, exact=exact, tick=tick)
 
 
-def note_run(job: Job, storage: str | None = None) -> None:
+def note_run(job: Job, storage: str | None = None, goal: Goal | None = None) -> None:
     """Write what readers of the run directory and further workers need."""
     note(
         job.folder,
@@ -65,7 +67,14 @@ def note_run(job: Job, storage: str | None = None) -> None:
         limits=limits_of(job).to_dict(),
         options=job.cfg.search.model_dump(),
         storage=storage,
+        goal=None if goal is None else asdict(goal),
     )
+
+
+def noted_goal(facts: Mapping[str, Any]) -> Goal | None:
+    """What the run whose ``run.json`` this is searches for, where that is not the whole front."""
+    goal = facts.get("goal")
+    return None if goal is None else Goal(goal.get("max_drop"), goal.get("max_damage"))
 
 
 def limits_of(job: Job) -> Limits:
@@ -259,6 +268,8 @@ def run_search(
         cost=options.cost,
         limits=limits_of(job),
         admits=limits_of(job).admits(job.gm, {"scheme": job.evaluator.scheme}),
+        again=lambda score: to_be_tried_again(score, job.evaluator.limit_s),
+        elsewhere_s=None if options.store is None else options.candidate_timeout + GRACE_S,
     )
     job.evaluator.race = race_of(job)
     job.evaluator.limit_s = _time_limit(job)

@@ -211,7 +211,7 @@ def test_nothing_is_left_of_a_write_that_fails(
     def full(*_: object) -> None:
         raise OSError("disk full")
 
-    monkeypatch.setattr("rewriter.store.os.replace", full)
+    monkeypatch.setattr("rewriter.places.os.replace", full)
     with pytest.raises(OSError, match="disk full"):
         save_to(tmp_path, "ab12", {"w": torch.zeros(2)}, {})
     assert [p for p in tmp_path.rglob("*") if p.is_file()] == []
