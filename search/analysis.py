@@ -11,13 +11,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, fx
 
+from rewriter.graph import layers
 from rewriter.plan import copy_graph
 from rewriter.sensitivity import analyze as analyze_layers
 from search.evaluator import RewriteEvaluator, Tick
 from search.notebook import ShownSensitivity
 from search.records import Baseline, RunError, read_json, write_json
+from search.remarks import SHARE, remarks
 from search.run_facts import checked
 from search.sensitivity_picture import sensitivity_svg
 
@@ -25,6 +27,8 @@ log = logging.getLogger(__name__)
 
 # Samples on which layers are measured: the order is settled long before. With --exact, all of them.
 ENOUGH = 256
+# Of the damage of plain int8: what does less is not shown as harmful.
+LEAST = 0.01
 
 
 @dataclass(frozen=True)
@@ -45,6 +49,23 @@ class Layer:
 
 
 @dataclass(frozen=True)
+class Value:
+    """One tensor between layers, alone in int8.
+
+    Attributes:
+        value: Name in the graph.
+        layer: That makes it; "" where none does.
+        feeds: Layers that read it.
+        damage: Of its range alone.
+    """
+
+    value: str
+    layer: str
+    feeds: tuple[str, ...]
+    damage: float
+
+
+@dataclass(frozen=True)
 class Sensitivity(ShownSensitivity):
     """The layers of a network, most harmful first, and what they are compared with."""
 
@@ -56,6 +77,18 @@ class Sensitivity(ShownSensitivity):
     baseline: Baseline
     layers: tuple[Layer, ...]
     layer_samples: int = 0
+    values: tuple[Value, ...] = ()
+    remarks: tuple[str, ...] = ()
+    whole: float | None = None  # damage of plain int8 where the layers were measured
+
+    def counts(self, damage: float) -> bool:
+        """Whether a damage is more than a hundredth of that of plain int8: less is not what hurts."""
+        return damage > LEAST * (self.whole or 0.0)
+
+    def uncharged(self) -> list[Value]:
+        """Values that hurt and that no layer reads (an activation or an output does), so that none is charged."""
+        least = SHARE * (self.whole or 0.0)
+        return [v for v in self.values if not v.feeds and v.damage > 0 and v.damage >= least]
 
     def damage_by_node(self) -> dict[str, float]:
         """Damage of each layer alone, by the node name that plans use."""
@@ -99,6 +132,8 @@ def analyze(
     )
     content = found.to_json()
     content["simulated_baseline"] = content["baseline"]
+    ends = _ends(evaluator.gm)
+    content["values"] = [v | {"ends": v["value"] in ends} for v in content["values"]]
     content |= {
         "baseline": asdict(baseline),
         "samples": count,
@@ -145,10 +180,23 @@ def read_sensitivity(
             baseline=checked(Baseline, {k: _frozen(v) for k, v in stored["baseline"].items()}),
             layers=tuple(layers),
             layer_samples=stored.get("layer_samples", stored["samples"]),
+            values=tuple(_values(stored)),
+            remarks=tuple(remarks(stored)),
+            whole=stored.get("simulated_baseline", {}).get("damage"),
         )
     except (RunError, KeyError, TypeError, AttributeError, ValueError) as cause:
         log.warning("%s: not readable, so that run and analyze make it anew: %s", path, cause)
         return None
+
+
+def _ends(gm: fx.GraphModule) -> set[str]:
+    """Names of the values from which an output is computed without a layer in between."""
+    weighted = set(layers(gm))
+    found = {n for n in gm.graph.nodes if n.op == "output"}
+    for node in reversed(gm.graph.nodes):
+        if any(u in found and u not in weighted for u in node.users):
+            found.add(node)
+    return {n.name for n in found}
 
 
 def _first_inputs(evaluator: RewriteEvaluator, count: int) -> Tensor:
@@ -179,6 +227,11 @@ def _boundless(row: dict[str, Any], known: set[str]) -> dict[str, Any]:
     """The fields of a layer; JSON has no infinity, which a damage may be, and says null."""
     kept = {key: _frozen(value) for key, value in row.items() if key in known}
     return {**kept, "damage": math.inf} if kept.get("damage") is None else kept
+
+
+def _values(stored: dict[str, Any]) -> list[Value]:
+    rows = [v for v in stored.get("values", ()) if v["damage"] is not None]
+    return [Value(v["value"], v["layer"], tuple(v["feeds"]), float(v["damage"])) for v in rows]
 
 
 def _frozen(value: Any) -> Any:

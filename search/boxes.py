@@ -83,8 +83,9 @@ def boxed_images(annotations: Path, images: Path, cfg: DataConfig) -> Data:
         raise ConfigError(f"data.yolo: no such folder: {annotations}")
     if annotations.is_dir():
         rows = [_yolo_row(f, annotations / f"{f.stem}.txt") for f in image_files(images)]
+        names: dict[int, str] = {}  # search.class_names looks for them beside the labels
     else:
-        rows = _coco_rows(annotations, images)
+        rows, names = _coco_rows(annotations, images)
     if not rows:
         raise ConfigError(f"data: {images}: holds no images")
     files = [row.file for row in rows]
@@ -93,7 +94,7 @@ def boxed_images(annotations: Path, images: Path, cfg: DataConfig) -> Data:
     )
     mean, std = cfg.mean or (0.0, 0.0, 0.0), cfg.std or (1.0, 1.0, 1.0)
     pairs = BoxedImages(calibration, cfg.size, mean, std)
-    return Data(Inputs(pairs), BoxedImages(evaluation, cfg.size, mean, std))
+    return Data(Inputs(pairs), BoxedImages(evaluation, cfg.size, mean, std), names=names)
 
 
 def _yolo_row(image: Path, text: Path) -> Labelled:
@@ -130,7 +131,8 @@ def _yolo_row(image: Path, text: Path) -> Labelled:
     )
 
 
-def _coco_rows(annotations: Path, images: Path) -> list[Labelled]:
+def _coco_rows(annotations: Path, images: Path) -> tuple[list[Labelled], dict[int, str]]:
+    """The images, and names of the classes by index."""
     try:
         content = json.loads(annotations.read_text())
         listed, objects, categories = (
@@ -140,7 +142,8 @@ def _coco_rows(annotations: Path, images: Path) -> list[Labelled]:
         by_image: dict[Any, list[Any]] = {}
         for entry in objects:
             by_image.setdefault(entry["image_id"], []).append(entry)
-        return [_coco_row(i, by_image.get(i["id"], []), number, images) for i in listed]
+        names = {number[c["id"]]: str(c["name"]) for c in categories if "name" in c}
+        return [_coco_row(i, by_image.get(i["id"], []), number, images) for i in listed], names
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"data.coco: cannot be read: {annotations}: {reason(error)}") from error
     except (json.JSONDecodeError, RecursionError) as error:

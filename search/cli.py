@@ -16,7 +16,6 @@ from rewriter import Plan, RewriteError, cost, find_sites
 from search.cluster import search_on_ray
 from search.config import Config, ConfigError, load_config, shipped_config
 from search.console import err, out, progress, refused, say
-from search.exhibits import write_exhibits
 from search.init import init
 from search.job import Job, float_metric, load_network, open_job
 from search.options import (
@@ -24,6 +23,7 @@ from search.options import (
     MaxDrop,
     MaxMacs,
     Out,
+    Pictures,
     Quiet,
     Ray,
     RunFolder,
@@ -33,9 +33,9 @@ from search.options import (
     Trials,
     Workers,
 )
-from search.records import RunError, Score, read_json, read_run
-from search.remarks import remarks
+from search.records import RunError, Score, read_run
 from search.report import write_report
+from search.report.ending import draw, reported
 from search.results import Results, load_results, write_front
 from search.run import (
     Goal,
@@ -133,7 +133,7 @@ def analyze(
     sensitivity = sensitivity_of(job, progress(quiet), exact=exact)
     if not quiet:
         out.print(sensitivity_table(sensitivity))
-        for line in remarks(read_json(folder / "sensitivity.json")):
+        for line in sensitivity.remarks:
             say(line)
         say(f"written: {folder / 'sensitivity.json'}, {folder / 'sensitivity.svg'}")
 
@@ -205,12 +205,15 @@ def worker(folder: RunFolder, storage: Storage = None, quiet: Quiet = False) -> 
 
 
 @app.command()
-def front(folder: RunFolder, quiet: Quiet = False) -> None:
+def front(folder: RunFolder, pictures: Pictures = False, quiet: Quiet = False) -> None:
     """The Pareto front as a table. Writes DIR/front.json, report.html and report.md.
 
     Example: quantfix front runs/digits
     """
     results = load_results(folder)
+    if pictures:
+        draw(_reopened(results, quiet), progress(quiet))
+        results = load_results(folder)
     write_front(results)
     write_report(results)
     show_results(results, quiet)
@@ -240,10 +243,7 @@ def export(
     """
     results = load_results(folder)
     score = results.picked(pick)
-    cfg = with_options(
-        load_config(Path(results.facts["config"])), **results.facts.get("options", {})
-    )
-    job = open_job(cfg, folder, progress(quiet))
+    job = _reopened(results, quiet)
     if not untrained:
         job, score = as_trained(job, results, score, quiet)
     _export(job, score, out_dir or folder / "export", quiet, compared)
@@ -292,11 +292,7 @@ def fix(
         say(f"goal not met ({asked}); best so far: {said}", err)
         raise typer.Exit(GOAL_NOT_MET)
     if not quiet:
-        out.print(
-            f"goal met: {score.plan or 'the network as it is'}: {said}",
-            markup=False,
-            highlight=False,
-        )
+        say(f"goal met: {score.plan or 'the network as it is'}: {said}")
 
 
 def _run(
@@ -314,7 +310,9 @@ def _run(
     note_run(job, storage, goal)
     if not quiet:
         out.print(sensitivity_table(sensitivity, 8))
-    try:
+        for line in sensitivity.remarks:
+            say(line)
+    with reported(job, bars):
         with (
             nullcontext() if ray else helpers(cfg, folder, storage, goal),
             bars("scoring plans") as tick,
@@ -330,20 +328,18 @@ def _run(
                     goal,
                 )
         confirm_front(job, bars)
-        with bars("drawing the network") as tick:
-            write_exhibits(job, load_results(folder), tick)
-    finally:
-        job.records.refresh()
-        if len(job.records):
-            results = load_results(folder)
-            write_front(results)
-            write_report(results)
     return job, load_results(folder)
 
 
 def _opened(config: Path, folder: Path | None, **options: Any) -> tuple[Config, Path]:
     cfg = with_options(load_config(config), **options)
     return cfg, folder or Path("runs") / cfg.path.stem
+
+
+def _reopened(results: Results, quiet: bool) -> Job:
+    cfg = load_config(Path(results.facts["config"]))
+    cfg = with_options(cfg, **results.facts.get("options", {}))
+    return open_job(cfg, results.folder, progress(quiet))
 
 
 def _export(job: Job, score: Score, folder: Path, quiet: bool, compared: bool = False) -> None:

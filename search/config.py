@@ -98,6 +98,7 @@ class DataConfig(_Section):
         coco: Annotations in COCO's JSON format.
         yolo: Folder of YOLO text labels, one file for each image.
         digits: Side in pixels of scikit-learn's handwritten digits.
+        names: Of the classes, for the report: a list, or a file (YAML with ``names``, or a name in each line).
         frames: Video only: frames of a sequence that the network reads at once.
         calibration: How many images calibrate; the others evaluate. None: 300, or a quarter where
             there are few.
@@ -119,6 +120,7 @@ class DataConfig(_Section):
     coco: str | None = None
     yolo: str | None = None
     digits: int | None = Field(default=None, ge=8, le=512)
+    names: list[str] | str | None = None
     frames: int | None = Field(default=None, ge=1)
     calibration: int | None = Field(default=None, ge=1)
     evaluation: int | None = Field(default=None, ge=1)

@@ -11,6 +11,7 @@ import re
 import sys
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -22,6 +23,7 @@ from timm.data.config import resolve_data_config
 from torch import Tensor, nn
 
 from search.boxes import boxed_images
+from search.class_names import class_names
 from search.config import Config, ConfigError
 from search.digits import digits
 from search.images import Data, Inputs, Preprocessing, Samples, arrays, image_folder, image_table
@@ -74,7 +76,7 @@ def load_data(cfg: Config) -> Data:
     Raises:
         ConfigError: the data are missing, too few, in another form, or the factory fails.
     """
-    source = cfg.data
+    source, made = cfg.data, None
     if source.factory is not None:
         made = call_factory(cfg, "data", source.factory, source.args)
         missing = [name for name in ("calibration", "evaluation") if not hasattr(made, name)]
@@ -101,6 +103,8 @@ def load_data(cfg: Config) -> Data:
     else:
         annotations = str(source.coco or source.yolo)
         data = boxed_images(cfg.resolve(annotations), cfg.resolve(str(source.images)), source)
+    names = class_names(cfg, made)
+    data = replace(data, names=names) if names else data
     _check_splits(data, cfg.path.parent, "(T, C, H, W)" if cfg.task == "video" else "(C, H, W)")
     return data
 

@@ -68,7 +68,7 @@ def source_digest(*objects: object) -> str:
             texts.append(repr(owner))
     digest = Digest()
     digest.add(texts)
-    digest.add([_text(Path(f)) for f in sorted(files)])
+    digest.add(sorted(_text(Path(f)) for f in files))  # whatever folders they lie in
     return digest.hex()
 
 

@@ -6,9 +6,9 @@ import csv
 import logging
 import zipfile
 import zlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -45,11 +45,13 @@ class Data:
         calibration: Inputs, float32 (C, H, W).
         evaluation: (input, target) pairs, or inputs where there are no labels.
         training: (input, target) pairs, or None.
+        names: Of the classes by index, as far as they are known; pages show them.
     """
 
     calibration: Samples
     evaluation: Samples
     training: Samples | None = None
+    names: Mapping[int, str] = field(default_factory=dict[int, str])
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -38,7 +38,7 @@ class ShownResults:
 
     def plot(self) -> Any:
         """The front as an interactive ``plotly.graph_objects.Figure``, as in the report."""
-        from search.report_front import front_figure
+        from search.report.front import front_figure
 
         return front_figure(cast("Results", self))
 
@@ -59,7 +59,7 @@ class ShownSensitivity:
 
     def plot(self) -> Any:
         """The most harmful layers as a ``plotly.graph_objects.Figure``, coloured by cause."""
-        from search.report_layers import layers_figure
+        from search.report.layers import layers_figure
 
         return layers_figure(cast("Sensitivity", self))
 

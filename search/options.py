@@ -36,3 +36,6 @@ Ray = Annotated[
     str | None,
     typer.Option("--ray", metavar="auto|ADDRESS", help="Ray cluster on which the workers run."),
 ]
+Pictures = Annotated[
+    bool, typer.Option("--pictures", help="Draw the network, for which it is loaded.")
+]

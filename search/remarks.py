@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from rewriter.sensitivity.causes import THRESHOLDS
+
 # A value with less than this share of the whole damage is not worth a sentence.
 SHARE = 0.1
 MOST = 5
@@ -13,17 +15,26 @@ MOST = 5
 def remarks(content: Mapping[str, Any]) -> list[str]:
     """Lines about the content of sensitivity.json, the most harmful first."""
     whole = content.get("simulated_baseline", content["baseline"])["damage"]
-    harmful = [v for v in content["values"] if v["damage"] >= SHARE * whole > 0][:MOST]
-    return [_value(v) for v in harmful] + [
-        _interaction(x) for x in content["interaction"] if x["disagrees"]
+    harmful = [
+        v
+        for v in content.get("values", ())
+        if whole and v["damage"] is not None and v["damage"] >= SHARE * whole
+    ]
+    return [_value(v, whole) for v in harmful[:MOST]] + [
+        _interaction(x) for x in content.get("interaction", ()) if x["disagrees"]
     ]
 
 
-def _value(value: Mapping[str, Any]) -> str:
+def _value(value: Mapping[str, Any], whole: float) -> str:
     low, high = value["range"]
-    made = f", made by {value['layer']}," if value["layer"] else ""
-    said = f"value {value['value']}{made} does {value['damage']:.3g} damage: range [{low:.4g}, {high:.4g}]"
-    if value["channels"]:
+    about = [f"made by {value['layer']}"] if value["layer"] else []
+    about += ["which ends in an output"] if value.get("ends") else []
+    made = "".join(f", {said}" for said in about) + ("," if about else "")
+    said = (
+        f"value {value['value']}{made} does {value['damage']:.3g} damage alone, all of int8 {whole:.3g}: "
+        f"range [{low:.4g}, {high:.4g}]"
+    )
+    if value["channels"] and value["spread"] >= THRESHOLDS["activation_channel_spread"]:
         plural = "s" if len(value["channels"]) > 1 else ""
         said += f" set by channel{plural} {', '.join(map(str, value['channels']))}"
         said += f", the widest {value['spread']:.3g} times the middle one"

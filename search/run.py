@@ -30,7 +30,7 @@ from search.prediction import refitted
 from search.racing import Race
 from search.records import Samples, Score, note
 from search.results import load_results
-from search.rungs import rungs, start
+from search.rungs import climbed, rungs, start
 from search.space import (
     KEEP_FLOAT,
     Budget,
@@ -170,8 +170,7 @@ def worth_trying(
     singles = [p for p in single_plans(space, max(6, trials // 3)) if not _of_the_ladder(p)]
     alone = {Step(KEEP_FLOAT, d.node): d.damage for d in sensitivity.layers}
 
-    splits = exact_splits(gm, find_sites(gm), sensitivity.damage_by_node())
-    splits = [(name, space.repair(steps).steps) for name, steps in splits]
+    splits = _splits(gm, space, sensitivity)
 
     def on_top(base: Plan, plans: Iterable[Plan]) -> list[Plan]:
         return [plan for plan in _on_top(space, base, plans) if admits(plan)]
@@ -209,6 +208,19 @@ def worth_trying(
         return plans
 
     return worth
+
+
+def note_ladder(job: Job, sensitivity: Sensitivity) -> None:
+    """Write those rungs of the ladder of free remedies into ``run.json`` that are scored."""
+    scores = {s.plan: s for s in job.records.scores()}
+    splits = _splits(job.gm, space_of(job, sensitivity), sensitivity)
+    ladder = climbed(job.gm, scores, splits)
+    note(job.folder, ladder=[[r.name, str(r.plan), r.kept] for r in ladder])
+
+
+def _splits(gm: fx.GraphModule, space: Space, sensitivity: Sensitivity) -> Splits:
+    found = exact_splits(gm, find_sites(gm), sensitivity.damage_by_node())
+    return [(name, space.repair(steps).steps) for name, steps in found]
 
 
 def _of_the_ladder(plan: Plan, more: tuple[str, ...] = ()) -> bool:

@@ -55,6 +55,7 @@ class _Facts(_Strict):
     options: dict[str, Any] = Field(default_factory=dict[str, Any])
     storage: str | None = None
     goal: _Goal | None = None
+    ladder: list[Annotated[list[Any], Field(min_length=3, max_length=3)]] | None = None
 
 
 def fault_of_run(facts: Mapping[str, Any]) -> str:

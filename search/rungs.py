@@ -43,6 +43,15 @@ def rungs(
         return missing.plan
 
 
+def climbed(
+    gm: fx.GraphModule, scores: Mapping[str, Score], splits: Splits = ()
+) -> tuple[Rung, ...]:
+    """The rungs that are scored; one that is not is passed over as one that does not help."""
+    found = climb(gm, lambda p: scores.get(str(p), Score(str(p), macs=0)), splits=splits)
+    tried = {r.plan: r for r in reversed(found) if not r.note and str(r.plan) in scores}
+    return tuple(r for r in found if tried.get(r.plan) is r)
+
+
 def start(ladder: tuple[Rung, ...]) -> Plan:
     """The best rung's plan: what every costly rewrite has to gain on top of."""
     return best(ladder).plan

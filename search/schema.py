@@ -28,7 +28,7 @@ class Measured(_Part):
 class StepEntry(_Part):
     """One step of a plan: the difference of two scored plans, of which one has this step more."""
 
-    step: str = Field(description="rule@anchor")
+    step: str = Field(description="rule@anchor; several that were only scored together")
     macs: int | None = Field(description="what it adds per input")
     damage: float | None = Field(description="change of the damage, negative is better")
     metric: float | None = Field(description="change of the metric, as a fraction")

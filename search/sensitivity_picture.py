@@ -6,23 +6,13 @@ from collections.abc import Mapping, Sequence
 from html import escape
 from typing import Any
 
+from search.cause_looks import LOOKS, look
+
 # The layers that are drawn; a bar too short to see says nothing.
 MOST = 24
 WIDTH, LABEL, RIGHT = 860, 250, 90
 ROW, BAR = 22, 14
 CURVE = 200
-# Distinct for readers who see few colours, in the order in which causes are listed.
-COLOURS = {
-    "weight_channel_spread": "#0072b2",
-    "weight_outliers": "#56b4e9",
-    "dead_channels": "#999999",
-    "bias_overflow": "#000000",
-    "activation_channel_spread": "#d55e00",
-    "activation_outliers": "#e69f00",
-    "shared_range": "#009e73",
-    "saturating_input": "#cc79a7",
-}
-NONE = "#c8c8c8"
 STYLE = (
     "text{font:12px system-ui,sans-serif;fill:#1a1a1a}.soft{fill:#666}"
     ".axis{stroke:#bbb}.curve{fill:none;stroke:#0072b2;stroke-width:2}.measured{fill:#0072b2}"
@@ -39,7 +29,7 @@ def sensitivity_svg(content: Mapping[str, Any]) -> str:
     rows = [r for r in content["layers"] if r["damage"] > 0][:MOST]
     curve = content["curve"]
     named = [_cause(r) for r in rows]
-    legend = [c for c in [*COLOURS, ""] if c in named]
+    legend = [c for c in [*LOOKS, ""] if c in named]
     top = 58 + ROW * ((len(legend) + 2) // 3)
     under = top + ROW * len(rows) + 46
     height = under + (CURVE + 60 if len(curve) > 1 else 0)
@@ -67,7 +57,7 @@ def _cause(row: Mapping[str, Any]) -> str:
 def _key(cause: str, place: int) -> str:
     x, y = 12 + 280 * (place % 3), 62 + ROW * (place // 3)
     label = cause.replace("_", " ") or "no cause above its threshold"
-    box = f'<rect x="{x}" y="{y - 10}" width="12" height="12" fill="{COLOURS.get(cause, NONE)}"/>'
+    box = f'<rect x="{x}" y="{y - 10}" width="12" height="12" fill="{look(cause).colour}"/>'
     return f'{box}<text x="{x + 18}" y="{y}">{escape(label)}</text>'
 
 
@@ -76,7 +66,7 @@ def _bars(rows: Sequence[Mapping[str, Any]], top: float) -> list[str]:
     found: list[str] = []
     for i, row in enumerate(rows):
         y, wide = top + ROW * i, (WIDTH - LABEL - RIGHT) * row["damage"] / largest
-        colour = COLOURS.get(_cause(row), NONE)
+        colour = look(_cause(row)).colour
         fill = f'fill="{colour}"' if row["exact"] else f'fill="#fff" stroke="{colour}"'
         told = ", ".join(
             f"{c['cause']} {c['number']:g} (threshold {c['threshold']:g}) of {c['about']}"

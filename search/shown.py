@@ -4,15 +4,16 @@ from __future__ import annotations
 
 from search.console import out, say
 from search.results import Results
-from search.tables import finetuned_table, front_table, reference_table
+from search.tables import finetuned_table, front_table, ladder_table, reference_table
 
 
 def show_results(results: Results, quiet: bool) -> None:
     """The front as a table, what to do now, and where more is written."""
     if quiet:
         return
-    if results.references:
-        out.print(reference_table(results))
+    for found in (reference_table(results), ladder_table(results)):
+        if found.row_count:
+            out.print(found)
     out.print(front_table(results))
     if results.finetuned:
         out.print(finetuned_table(results))

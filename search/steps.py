@@ -14,7 +14,7 @@ class StepEffect:
     """One step, measured as the difference of two scored plans, of which one has this step more.
 
     Attributes:
-        step: ``rule@anchor``.
+        step: ``rule@anchor``; several, where they were only ever scored together.
         macs: What it adds per input.
         damage: Change of the damage; negative is better.
         metric: Change of the metric, as a fraction; None without labels.
@@ -33,9 +33,11 @@ class StepEffect:
         """What was measured with and without the step, in words."""
         if self.beside is None:
             return "not measured apart from the others"
+        several = "together" if " " in self.step else ""
         if not self.beside:
-            return "alone"
-        return f"on top of {self.beside} other step{'s' if self.beside > 1 else ''}"
+            return several or "alone"
+        rest = f"on top of {self.beside} other step{'s' if self.beside > 1 else ''}"
+        return f"{several}, {rest}" if several else rest
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)
@@ -59,21 +61,44 @@ def step_effects(plan: str, scores: Iterable[Score]) -> list[StepEffect]:
         if s.error is None and not s.stopped and s.damage is not None
     }
     inside = sorted((k for k in known if k <= steps), key=len, reverse=True)
-    return [_effect(step, inside, known) for step in plan.split()]
+    found = [_effect(step, inside, known) for step in plan.split()]
+    apart = [e.step for e in found if e.beside is None]
+    groups = _together(frozenset(apart), inside, known) if len(apart) > 1 else []
+    grouped = {step for e in groups for step in e.step.split()}
+    place = plan.split().index
+    found = groups + [e for e in found if e.step not in grouped]
+    return sorted(found, key=lambda e: min(map(place, e.step.split())))
 
 
 def _effect(
     step: str, inside: list[frozenset[str]], known: dict[frozenset[str], Score]
 ) -> StepEffect:
     for whole in inside:
-        without = whole - {step}
-        if step not in whole or without not in known:
-            continue
-        a, b = known[without], known[whole]
-        gained = None if a.metric is None or b.metric is None else b.metric - a.metric
-        lost = (b.damage or 0.0) - (a.damage or 0.0)
-        return StepEffect(step, b.macs - a.macs, lost, gained, len(without))
+        if step in whole and whole - {step} in known:
+            return _difference(frozenset([step]), whole, known)
     return StepEffect(step)
+
+
+def _together(
+    steps: frozenset[str], inside: list[frozenset[str]], known: dict[frozenset[str], Score]
+) -> list[StepEffect]:
+    """The smallest groups of steps, each the difference of two scored plans."""
+    found: list[StepEffect] = []
+    pairs = [(a, a - b) for a in inside for b in inside if b < a and a - b <= steps]
+    for whole, group in sorted(pairs, key=lambda pair: (len(pair[1]), -len(pair[0]))):
+        if group <= steps:
+            found.append(_difference(group, whole, known))
+            steps -= group
+    return found
+
+
+def _difference(
+    steps: frozenset[str], whole: frozenset[str], known: dict[frozenset[str], Score]
+) -> StepEffect:
+    a, b = known[whole - steps], known[whole]
+    gained = None if a.metric is None or b.metric is None else b.metric - a.metric
+    lost = (b.damage or 0.0) - (a.damage or 0.0)
+    return StepEffect(" ".join(sorted(steps)), b.macs - a.macs, lost, gained, len(whole - steps))
 
 
 def effect_said(effect: StepEffect, metric: str) -> str:

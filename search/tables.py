@@ -31,6 +31,11 @@ def reference_table(results: Results) -> Table:
     )
 
 
+def ladder_table(results: Results) -> Table:
+    """The free remedies for the terminal."""
+    return _rich_table("Free remedies, each on top of those kept", *ladder_rows(results))
+
+
 def sensitivity_table(sensitivity: Sensitivity, rows: int = 15) -> Table:
     """The most harmful layers for the terminal."""
     base = sensitivity.baseline
@@ -118,6 +123,27 @@ def score_rows(scores: Sequence[Score]) -> tuple[list[str], list[list[str]]]:
     return names, rows
 
 
+def ladder(results: Results) -> list[tuple[str, Score, bool]]:
+    """The free remedies in the order tried: name, score of all kept so far with it, whether it is kept."""
+    known = {s.plan: s for s in results.scores if s.error is None}
+    rungs = results.facts.get("ladder") or ()
+    return [(str(n), known[p], bool(kept)) for n, p, kept in rungs if p in known]
+
+
+def ladder_rows(results: Results) -> tuple[list[str], list[list[str]]]:
+    """A row for each rung, in the order in which they were tried."""
+    names = ["remedy", "int8", "95 % interval", "damage", "kept", "adds"]
+    rows: list[list[str]] = []
+    below: set[str] = set()
+    for name, score, kept in ladder(results):
+        steps = score.plan.split()
+        row = score_rows([score])[1][0]
+        added = " ".join(s for s in steps if s not in below)
+        rows.append([name, row[2], row[3], row[5], "yes" if kept else "no", added])
+        below |= set(steps) if kept else set()
+    return names, rows
+
+
 def layer_rows(sensitivity: Sensitivity, count: int) -> tuple[list[str], list[list[str]]]:
     names = ["layer", "kind", "MACs", "damage", "drop", "SQNR", "causes", "answers"]
     rows = [
@@ -147,7 +173,7 @@ def _answers(steps: Sequence[str]) -> str:
 def _rich_table(title: str, names: Sequence[str], rows: Sequence[Sequence[str]]) -> Table:
     table = Table(title=title, title_justify="left", title_style="bold")
     for i, name in enumerate(names):
-        texts = i == 0 or name in ("engine", "kind", "causes", "answers", "")
+        texts = i == 0 or name in ("engine", "kind", "causes", "answers", "kept", "adds", "")
         table.add_column(name, justify="left" if texts else "right", overflow="fold")
     for row in rows:
         table.add_row(*row)

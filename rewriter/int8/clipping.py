@@ -12,8 +12,10 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 import torch
-from torch import Tensor
+from torch import Tensor, fx, nn
+from torch.nn import functional
 
+from rewriter.graph import is_call, layers
 from rewriter.influence import gradients
 from rewriter.int8.annotate import annotation, moves_values
 from rewriter.int8.scheme import QuantSpec, fake_quantize
@@ -24,6 +26,16 @@ INPUTS = 48
 ROWS = 8
 # Candidates for the ends of a range, as shares of what was seen.
 SHARES = (1.0, 0.93, 0.86, 0.78, 0.7, 0.6, 0.5, 0.4, 0.3)
+# Ends of a network that turn logits into scores.
+SQUASHES = (nn.Sigmoid, nn.Softmax, nn.LogSoftmax, nn.LogSigmoid, nn.Tanh)
+SQUASHING = (
+    torch.softmax,
+    functional.softmax,
+    torch.log_softmax,
+    functional.log_softmax,
+    "softmax",
+    "log_softmax",
+)
 # A range must take away this share of the predicted damage of min-max, and this much more than chance could do.
 LEAST_GAIN = 0.1
 
@@ -40,12 +52,13 @@ def least_damage_ranges(
     """
     generator = torch.Generator().manual_seed(seed)
     ranges = quantized.calibration.values
+    ranked = _ranked(quantized.gm)
     damages: dict[str, Tensor] = {}
     for inputs in _parts(batches):
         values, slopes = gradients(quantized.gm, inputs, generator)
         for node, g in slopes.items():
             note = annotation(node)
-            if note.output is None or moves_values(quantized.gm, node):
+            if note.output is None or moves_values(quantized.gm, node) or node in ranked:
                 continue
             rows = _damages(
                 values[node].detach(), g, candidates(*ranges[note.range_of]), note.output
@@ -57,6 +70,28 @@ def least_damage_ranges(
     for owner, table in damages.items():
         refined[owner] = candidates(*ranges[owner])[_choice(table)]
     return replace(quantized, calibration=replace(quantized.calibration, values=refined))
+
+
+def _ranked(gm: fx.GraphModule) -> set[fx.Node]:
+    """Values from which an output is computed through a sigmoid or softmax, without a layer in between.
+
+    There the gradient of a confident score is next to none, so that clipping looks free; but scores are ranked,
+    and all that are clipped become equal.
+    """
+    weighted = set(layers(gm))
+    ends: set[fx.Node] = set()
+    found: set[fx.Node] = set()
+    for node in reversed(gm.graph.nodes):
+        users = [u for u in node.users if u not in weighted]
+        if any(u.op == "output" or u in ends for u in users):
+            ends.add(node)
+        if any(u in found or (u in ends and _squashes(gm, u)) for u in users):
+            found.add(node)
+    return found
+
+
+def _squashes(gm: fx.GraphModule, node: fx.Node) -> bool:
+    return is_call(gm, node, *SQUASHES) or node.target in SQUASHING
 
 
 def _parts(batches: Sequence[Tensor | tuple[Tensor, ...]]) -> Sequence[tuple[Tensor, ...]]:

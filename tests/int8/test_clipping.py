@@ -6,7 +6,7 @@ from torch import Tensor, nn
 
 from rewriter import profile, quantize, simulate, target, trace
 from rewriter.graph import module_of
-from rewriter.int8.clipping import _choice, _damages, candidates, least_damage_ranges
+from rewriter.int8.clipping import _choice, _damages, _ranked, candidates, least_damage_ranges
 from rewriter.int8.scheme import QuantSpec
 from tests.rules import check
 
@@ -89,3 +89,32 @@ def test_weights_and_gradients_of_the_graph_stay() -> None:
     after = module_of(gm, next(n for n in gm.graph.nodes if n.name == "stem")).weight
     assert torch.equal(before, after)
     assert after.grad is None
+
+
+class Scores(nn.Module):
+    """Logits of which a few are very sure; whether the graph ends in them or in a sigmoid."""
+
+    def __init__(self, squash: nn.Module) -> None:
+        super().__init__()
+        self.stem, self.head, self.squash = nn.Conv2d(3, 6, 3), nn.Conv2d(6, 4, 1), squash
+        check.randomise(self)
+        with torch.no_grad():
+            self.head.weight *= 8
+
+    def forward(self, x: Tensor) -> Tensor:
+        rows = self.head(self.stem(x).relu()).flatten(2).transpose(1, 2)
+        return torch.cat([rows[..., :1] * 4, self.squash(rows[..., 1:])], -1)
+
+
+@pytest.mark.parametrize("squash", [nn.Sigmoid(), nn.Softmax(-1), nn.Identity()])
+def test_scores_behind_a_sigmoid_keep_their_order(squash: nn.Module) -> None:
+    gm = trace(Scores(squash).eval(), check.inputs(SHAPE, 2).float())
+    names = {n.name for n in _ranked(gm)}
+    stays = not isinstance(squash, nn.Identity)
+    assert ("head" in names) is stays
+    assert not names & {"stem", "relu"}  # a layer lies between them and the scores
+    x = check.inputs(SHAPE, 48).float()
+    plain = quantize(gm, target("onnxruntime"), x.split(24))
+    refined = least_damage_ranges(plain, x.split(24))
+    if stays:
+        assert refined.calibration.values["head"] == plain.calibration.values["head"]

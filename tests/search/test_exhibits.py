@@ -18,17 +18,20 @@ from rewriter import Plan, profile, target, trace
 from rewriter.assemble import assemble
 from search.config import load_config
 from search.evaluator import RewriteEvaluator
-from search.exhibit_network import channel_ranges, layer_list, spread
-from search.exhibit_outputs import LEAST_SCORE, outputs_shown
-from search.exhibits import PLAIN, REWRITTEN, read_exhibits, write_exhibits
-from search.job import open_job
+from search.job import open_job, silent
 from search.records import Records
-from search.report_network import Row, aligned, network_section, network_svg, shortened
-from search.report_outputs import outputs_section
-from search.report_ranges import ranges_section, ranges_svg
+from search.report.ending import reported
+from search.report.exhibit_network import channel_ranges, layer_list, spread
+from search.report.exhibit_outputs import LEAST_SCORE, outputs_shown
+from search.report.exhibits import PLAIN, REWRITTEN, read_exhibits, write_exhibits
+from search.report.front import groups
+from search.report.network import Row, aligned, network_section, network_svg, shortened
+from search.report.outputs import outputs_section
+from search.report.ranges import ranges_section, ranges_svg
 from search.results import load_results
-from search.run import note_run, sensitivity_of
+from search.run import note_run, run_search, sensitivity_of
 from search.samples import load_samples
+from search.tables import ladder_rows
 from search.tasks.detection import Detection
 from search.tasks.video import Video
 from tests.search import small
@@ -127,6 +130,36 @@ def test_channels_beyond_what_fits_keep_the_widest(network: Any) -> None:
     assert picture.count("<line") == 3  # zero, and what int8 can hold
 
 
+@pytest.mark.slow
+def test_an_interrupted_run_has_pictures_too(tmp_path: Path) -> None:
+    job = open_job(load_config(write_config(tmp_path)), tmp_path / "run")
+    sensitivity = sensitivity_of(job)
+    note_run(job)
+    told = 0
+
+    def stop(score: object, count: int) -> None:
+        nonlocal told
+        told = count
+        if count == 3:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt), reported(job, silent):
+        run_search(job, sensitivity, told=stop)
+    assert told == 3
+    stored = read_exhibits(job.folder, job.records.fingerprint)
+    assert stored is not None and stored["plan"] == load_results(job.folder).best().plan
+    assert "The network before and after" in (job.folder / "report.html").read_text()
+    # the whole run notes its ladder, whose rungs the report lists
+    with reported(job, silent):
+        run_search(job, sensitivity)
+    results = load_results(job.folder)
+    names, rows = ladder_rows(results)
+    assert [row[0] for row in rows][:2] == ["plain int8", "channels split by range"]
+    assert all(row[names.index("adds")] for row in rows[1:])
+    assert "The free remedies" in (job.folder / "report.html").read_text()
+    assert len(groups(results)["free remedies"]) == len(rows)
+
+
 def test_a_run_stores_what_a_later_report_shows(tmp_path: Path) -> None:
     job = open_job(load_config(write_config(tmp_path)), tmp_path / "run")
     sensitivity_of(job)
@@ -200,6 +233,11 @@ def test_boxes_of_float_and_int8_are_drawn_on_the_same_image(tmp_path: Path) -> 
     page = outputs_section({"outputs": found}).body
     assert page.count("data:image/jpeg;base64,") == 9
     assert "1: 0.90" in page
+    names = {1: "cat <b>", 7: "not seen"}
+    named = outputs_shown(made, {PLAIN: plain}, names=names)
+    assert named is not None and named["names"] == {"1": "cat <b>"}
+    page = outputs_section({"outputs": named}).body
+    assert "cat &lt;b&gt;: 0.90" in page and "cat <b>" not in page
     assert f"Sample {found['images'][0]['sample']} with 1 box of" in page
 
 

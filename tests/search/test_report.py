@@ -12,7 +12,7 @@ from plotly.offline import get_plotlyjs
 from rewriter.plan import Plan
 from search.records import Records, RunError, Score, fingerprint, write_json
 from search.report import html_report, write_report
-from search.report_front import front_figure, groups
+from search.report.front import front_figure, groups
 from search.results import Results, load_results, write_front
 from search.space import Budget
 from search.tables import front_table

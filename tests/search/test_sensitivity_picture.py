@@ -5,8 +5,10 @@ from typing import Any
 
 import pytest
 
+from rewriter.sensitivity.causes import THRESHOLDS
+from search.cause_looks import LOOKS, NO_CAUSE
 from search.remarks import remarks
-from search.sensitivity_picture import BAR, COLOURS, NONE, sensitivity_svg
+from search.sensitivity_picture import BAR, sensitivity_svg
 
 SPACE = "{http://www.w3.org/2000/svg}"
 
@@ -67,11 +69,11 @@ def test_bars_are_as_long_as_the_damage_and_coloured_by_the_first_cause() -> Non
     assert len(bars) == 3  # a layer without damage has no bar
     assert [w / widths[0] for w in widths] == pytest.approx([1, 0.5, 0.125], rel=1e-3)
     assert [b.get("fill") for b in bars] == [
-        COLOURS["shared_range"],
-        COLOURS["weight_channel_spread"],
+        LOOKS["shared_range"].colour,
+        LOOKS["weight_channel_spread"].colour,
         "#fff",
     ]
-    assert bars[2].get("stroke") == NONE
+    assert bars[2].get("stroke") == NO_CAUSE.colour
     titles = [t.text or "" for t in root.iter(f"{SPACE}title")]
     assert "a<b> (conv): damage 0.8. shared_range 9 (threshold 3) of a<b>" in titles[0]
 
@@ -93,10 +95,15 @@ def test_a_network_without_damage_has_a_picture() -> None:
 def test_remarks_name_the_value_its_range_its_channels_and_its_readers() -> None:
     value, layer = remarks(content())
     assert value == (
-        "value act_1, made by stem, does 0.3 damage: range [-2.6, 21.6] set by channels 3, 7, "
+        "value act_1, made by stem, does 0.3 damage alone, all of int8 1: range [-2.6, 21.6] set by channels 3, 7, "
         "the widest 41.2 times the middle one; read by dw, pw"
     )
     assert layer == (
         "layer dw interacts with others: alone in int8 it does 0.1 damage, and leaving it in "
         "float adds 0.2"
     )
+
+
+def test_every_cause_that_is_found_has_its_look() -> None:
+    assert set(LOOKS) == set(THRESHOLDS)
+    assert len({each.colour for each in LOOKS.values()} | {NO_CAUSE.colour}) == len(LOOKS) + 1

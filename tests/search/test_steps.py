@@ -30,7 +30,24 @@ def test_order_does_not_count_and_failed_or_stopped_plans_do_not_serve() -> None
         score("b@x", 0.4, error="no"),
         score("", 0.5),
     ]
-    assert [e.beside for e in step_effects("a@x b@x", scores)] == [None, None]
+    (both,) = step_effects("a@x b@x", scores)
+    assert (both.step, both.damage, both.on) == ("a@x b@x", pytest.approx(-0.4), "together")
+
+
+def test_steps_that_were_only_scored_together_are_one_group() -> None:
+    known = [score("", 0.5), score("a@x b@x", 0.2), score("a@x b@x c@x", 0.1, 120)]
+    both, last = step_effects("a@x b@x c@x", known)
+    assert (both.step, both.damage, both.beside) == ("a@x b@x", pytest.approx(-0.3), 0)
+    assert (last.step, last.on) == ("c@x", "on top of 2 other steps")
+    more = [*known, score("a@x b@x c@x d@x e@x", 0.05)]
+    groups = [(e.step, e.on) for e in step_effects("a@x b@x c@x d@x e@x", more)]
+    assert groups == [
+        ("a@x b@x", "together"),
+        ("c@x", "on top of 2 other steps"),
+        ("d@x e@x", "together, on top of 3 other steps"),
+    ]
+    # nothing is said of a plan without a scored part
+    assert [e.beside for e in step_effects("c@x d@x", more)] == [None, None]
 
 
 def test_said_in_one_line() -> None:

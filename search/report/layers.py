@@ -5,27 +5,15 @@ from __future__ import annotations
 from html import escape
 from typing import TYPE_CHECKING, Any
 
-from search.report_page import Section, folded, paragraph, plot, table
+from search.cause_looks import LOOKS, NO_CAUSE, look
+from search.report.page import Section, folded, listed, paragraph, plot, table
 from search.tables import layer_rows
 
 if TYPE_CHECKING:
-    from search.analysis import Layer, Sensitivity
+    from search.analysis import Layer, Sensitivity, Value
 
 BARS = 20
 ROWS = 40
-NONE = "no single cause"
-# Eight hues that differ also for most colour-blind eyes (Okabe and Ito, 2008), light and dark alike.
-COLOURS = {
-    "weight_channel_spread": ("#0072b2", "weights: channels of very different range"),
-    "weight_outliers": ("#56b4e9", "weights: a few outliers set the range"),
-    "dead_channels": ("#9c6b4e", "channels that are always zero"),
-    "bias_overflow": ("#7f3c8d", "biases beyond int32 steps"),
-    "activation_channel_spread": ("#d55e00", "activations: channels of very different range"),
-    "activation_outliers": ("#e69f00", "activations: a few outliers set the range"),
-    "shared_range": ("#009e73", "different values share one range"),
-    "saturating_input": ("#cc79a7", "values beyond the calibrated range"),
-    NONE: ("#b0b0b0", NONE),
-}
 
 
 def layers_section(sensitivity: Sensitivity | None) -> Section:
@@ -47,7 +35,8 @@ def layers_section(sensitivity: Sensitivity | None) -> Section:
     return Section(
         "layers",
         title,
-        body
+        listed(sensitivity.remarks)
+        + body
         + folded("The layers as a table, with the rules that answer them", answered)
         + _meanings(sensitivity),
     )
@@ -63,27 +52,43 @@ def layers_figure(sensitivity: Sensitivity) -> Any:
         group = [d for d in shown if _cause(d) == cause]
         fig.add_trace(
             go.Bar(
-                name=COLOURS.get(cause, COLOURS[NONE])[1] if cause in COLOURS else cause,
+                name=LOOKS[cause].words if cause in LOOKS else cause,
                 orientation="h",
                 y=[d.layer for d in group],
                 x=[d.damage for d in group],
-                marker_color=COLOURS.get(cause, COLOURS[NONE])[0],
+                marker_color=look(cause).colour,
                 text=[_hover(d, sensitivity) for d in group],
                 textposition="none",
                 hovertemplate="%{text}<extra></extra>",
             )
         )
-    longest = max(len(d.layer) for d in shown)
+    ends = sensitivity.uncharged()
+    if ends:
+        fig.add_trace(
+            go.Bar(
+                name="the one range of a value that no layer reads",
+                orientation="h",
+                y=[v.value for v in ends],
+                x=[v.damage for v in ends],
+                marker={"color": look("shared_range").colour, "pattern": {"shape": "/"}},
+                text=[_end_said(v) for v in ends],
+                textposition="none",
+                hovertemplate="%{text}<extra></extra>",
+            )
+        )
+    rows = [(d.damage, d.layer) for d in shown] + [(v.damage, v.value) for v in ends]
+    names = [name for _, name in sorted(rows, key=lambda row: row[0])]
+    longest = max(map(len, names))
     fig.update_layout(
         template="none",
-        height=110 + 24 * len(shown),
+        height=110 + 24 * len(names),
         margin={"l": min(320, 30 + 7 * longest), "r": 20, "t": 10, "b": 50},
         font={"family": "system-ui, sans-serif", "size": 12},
         bargap=0.25,
         hoverlabel={"align": "left", "namelength": -1},
-        legend={"orientation": "h", "y": -0.08 - 1.2 / len(shown), "yanchor": "top"},
+        legend={"orientation": "h", "y": -0.08 - 1.2 / len(names), "yanchor": "top"},
         xaxis={"title": "damage of this layer alone", "rangemode": "tozero"},
-        yaxis={"categoryorder": "array", "categoryarray": [d.layer for d in reversed(shown)]},
+        yaxis={"categoryorder": "array", "categoryarray": names},
         showlegend=True,
     )
     return fig
@@ -98,16 +103,24 @@ def _hover(layer: Layer, sensitivity: Sensitivity) -> str:
     return (
         f"<b>{escape(layer.layer)}</b> ({escape(layer.kind)}, {layer.macs / 1e6:.2f} M MACs)"
         f"<br>damage {layer.damage:.4g}{'' if layer.exact else ', estimated'}{lost}"
-        f"<br>causes: {escape(', '.join(layer.causes) or NONE)}"
+        f"<br>causes: {escape(', '.join(layer.causes) or NO_CAUSE.words)}"
         f"<br>answers: {escape(', '.join(layer.answers[:4]))}"
     )
 
 
+def _end_said(value: Value) -> str:
+    made = f", made by {escape(value.layer)}" if value.layer else ""
+    return (
+        f"<b>{escape(value.value)}</b>{made}: read by no layer<br>damage of its range alone "
+        f"{value.damage:.4g}"
+    )
+
+
 def _cause(layer: Layer) -> str:
-    return layer.causes[0] if layer.causes else NONE
+    return layer.causes[0] if layer.causes else NO_CAUSE.words
 
 
 def _meanings(sensitivity: Sensitivity) -> str:
     named = dict.fromkeys(c for d in sensitivity.layers[:ROWS] for c in d.causes)
-    said = [f"{c}: {COLOURS[c][1]}" for c in named if c in COLOURS]
+    said = [f"{c}: {LOOKS[c].words}" for c in named if c in LOOKS]
     return paragraph("Causes. " + "; ".join(said) + ".") if said else ""

@@ -55,7 +55,7 @@ def _limits(results: Results) -> str:
         "macs": lambda v: f"at most {v / 1e6:.1f} M MACs",
         "params": lambda v: f"at most {v / 1e6:.3f} M parameters",
         "weight_bytes": lambda v: f"at most {v:.0f} bytes of weights",
-        "float_layers": lambda v: f"at most {v:.0f} layers in float",
+        "float_layers": lambda v: f"at most {v:.0f} layer{'' if v == 1 else 's'} in float",
         "float_islands": lambda v: f"at most {v:.0f} groups of them",
         "latency_ms": lambda v: f"at most {v:g} ms for one input on this machine",
     }

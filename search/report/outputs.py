@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from html import escape
 from typing import Any
 
-from search.report_page import Section, folded, paragraph, table
+from search.report.page import Section, folded, paragraph, table
 
 COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#7f3c8d", "#f0e442")
 WIDTH, HEIGHT, LEFT, TOP, BOTTOM = 900, 200, 56, 12, 176
@@ -28,31 +28,37 @@ def outputs_section(exhibits: Mapping[str, Any] | None) -> Section:
 
 
 def _boxes(found: Mapping[str, Any]) -> str:
-    least = found["least_score"]
+    least, names = found["least_score"], found.get("names", {})
+    called = "class" if names else "class number"
     parts = [
         paragraph(
             "The two images of most damage in plain int8, and one of middling damage. Drawn: boxes with a score of "
-            f"at least {least:g}, coloured by class, with class number and score; dashed: the labels."
+            f"at least {least:g}, coloured by class, with {called} and score; dashed: the labels."
         )
     ]
     rows: list[list[str]] = []
     for image in found["images"]:
-        halves = [_image(image, name) for name in image["boxes"]]
+        halves = [_image(image, name, names) for name in image["boxes"]]
         parts.append(
             f"<h3>Evaluation sample {image['sample']}</h3>"
             f'<div class="side">{"".join(halves)}</div>'
         )
         for name, boxes in image["boxes"].items():
-            said = ", ".join(f"{int(b[4])} ({b[5]:.2f})" for b in boxes) or "none"
+            said = ", ".join(f"{_class(b, names)} ({b[5]:.2f})" for b in boxes) or "none"
             rows.append([f"sample {image['sample']}, {name}", str(len(boxes)), said])
         if image["truth"] is not None:
-            said = ", ".join(str(int(b[4])) for b in image["truth"]) or "none"
+            said = ", ".join(_class(b, names) for b in image["truth"]) or "none"
             rows.append([f"sample {image['sample']}, labels", str(len(image["truth"])), said])
     listing = table(["image and network", "boxes", "classes and scores"], rows)
     return "".join(parts) + folded("The boxes as a table", listing)
 
 
-def _image(image: Mapping[str, Any], name: str) -> str:
+def _class(box: Sequence[float], names: Mapping[str, str]) -> str:
+    number = str(int(box[4]))
+    return names.get(number, number)
+
+
+def _image(image: Mapping[str, Any], name: str, names: Mapping[str, str]) -> str:
     width, height = image["size"]
     boxes, truth = image["boxes"][name], image["truth"] or []
     line = max(width, height) / 240
@@ -67,7 +73,7 @@ def _image(image: Mapping[str, Any], name: str) -> str:
     for box in reversed(boxes):
         colour = COLOURS[int(box[4]) % len(COLOURS)]
         size = max(width, height) / 26
-        label = f"{int(box[4])}: {box[5]:.2f}"
+        label = escape(f"{_class(box, names)}: {box[5]:.2f}")
         x, y = max(box[0], 0), max(box[1], size)
         drawn.append(_rect(box, f"fill: none; stroke: {colour}", line))
         drawn.append(

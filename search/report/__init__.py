@@ -7,18 +7,18 @@ from html import escape
 from pathlib import Path
 from typing import Any
 
-from search.exhibits import read_exhibits
 from search.records import fingerprint, replacing
-from search.report_facts import commands, measured
-from search.report_front import effect_rows, front_figure
-from search.report_layers import layers_section
-from search.report_markdown import markdown_report
-from search.report_network import network_section
-from search.report_outputs import outputs_section
-from search.report_page import Section, listed, page, paragraph, plot, table
-from search.report_ranges import ranges_section
+from search.report.exhibits import read_exhibits
+from search.report.facts import commands, measured
+from search.report.front import effect_rows, front_figure
+from search.report.layers import layers_section
+from search.report.markdown import markdown_report
+from search.report.network import network_section
+from search.report.outputs import outputs_section
+from search.report.page import Section, listed, page, paragraph, plot, table
+from search.report.ranges import ranges_section
 from search.results import Results
-from search.tables import finetuned_rows, front_rows, score_rows
+from search.tables import finetuned_rows, front_rows, ladder, ladder_rows, score_rows
 
 LEGEND = (
     "Point at a plan for its steps and numbers. Filled: on the front; hollow: costs more, does less damage, and its "
@@ -47,7 +47,7 @@ def html_report(results: Results, exhibits: Mapping[str, Any] | None = None) -> 
 
     Args:
         results: Of the run.
-        exhibits: What the network itself was needed for (``search.exhibits``); None: these sections are left out.
+        exhibits: What the network itself was needed for (``search.report.exhibits``); None: these sections are left out.
     """
     from plotly.offline import get_plotlyjs
 
@@ -78,6 +78,9 @@ def _front(results: Results) -> str:
     if best is not None and best.plan:
         parts.append("<h3>What each step of the best plan costs and gains</h3>")
         parts.append(table(*effect_rows(results, best), EFFECTS))
+    if ladder(results):
+        parts.append("<h3>The free remedies, each on top of those kept</h3>")
+        parts.append(table(*ladder_rows(results)))
     if results.references:
         parts.append("<h3>For comparison: the most harmful layers left in float</h3>")
         parts.append(table(*score_rows(results.references)))
@@ -92,7 +95,9 @@ def _trained(results: Results) -> str:
 
 def _stale(results: Results, exhibits: Mapping[str, Any] | None) -> str:
     if exhibits is None:
-        return paragraph("Without pictures of the network: they are made when a run ends.")
+        return paragraph(
+            f"Without pictures of the network, which a run makes when it ends: quantfix front {results.folder} --pictures"
+        )
     if results.front.points and exhibits["plan"] != results.best().plan:
         return paragraph(
             f'Pictures of the network are of an earlier best plan: "{exhibits["plan"]}".'

@@ -6,8 +6,8 @@ import re
 from collections.abc import Sequence
 from pathlib import Path
 
-from search.report_facts import commands, measured
-from search.report_front import effect_rows
+from search.report.facts import commands, measured
+from search.report.front import effect_rows
 from search.results import Results
 from search.tables import front_rows, layer_rows
 

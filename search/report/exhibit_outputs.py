@@ -29,6 +29,7 @@ def outputs_shown(
     networks: Mapping[str, Quantized],
     mean: Sequence[float] | None = None,
     std: Sequence[float] | None = None,
+    names: Mapping[int, str] | None = None,
 ) -> dict[str, Any] | None:
     """Outputs on the samples that plain int8 damages most, and on one of middling damage.
 
@@ -37,6 +38,7 @@ def outputs_shown(
         networks: Quantized networks by what to call them.
         mean: With which the inputs were normalised, to show them as images; None: they are stretched.
         std: By which they were divided.
+        names: Of the classes.
 
     Returns:
         Plain JSON values with ``kind`` ``boxes`` or ``scores``; None for other tasks.
@@ -55,7 +57,7 @@ def outputs_shown(
     if isinstance(evaluator.task, Video):
         return {"kind": "scores", "sequences": _sequences(by_name, labels, numbers)}
     found = {name: evaluator.task.detect(outputs) for name, outputs in by_name.items()}
-    images = [
+    images: list[dict[str, Any]] = [
         {
             "sample": numbers[i],
             "size": [int(x.shape[-1]), int(x.shape[-2])],
@@ -65,7 +67,18 @@ def outputs_shown(
         }
         for i in range(len(index))
     ]
-    return {"kind": "boxes", "least_score": LEAST_SCORE, "images": images}
+    seen = {
+        int(b[4])
+        for i in images
+        for rows in (*i["boxes"].values(), i["truth"] or ())
+        for b in rows
+    }
+    return {
+        "kind": "boxes",
+        "least_score": LEAST_SCORE,
+        "images": images,
+        "names": {str(k): v for k, v in sorted((names or {}).items()) if k in seen},
+    }
 
 
 def _chosen(evaluator: RewriteEvaluator) -> list[int]:

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from html import escape
 from typing import Any
 
-from search.report_page import Section, folded, paragraph, table
+from search.report.page import Section, folded, paragraph, table
 
 WIDTH, HEIGHT, LEFT, TOP, BOTTOM = 420, 170, 64, 10, 150
 MOST = 170  # channels that fit side by side; of more the widest and an even choice of the others are drawn

@@ -6,13 +6,13 @@ import logging
 from pathlib import Path
 from typing import Any
 
-from rewriter import Plan, cost
+from rewriter import Plan, Quantized, cost
 from rewriter.assemble import assemble
 from rewriter.errors import RewriteError
-from search.exhibit_network import channel_ranges, layer_list, spread
-from search.exhibit_outputs import outputs_shown
 from search.job import Job
 from search.records import RunError, read_json, write_json
+from search.report.exhibit_network import channel_ranges, layer_list, spread
+from search.report.exhibit_outputs import outputs_shown
 from search.results import Results
 from search.samples import Tick
 
@@ -65,17 +65,7 @@ def _exhibits(job: Job, results: Results, plan: str) -> dict[str, Any]:
     given = evaluator.scheme, evaluator.calibration, evaluator.store, evaluator.seed
     plain = assemble(evaluator.gm, Plan(), *given).quantized
     rewritten = assemble(evaluator.gm, Plan.parse(plan), *given).quantized if plan else plain
-    found = results.sensitivity
-    ranges: list[dict[str, Any]] = []
-    for layer in () if found is None else found.layers[:HARMFUL]:
-        sides = {"before": channel_ranges(plain, layer.node, layer.layer)}
-        if plan:
-            sides["after"] = channel_ranges(rewritten, layer.node, layer.layer)
-        spreads = {
-            side: {key: spread(tensors) for key, tensors in values.items()}
-            for side, values in sides.items()
-        }
-        ranges.append({"layer": layer.layer, "node": layer.node, **sides, "spread": spreads})
+    ranges = [_ranges(plain, rewritten if plan else None, *names) for names in _shown(results)]
     networks = {PLAIN: plain} | ({REWRITTEN: rewritten} if plan else {})
     data = job.cfg.data
     return {
@@ -87,5 +77,29 @@ def _exhibits(job: Job, results: Results, plan: str) -> dict[str, Any]:
         "macs": [cost(plain.gm).macs, cost(rewritten.gm).macs],
         "calibration_samples": plain.calibration.samples,
         "ranges": ranges,
-        "outputs": outputs_shown(evaluator, networks, data.mean, data.std),
+        "outputs": outputs_shown(evaluator, networks, data.mean, data.std, job.data.names),
     }
+
+
+def _shown(results: Results) -> list[tuple[str, str]]:
+    """Node and name of the layers whose ranges are shown, after the values that hurt and are charged to none."""
+    found = results.sensitivity
+    if found is None:
+        return []
+    # channels of a value that no layer made (boxes beside scores) say nothing of what it holds
+    ends = [(v.value, v.value) for v in found.uncharged() if v.layer][: HARMFUL // 2]
+    worst = [d for d in found.layers[:HARMFUL] if found.counts(d.damage)]
+    return ends + [(d.node, d.layer) for d in worst]
+
+
+def _ranges(
+    plain: Quantized, rewritten: Quantized | None, node: str, layer: str
+) -> dict[str, Any]:
+    sides = {"before": channel_ranges(plain, node, layer)}
+    if rewritten is not None:
+        sides["after"] = channel_ranges(rewritten, node, layer)
+    spreads = {
+        side: {key: spread(tensors) for key, tensors in values.items()}
+        for side, values in sides.items()
+    }
+    return {"layer": layer, "node": node, **sides, "spread": spreads}

@@ -48,7 +48,7 @@ def channel_ranges(quantized: Quantized, node: str, layer: str) -> dict[str, lis
 
     Args:
         quantized: The network, calibrated.
-        node: Name in the graph of the layer before any rewrite.
+        node: Name in the graph of the layer before any rewrite, or of another value.
         layer: The user's name of it; what bears either name is a part of it, else what a step anchored at it made.
     """
     weighted = layers(quantized.gm)
@@ -57,6 +57,10 @@ def channel_ranges(quantized: Quantized, node: str, layer: str) -> dict[str, lis
         made = {n: str(n.meta.get("rewritten_by", "")).partition("@")[2] for n in weighted}
         parts = [n for n in weighted if made[n] == node]
     found: dict[str, list[dict[str, Any]]] = {"weights": [], "reads": [], "writes": []}
+    if not parts:  # no layer: a value, which is there as long as no step replaced it
+        value = next((n for n in quantized.gm.graph.nodes if n.name == node), None)
+        said = _activation(quantized, value)
+        found["writes"] = [] if said is None else [said]
     for part in parts[:PARTS]:
         found["weights"].append(_weights(quantized, part))
         for key, value in (

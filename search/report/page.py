@@ -97,6 +97,8 @@ TEXT_COLUMNS = (
     "what happened",
     "classes and scores",
     "measured",
+    "kept",
+    "adds",
     "",
 )
 

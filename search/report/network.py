@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 from html import escape
 from typing import TYPE_CHECKING, Any
 
-from search.report_page import Section, drawing, folded, paragraph, table
+from search.report.page import Section, drawing, folded, paragraph, table
 
 if TYPE_CHECKING:
     from search.analysis import Sensitivity
@@ -18,7 +18,7 @@ HARMFUL = 5  # layers that are marked with their cause
 WIDTH, ROW, BOX = 980, 34, 26
 COLUMN, LEFT, RIGHT = 460, 4, 516
 AROUND = 1  # unchanged layers that are shown beside a changed one
-LONGEST = 76
+LONGEST = 70
 
 
 @dataclass(frozen=True)
@@ -65,7 +65,7 @@ def network_section(
         parts.append(paragraph("No layer is added, replaced or left in float by this plan."))
     if changed or harmful:
         caption = (
-            f"Left: as it is, the most harmful layers with their cause. Right: rewritten. {said}; green: new or "
+            f"Left: as it is, the most harmful layers and values with their cause. Right: rewritten. {said}; green: new or "
             "changed, red: replaced, amber: left in float. Runs of other layers are left out."
         )
         parts.append(drawing(network_svg(rows, said), caption))
@@ -92,11 +92,12 @@ def _everywhere(plan: str) -> str:
 
 
 def _harmful(sensitivity: Sensitivity) -> dict[str, str]:
-    """The first layers of the ranking by node name, with what is wrong."""
-    worst = [d for d in sensitivity.layers[:HARMFUL] if d.damage > 0]
-    return {
+    """What is wrong with the first layers of the ranking, and with values that no layer reads, by node name."""
+    worst = [d for d in sensitivity.layers[:HARMFUL] if sensitivity.counts(d.damage)]
+    said = {
         d.node: f"{i}. {d.causes[0] if d.causes else 'harmful'}" for i, d in enumerate(worst, 1)
     }
+    return said | {v.value: "its one range hurts" for v in sensitivity.uncharged()}
 
 
 def aligned(before: Sequence[Mapping[str, Any]], after: Sequence[Mapping[str, Any]]) -> list[Row]:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from rewriter.ladder import REMEDIES
 from search.records import Score
 from search.steps import StepEffect, effect_said, step_effects
-from search.tables import quality_lines
+from search.tables import ladder, quality_lines
 
 if TYPE_CHECKING:
     from search.results import Results
@@ -77,13 +77,13 @@ def groups(results: Results) -> dict[str, list[Score]]:
     usable = [s for s in results.scores if s.error is None and _height(results, s) is not None]
     front, ties = list(results.front.points), list(results.front.ties)
     references = [s for s in results.references if s.plan]
-    ladder = [s for s in usable if s.plan and _of_the_ladder(s.plan)]
+    rungs = _ladder(results, usable)
     plain = [s for s in results.references if not s.plan] or [s for s in usable if not s.plan]
-    taken = {s.plan for s in (*front, *ties, *references, *ladder, *plain)}
+    taken = {s.plan for s in (*front, *ties, *references, *rungs, *plain)}
     return {
         "other plans": [s for s in usable if s.plan not in taken],
         "harmful layers in float": [*plain, *references] if references else [],
-        "free remedies": [*plain, *_climbed(ladder)] if ladder else [],
+        "free remedies": [*plain, *rungs] if rungs else [],
         "ties": ties,
         "front": sorted(front, key=lambda s: s.macs),
         "plain int8": plain,
@@ -128,13 +128,19 @@ def effect_rows(results: Results, score: Score) -> tuple[list[str], list[list[st
     return names, rows
 
 
-def _climbed(ladder: Sequence[Score]) -> list[Score]:
-    return sorted(ladder, key=lambda s: (len(s.plan.split()), -(s.damage or 0.0)))
-
-
-def _of_the_ladder(plan: str) -> bool:
+def _ladder(results: Results, usable: Sequence[Score]) -> list[Score]:
+    """The rungs in the order in which they were climbed; before all are scored, what is known of them."""
+    climbed = ladder(results)
+    if climbed:
+        drawn = {s.plan for s in usable}
+        return [s for _, s, _ in climbed if s.plan and s.plan in drawn]
     rules = set(dict(REMEDIES).values())
-    return all(step.partition("@")[0] in rules for step in plan.split())
+    known = [
+        s
+        for s in usable
+        if s.plan and all(step.partition("@")[0] in rules for step in s.plan.split())
+    ]
+    return sorted(known, key=lambda s: (len(s.plan.split()), -(s.damage or 0.0)))
 
 
 def _height(results: Results, score: Score) -> float | None:
@@ -198,7 +204,7 @@ def _lay_out(
         hoverlabel={"align": "left", "namelength": -1},
         legend={"orientation": "h", "y": -0.2, "yanchor": "top"},
         xaxis={
-            "title": "compute added, % of the network's MACs",
+            "title": "compute added, % of MACs",
             "range": [min(across) - room, max(across) + room],
             "ticksuffix": " %",
         },
