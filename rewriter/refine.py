@@ -62,7 +62,9 @@ def refine(
             if node.op == "output":
                 break
             for values, feed in zip(exact, feeds, strict=True):
-                values[node] = run_node(quantized.gm, node, values, feed[0])
+                values[node] = run_node(
+                    quantized.gm, node, _clipped(quantized, node, values), feed[0]
+                )
             if is_layer(gm, node) and annotation(node).weight is not None:
                 _repair(result, twin, node, exact, rounded, repairs)
             else:
@@ -115,6 +117,28 @@ def _as_read(
     }
 
 
+def _clipped(
+    quantized: Quantized, node: fx.Node, values: dict[fx.Node, Any]
+) -> dict[fx.Node, Any]:
+    """The float values of a node's arguments, cut off where int8 ends.
+
+    A range that was drawn in cuts off what the answers do not need (``rewriter.int8.clipping``). It must not be made good: a few
+    outliers would move the bias and the weights for all inputs.
+    """
+    names = annotation(node).reads if "int8" in node.meta else ()
+    return {
+        n: _inside(quantized, n, values[n]) if n.name in names else values[n]
+        for n in node.all_input_nodes
+    }
+
+
+def _inside(quantized: Quantized, value: fx.Node, x: Tensor) -> Tensor:
+    spec = annotation(value).output
+    assert spec is not None, value.name
+    scale, zero = quantized.value_params(value)
+    return x.clamp((spec.qmin - zero) * scale, (spec.qmax - zero) * scale)
+
+
 def _rounded(quantized: Quantized, value: fx.Node, x: Tensor) -> Tensor:
     spec = annotation(value).output
     assert spec is not None, value.name
@@ -137,7 +161,9 @@ def _repair(
     assert isinstance(source, fx.Node)
     inputs = [_as_read(quantized, node, values)[source] for values in rounded]
     if "rounding" in repairs and is_call(quantized.gm, node, nn.Conv1d, nn.Conv2d, nn.Linear):
-        wanted = [values[original.args[0]] for values in exact]  # type: ignore[index]
+        before = original.args[0]
+        assert isinstance(before, fx.Node)
+        wanted = [_clipped(quantized, original, values)[before] for values in exact]
         _round(quantized, node, layer, spec, wanted, inputs)
     scale = quantized.calibration.weights[node.name]
     weight = dequantized_weight(layer.weight, scale, spec, channel_axis(layer, spec))
