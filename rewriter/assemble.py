@@ -26,7 +26,7 @@ from rewriter.store import data_digest, graph_digest, key, load, save_to
 
 Batches = Sequence[Tensor | tuple[Tensor, ...]]
 # Raised when the result of the repairs changes, so that stored ones are not reused.
-VERSION = 2
+VERSION = 3
 _MEASURED = ("channel_range", "influence", "weight_influence")
 
 

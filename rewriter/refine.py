@@ -19,7 +19,14 @@ from torch import Tensor, fx, nn
 from rewriter.graph import is_call, last_uses, module_of, run_node
 from rewriter.int8.annotate import annotation, is_layer
 from rewriter.int8.calibrate import input_scale
-from rewriter.int8.rounding import MomentSums, best_scale, patches, reproducing, round_weights
+from rewriter.int8.rounding import (
+    DAMPING,
+    MomentSums,
+    best_scale,
+    patches,
+    reproducing,
+    round_weights,
+)
 from rewriter.int8.scheme import (
     TINY,
     QuantSpec,
@@ -32,7 +39,6 @@ from rewriter.plan import copy_graph
 
 # Live values of all inputs together may take this many bytes; fewer inputs are used where they would take more.
 MEMORY = 3 * 2**30
-RIDGE = 0.02
 
 
 def refine(
@@ -199,12 +205,16 @@ def _round(
     sums = MomentSums()
     inputs = sum(len(x) for x in exact)
     for i, (x, y) in enumerate(zip(exact, rounded, strict=True)):
-        sums.add(*patches(layer, (x, y), inputs, seed=i))
+        middle = (len(x) + 1) // 2
+        for half, part in enumerate(((x[:middle], y[:middle]), (x[middle:], y[middle:]))):
+            if len(part[0]):
+                before, after = patches(layer, part, inputs, seed=2 * i + half)
+                sums.add(before, after, half)
     moments = sums.moments()
     groups = getattr(layer, "groups", 1)
     flat = layer.weight.detach().double().flatten(1)
     weight = flat.unflatten(0, (groups, -1))
-    wanted = reproducing(weight, moments, RIDGE)
+    wanted = reproducing(weight, sums)
     axis = channel_axis(layer, spec)
     largest = wanted.abs().amax(2, keepdim=True) / spec.qmax
     if axis is None:
@@ -216,7 +226,8 @@ def _round(
     )
     scale = best_scale(wanted, largest, moments.hessian, spec.qmin, spec.qmax, axis is None)
     scale = torch.maximum(scale, least).clamp_min(TINY).float().double()
-    q = round_weights(wanted, scale, moments.hessian, spec.qmin, spec.qmax)
+    damping = DAMPING + weight.shape[2] / moments.places
+    q = round_weights(wanted, scale, moments.hessian, spec.qmin, spec.qmax, damping)
     layer.weight = nn.Parameter(
         (q * scale).flatten(0, 1).view_as(layer.weight).to(layer.weight.dtype), requires_grad=False
     )
