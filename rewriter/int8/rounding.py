@@ -23,9 +23,9 @@ DAMPING = 0.1
 # Numbers that are unfolded for one layer, all inputs together, and the fewest positions taken of one input.
 UNFOLDED = 2**21
 LEAST_POSITIONS = 8
-# Candidates for the scale, as shares of the one that holds every weight.
 # Candidates for the ridge, as shares of the mean diagonal of H.
 RIDGES = (0.03, 0.1, 0.3, 1.0, 3.0, 10.0)
+# Candidates for the scale, as shares of the one that holds every weight.
 SHARES = (1.0, 0.97, 0.94, 0.9, 0.85, 0.8, 0.7, 0.6)
 
 
@@ -161,7 +161,6 @@ def round_weights(
     q = _one_pass(w, h, qmin, qmax)
     q = _descend(q, w, h, qmin, qmax, sweeps)
     nearest = w.round().clamp(qmin, qmax)
-    nearest = _descend(nearest, w, h, qmin, qmax, sweeps)
     worse = _loss(q, w, h) > _loss(nearest, w, h)
     q = torch.where(worse[..., None], nearest, q)
     back = order.argsort(1)
@@ -198,23 +197,31 @@ def _one_pass(w: Tensor, h: Tensor, qmin: int, qmax: int, block: int = 64) -> Te
     return q
 
 
-def _descend(q: Tensor, w: Tensor, h: Tensor, qmin: int, qmax: int, sweeps: int) -> Tensor:
+def _descend(
+    q: Tensor, w: Tensor, h: Tensor, qmin: int, qmax: int, sweeps: int, block: int = 64
+) -> Tensor:
     """Coordinate descent: each column to its best integer given all others, until a sweep changes nothing."""
-    q = q.clone()
-    slope = (w - q) @ h  # minus half the gradient
-    diagonal = h.diagonal(dim1=1, dim2=2)
+    q, w = q.movedim(2, 0).clone(), w.movedim(2, 0)  # a column lies in one piece
+    slope = ((w - q).movedim(0, 2) @ h).movedim(2, 0).contiguous()  # minus half the gradient
+    diagonal = h.diagonal(dim1=1, dim2=2).T.unsqueeze(2)  # (K, G, 1)
+    rows = h.movedim(2, 0).unsqueeze(3).contiguous()  # (K, G, K, 1)
     for _ in range(sweeps):
-        changed = False
-        for j in range(q.shape[2]):
-            best = (q[..., j] + slope[..., j] / diagonal[:, None, j]).round().clamp(qmin, qmax)
-            step = best - q[..., j]
-            if bool(step.any()):
-                changed = True
-                slope -= step[..., None] * h[:, None, j]
-                q[..., j] = best
-        if not changed:
+        before = q.clone()
+        for start in range(0, len(q), block):
+            stop = min(start + block, len(q))
+            inner = slope[start:stop].movedim(0, 1).contiguous()  # (G, block, O)
+            for j in range(start, stop):
+                best = (q[j] + inner[:, j - start] / diagonal[j]).round_().clamp_(qmin, qmax)
+                step = best - q[j]
+                if j + 1 < stop:
+                    inner[:, j + 1 - start :] -= rows[j, :, j + 1 : stop] * step.unsqueeze(1)
+                q[j] = best
+            # what the block did to all columns, in one product
+            step = (q[start:stop] - before[start:stop]).movedim(0, 1)  # (G, block, O)
+            slope -= (h[:, :, start:stop] @ step).movedim(1, 0)
+        if torch.equal(q, before):
             break
-    return q
+    return q.movedim(0, 2).contiguous()
 
 
 def best_scale(
