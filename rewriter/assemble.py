@@ -25,7 +25,7 @@ from rewriter.store import Store, data_digest, graph_digest, key, load, save_to
 
 Batches = Sequence[Tensor | tuple[Tensor, ...]]
 # Raised when the result of the repairs changes, so that stored ones are not reused.
-VERSION = 2
+VERSION = 3
 _ENDS: dict[str, tuple[str, ...]] = {
     "channel_range": ("low", "high"),
     "influence": ("",),
@@ -180,8 +180,8 @@ def _measure(gm: fx.GraphModule, batches: Batches, store: Store | None, again: b
         for known in what:
             parts = [f"{known}.{end}.{node.name}" for end in _ENDS[known]]
             if parts[0] in found[0]:
-                values = tuple(found[0][part] for part in parts)
-                node.meta[known] = values if len(values) > 1 else values[0]
+                values = [found[0][part] for part in parts]
+                node.meta[known] = tuple(values) if len(values) > 1 else values[0]
 
 
 def _forget(gm: fx.GraphModule, what: tuple[str, ...]) -> None:
