@@ -49,6 +49,7 @@ def assemble(
     batches: Batches,
     store: Store | None = None,
     seed: int = 0,
+    device: str = "cpu",
 ) -> Assembled:
     """Carry out ``plan`` on a profiled canonical graph (``rewriter.profile``).
 
@@ -63,12 +64,13 @@ def assemble(
         batches: unlabelled calibration inputs, each (N, C, H, W).
         store: where fitted and repaired weights are kept, shared by all who make the same thing.
         seed: of whatever is random in fitting.
+        device: where weights are fitted; all else runs on the CPU.
 
     Raises:
         PlanError: the plan does not apply.
         QuantizeError: the calibration inputs are unusable.
     """
-    base, whole, fits = _single(gm, plan, scheme, batches, store, seed)
+    base, whole, fits = _single(gm, plan, scheme, batches, store, seed, device)
     name = ""
     if store is not None and whole.steps:
         rules = [rule_named(s.rule) for s in whole.steps]
@@ -106,9 +108,10 @@ def rewritten(
     batches: Batches,
     store: Store | None = None,
     seed: int = 0,
+    device: str = "cpu",
 ) -> fx.GraphModule:
     """The float network of a plan: rewritten, fitted and scaled, but neither calibrated nor repaired; see ``assemble``."""
-    base, whole, _ = _single(gm, plan, scheme, batches, store, seed)
+    base, whole, _ = _single(gm, plan, scheme, batches, store, seed, device)
     return _scaled(base, whole, plan, scheme, batches, store)
 
 
@@ -119,11 +122,12 @@ def _single(
     batches: Batches,
     store: Store | None,
     seed: int,
+    device: str,
 ) -> tuple[fx.GraphModule, Plan, tuple[FitReport, ...]]:
     """The graph after the steps at single places, the steps that are left, and how the fits came out."""
     whole = Plan(tuple(s for s in plan.steps if isinstance(rule_named(s.rule), WholeModelRule)))
     single = Plan(tuple(s for s in plan.steps if s not in whole.steps))
-    fits = fit(gm, single, batches, scheme, store, seed)
+    fits = fit(gm, single, batches, scheme, store, seed, device=device)
     base = rewrite(gm, single, fits.weights) if single.steps else gm
     return base, whole, fits.reports
 

@@ -208,7 +208,9 @@ class RewriteEvaluator:
         """
         if self.maker is not None:
             return self.maker(plan)
-        return assemble(self.gm, plan, self.scheme, self.calibration, self.store, self.seed)
+        return assemble(
+            self.gm, plan, self.scheme, self.calibration, self.store, self.seed, self.device
+        )
 
     def made_by(self, maker: Callable[[Plan], Assembled], records: Records) -> RewriteEvaluator:
         """The same on all samples, for networks that are made otherwise and recorded elsewhere."""
