@@ -152,7 +152,8 @@ def worth_trying(
 ) -> Callable[[Mapping[str, Score]], list[Plan]]:
     """What to score first, before any search.
 
-    References, the ladder of free remedies, each answer on top of its best rung, what these
+    The ladder of free remedies, the references (it may be all that a small budget reaches, and what it finds is
+    worth more than a curve to compare with), each answer on top of the ladder's best rung, what these
     predict to be best, and from then on, every other time, what all scores predict.
 
     A step is taken to multiply the damage by the factor that it has alone: so the prediction never
@@ -178,9 +179,10 @@ def worth_trying(
     def worth(scores: Mapping[str, Score]) -> list[Plan]:
         ladder = rungs(gm, scores, splits)
         if isinstance(ladder, Plan):
-            return list(dict.fromkeys([*first, *_below(gm, scores, splits), ladder]))
+            return list(dict.fromkeys([*first[:1], *_below(gm, scores, splits), ladder]))
         base = start(ladder)
-        plans = [*first, *(r.plan for r in ladder if not r.note), *on_top(base, singles)]
+        kept = (r.plan for r in ladder if not r.note)
+        plans = [*first[:1], *kept, *first[1:], *on_top(base, singles)]
         empty, bottom = scores.get(""), scores.get(str(base))
         if any(str(p) not in scores for p in plans):
             return plans
