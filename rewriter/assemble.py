@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from torch import Tensor, fx, nn
@@ -22,12 +21,17 @@ from rewriter.plan import Plan, Step, copy_graph, rewrite, rule_named
 from rewriter.ranges import profile
 from rewriter.refine import refine
 from rewriter.rules._whole import WholeModelRule
-from rewriter.store import data_digest, graph_digest, key, load, save_to
+from rewriter.store import Store, data_digest, graph_digest, key, load, save_to
 
 Batches = Sequence[Tensor | tuple[Tensor, ...]]
 # Raised when the result of the repairs changes, so that stored ones are not reused.
-VERSION = 2
-_MEASURED = ("channel_range", "influence", "weight_influence")
+VERSION = 3
+_ENDS: dict[str, tuple[str, ...]] = {
+    "channel_range": ("low", "high"),
+    "influence": ("",),
+    "weight_influence": ("",),
+}
+_MEASURED = tuple(_ENDS)
 
 
 @dataclass(frozen=True)
@@ -43,8 +47,9 @@ def assemble(
     plan: Plan,
     scheme: QuantScheme,
     batches: Batches,
-    store: Path | None = None,
+    store: Store | None = None,
     seed: int = 0,
+    device: str = "cpu",
 ) -> Assembled:
     """Carry out ``plan`` on a profiled canonical graph (``rewriter.profile``).
 
@@ -57,14 +62,15 @@ def assemble(
         plan: what to do.
         scheme: the target.
         batches: unlabelled calibration inputs, each (N, C, H, W).
-        store: folder with fitted and repaired weights, shared by all who make the same thing.
+        store: where fitted and repaired weights are kept, shared by all who make the same thing.
         seed: of whatever is random in fitting.
+        device: where weights are fitted; all else runs on the CPU.
 
     Raises:
         PlanError: the plan does not apply.
         QuantizeError: the calibration inputs are unusable.
     """
-    base, whole, fits = _single(gm, plan, scheme, batches, store, seed)
+    base, whole, fits = _single(gm, plan, scheme, batches, store, seed, device)
     name = ""
     if store is not None and whole.steps:
         rules = [rule_named(s.rule) for s in whole.steps]
@@ -75,6 +81,7 @@ def assemble(
                 repr(scheme),
                 str(plan),
                 str(VERSION),
+                str(base.meta.get("calibration")),
                 *(f"{r.name} {r.version}" for r in rules),
             ]
         )
@@ -83,15 +90,15 @@ def assemble(
             shape = Plan(tuple(s for s in whole.steps if _whole(s).replaces))
             made = rewrite(base, shape, facts={"scheme": scheme})
             return Assembled(restored(made, found, scheme), fits)
-    quantized = repaired(_scaled(base, whole, plan, scheme, batches), scheme, batches)
-    if name:
-        save_to(store or Path(), name, *record(quantized))
+    quantized = repaired(_scaled(base, whole, plan, scheme, batches, store), scheme, batches)
+    if store is not None and name:
+        save_to(store, name, *record(quantized))
     return Assembled(quantized, fits)
 
 
-def prepare(gm: fx.GraphModule, batches: Batches) -> None:
+def prepare(gm: fx.GraphModule, batches: Batches, store: Store | None = None) -> None:
     """Measure of the network as it is what plans without single places need; otherwise the first such plan does."""
-    _measure(gm, batches, again=False)
+    _measure(gm, batches, store, again=False)
 
 
 def rewritten(
@@ -99,12 +106,13 @@ def rewritten(
     plan: Plan,
     scheme: QuantScheme,
     batches: Batches,
-    store: Path | None = None,
+    store: Store | None = None,
     seed: int = 0,
+    device: str = "cpu",
 ) -> fx.GraphModule:
     """The float network of a plan: rewritten, fitted and scaled, but neither calibrated nor repaired; see ``assemble``."""
-    base, whole, _ = _single(gm, plan, scheme, batches, store, seed)
-    return _scaled(base, whole, plan, scheme, batches)
+    base, whole, _ = _single(gm, plan, scheme, batches, store, seed, device)
+    return _scaled(base, whole, plan, scheme, batches, store)
 
 
 def _single(
@@ -112,26 +120,35 @@ def _single(
     plan: Plan,
     scheme: QuantScheme,
     batches: Batches,
-    store: Path | None,
+    store: Store | None,
     seed: int,
+    device: str,
 ) -> tuple[fx.GraphModule, Plan, tuple[FitReport, ...]]:
     """The graph after the steps at single places, the steps that are left, and how the fits came out."""
     whole = Plan(tuple(s for s in plan.steps if isinstance(rule_named(s.rule), WholeModelRule)))
     single = Plan(tuple(s for s in plan.steps if s not in whole.steps))
-    fits = fit(gm, single, batches, scheme, store, seed)
+    fits = fit(gm, single, batches, scheme, store, seed, device=device)
     base = rewrite(gm, single, fits.weights) if single.steps else gm
     return base, whole, fits.reports
 
 
 def _scaled(
-    base: fx.GraphModule, whole: Plan, plan: Plan, scheme: QuantScheme, batches: Batches
+    base: fx.GraphModule,
+    whole: Plan,
+    plan: Plan,
+    scheme: QuantScheme,
+    batches: Batches,
+    store: Store | None,
 ) -> fx.GraphModule:
     """The graph after the rules of the whole model."""
     single = len(plan.steps) > len(whole.steps)
     if not whole.steps:
         return base if single else copy_graph(base)
     if any(_whole(s).weighs for s in whole.steps):
-        _measure(base, batches, again=single)
+        again = any(
+            rule_named(s.rule).contract != "annotation" for s in plan.steps if s not in whole.steps
+        )
+        _measure(base, batches, store, again)
     return rewrite(base, whole, facts={"scheme": scheme})
 
 
@@ -141,15 +158,53 @@ def _whole(step: Step) -> WholeModelRule:
     return rule
 
 
-def _measure(gm: fx.GraphModule, batches: Batches, again: bool) -> None:
-    """Write ranges and influences into the meta of a graph; those of the values before a rewrite are not those after it."""
-    if again:
-        for node in gm.graph.nodes:
-            for known in _MEASURED:
-                node.meta.pop(known, None)
-        profile(gm, batches)
-    if not any("influence" in n.meta for n in gm.graph.nodes):
+def _measure(gm: fx.GraphModule, batches: Batches, store: Store | None, again: bool) -> None:
+    """Write ranges and influences into the meta of a graph; those of the values before a rewrite are not those after it.
+
+    They depend on the float network alone: a plan that adds layers in float finds those of the plan without.
+    """
+    if not again and any("influence" in n.meta for n in gm.graph.nodes):
+        return
+    what = _MEASURED if again else _MEASURED[1:]  # the ranges of the network as it is are given
+    name, found = "", None
+    if store is not None:
+        kind = f"{VERSION} {what} {gm.meta.get('kind')}"
+        name = key(["measured", graph_digest(gm), data_digest(batches), kind])
+        found = load(store, name)
+    if found is None:
+        if again:
+            _forget(gm, what)
+            profile(gm, batches)
         weigh(gm, batches)
+        if store is not None:
+            save_to(store, name, _measured(gm, what), {})
+        return
+    _forget(gm, what)
+    for node in gm.graph.nodes:
+        for known in what:
+            parts = [f"{known}.{end}.{node.name}" for end in _ENDS[known]]
+            if parts[0] in found[0]:
+                values = [found[0][part] for part in parts]
+                node.meta[known] = tuple(values) if len(values) > 1 else values[0]
+
+
+def _forget(gm: fx.GraphModule, what: tuple[str, ...]) -> None:
+    for node in gm.graph.nodes:
+        for known in what:
+            node.meta.pop(known, None)
+
+
+def _measured(gm: fx.GraphModule, what: tuple[str, ...]) -> dict[str, Tensor]:
+    """What was measured of a graph, by kind, part and node."""
+    tensors: dict[str, Tensor] = {}
+    for node in gm.graph.nodes:
+        for known in what:
+            value = node.meta.get(known)
+            if value is not None:
+                parts = value if isinstance(value, tuple) else (value,)
+                for end, part in zip(_ENDS[known], parts, strict=True):
+                    tensors[f"{known}.{end}.{node.name}"] = part
+    return tensors
 
 
 def repaired(gm: fx.GraphModule, scheme: QuantScheme, batches: Batches) -> Quantized:

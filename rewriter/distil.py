@@ -140,14 +140,16 @@ class _Damage:
         """A number whose gradient's second moment is the Gauss-Newton matrix of the damage."""
         if self.classes:
             log_p = answers[0].log_softmax(1)
-            drawn = torch.multinomial(log_p.detach().exp(), 1, generator=generator)
-            return log_p.gather(1, drawn).sum()
+            p = log_p.detach().exp().cpu()  # where the generator is
+            drawn = torch.multinomial(p, 1, generator=generator)
+            return log_p.gather(1, drawn.to(log_p.device)).sum()
         with torch.enable_grad():
             moved = [(r + 1).requires_grad_() for r in reference]  # the damage is sum w (a - r)^2
             twice = torch.autograd.grad(self(moved, reference).sum(), moved)
         total = answers[0].new_zeros(())
         for answer, weight in zip(answers, twice, strict=True):
-            signs = torch.randint(0, 2, answer.shape, generator=generator).to(answer) * 2 - 1
+            drawn = torch.randint(0, 2, answer.shape, generator=generator, device="cpu")
+            signs = drawn.to(answer) * 2 - 1
             total = total + (answer * signs * weight.sqrt()).sum()
         return total
 
@@ -244,7 +246,7 @@ class _Solver:
         total = equations.xx[:, -1:, -1:].clamp_min(1.0)
         a = equations.xx / total
         ridge = a.diagonal(dim1=1, dim2=2).mean(1) * 1e-6
-        a = a + ridge[:, None, None] * torch.eye(a.shape[1], dtype=a.dtype)
+        a = a + ridge[:, None, None] * torch.eye(a.shape[1], dtype=a.dtype, device=a.device)
         self.factor = torch.linalg.cholesky(a)  # (groups, K, K)
         self.closed = equations.weights()
         self.white = self._whiten(rows_of)  # J L^-T
@@ -262,7 +264,8 @@ class _Solver:
         pull = self.factor.mT @ (weights - self.closed)  # in the whitened space A is the identity
         b = -(self._whiten(gradient) + mu * pull)
         n = len(self.gram)
-        inner = self.gram + mu * torch.eye(n, dtype=self.gram.dtype)
+        eye = torch.eye(n, dtype=self.gram.dtype, device=self.gram.device)
+        inner = self.gram + mu * eye
         rows = self.white.flatten(1)
         solved = torch.linalg.solve(inner, rows @ b.flatten())
         d = (b.flatten() - rows.mT @ solved) / mu
@@ -324,10 +327,10 @@ def random_view(x: Tensor, mirror: bool, generator: torch.Generator) -> Tensor:
     if x.ndim != 4 or min(x.shape[2:]) < 16:
         return x
     size = tuple(x.shape[2:])
-    share = 2 / 3 + float(torch.rand((), generator=generator)) / 3
+    share = 2 / 3 + float(torch.rand((), generator=generator, device="cpu")) / 3
     height, width = (max(1, round(s * share)) for s in size)
-    top = int(torch.randint(size[0] - height + 1, (), generator=generator))
-    left = int(torch.randint(size[1] - width + 1, (), generator=generator))
+    top = int(torch.randint(size[0] - height + 1, (), generator=generator, device="cpu"))
+    left = int(torch.randint(size[1] - width + 1, (), generator=generator, device="cpu"))
     window = x[:, :, top : top + height, left : left + width]
     window = window.flip(3) if mirror else window
     return F.interpolate(window, size, mode="bilinear", align_corners=False)

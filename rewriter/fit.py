@@ -15,7 +15,6 @@ import logging
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
-from pathlib import Path
 
 import torch
 from torch import Tensor, fx, nn
@@ -25,8 +24,8 @@ from rewriter.errors import PlanError, QuantizeError
 from rewriter.graph import layers, module_of, walk
 from rewriter.int8.scheme import QuantScheme, fake_quantize
 from rewriter.least_squares import NormalEquations
-from rewriter.plan import Plan, Step, rewrite, rule_named
-from rewriter.store import data_digest, graph_digest, key, load, save_to
+from rewriter.plan import Plan, Step, copy_graph, rewrite, rule_named
+from rewriter.store import Store, data_digest, graph_digest, key, load, save_to
 
 log = logging.getLogger(__name__)
 Batches = Sequence[Tensor | tuple[Tensor, ...]]
@@ -73,9 +72,10 @@ def fit(
     plan: Plan,
     batches: Batches,
     scheme: QuantScheme,
-    store: Path | None = None,
+    store: Store | None = None,
     seed: int = 0,
     distilled: bool = True,
+    device: str = "cpu",
 ) -> Fits:
     """Weights for every approximate step of a plan, for ``rewrite(gm, plan, fits.weights)``.
 
@@ -87,6 +87,7 @@ def fit(
         store: folder with fitted weights; what is found there is not fitted again.
         seed: of whatever is random.
         distilled: go on after the closed form.
+        device: where fits that the store does not have are made; what comes out lies on the CPU.
 
     Raises:
         QuantizeError: there is no input.
@@ -94,6 +95,8 @@ def fit(
     """
     weights: dict[str, Mapping[str, Tensor]] = {}
     reports: list[FitReport] = []
+    teacher: fx.GraphModule | None = None
+    moved: list[tuple[Tensor, ...]] = []
     for step in plan.steps:
         rule = rule_named(step.rule)
         if rule.contract != "approximate":
@@ -106,7 +109,11 @@ def fit(
             name = key([graph_digest(gm), data_digest(batches), repr(scheme), *what])
             found = load(store, name)
         if found is None:
-            state, report = _fit_step(gm, step, batches, scheme, seed, distilled)
+            if teacher is None:
+                teacher = gm if device == "cpu" else copy_graph(gm).to(device)
+                moved = [tuple(x.to(device) for x in _tuple(b)) for b in batches]
+            alone = rewrite(gm, Plan((step,))).to(device)
+            state, report = _fit_step(teacher, alone, step, moved, scheme, seed, distilled)
             if store is not None:
                 save_to(store, name, state, asdict(report))
         else:
@@ -118,29 +125,29 @@ def fit(
 
 def _fit_step(
     gm: fx.GraphModule,
+    alone: fx.GraphModule,
     step: Step,
-    batches: Batches,
+    batches: Sequence[tuple[Tensor, ...]],
     scheme: QuantScheme,
     seed: int,
     distilled: bool,
 ) -> tuple[dict[str, Tensor], FitReport]:
     start = time.perf_counter()
-    alone = rewrite(gm, Plan((step,)))
     node = fitted_layer(alone, step)
     layer = module_of(alone, node)
     if not isinstance(layer, nn.Conv2d):
         raise PlanError(f"{step}: fitting: {type(layer).__name__} is no Conv2d")
     if layer.bias is None:
-        layer.bias = nn.Parameter(torch.zeros(layer.out_channels), requires_grad=False)
+        layer.bias = nn.Parameter(layer.weight.new_zeros(layer.out_channels), requires_grad=False)
     source = node.args[0]
     assert isinstance(source, fx.Node)
     scale = _input_scale(gm, source.name, batches, scheme)
-    images = sum(len(_tuple(b)[0]) for b in batches)
+    images = sum(len(b[0]) for b in batches)
     places = torch.Size(node.meta["shape"][2:]).numel()
     equations = NormalEquations(layer, images * places, seed)
     with torch.no_grad():
         for batch in batches:
-            x, y = values(gm, (source.name, node.name), _tuple(batch))
+            x, y = values(gm, (source.name, node.name), batch)
             equations.add(fake_quantize(x, *scale, scheme.activations), y)
     _solve(layer, equations, scheme)
     steps = 0
@@ -152,7 +159,10 @@ def _fit_step(
         str(step), error, _int8_error(layer, equations, scheme), images, steps, seconds
     )
     log.info("%s: relative error %.4f, %d steps, %.1f s", step, error, steps, seconds)
-    state = {"weight": layer.weight.detach().clone(), "bias": layer.bias.detach().clone()}
+    state = {
+        "weight": layer.weight.detach().cpu().clone(),
+        "bias": layer.bias.detach().cpu().clone(),
+    }
     return state, report
 
 

@@ -21,6 +21,7 @@ from torch.utils import _pytree as pytree
 from rewriter.errors import TraceError
 from rewriter.tracer import BATCHES, line_of, one_line, trace_graph
 from rewriter.tracer import Opaque as Opaque
+from rewriter.verify import batch_of, verify
 
 LAYER_TYPES = (nn.Conv1d, nn.Conv2d, nn.ConvTranspose2d, nn.Linear)
 # functions of each value alone, whatever its channel (a PReLU has a slope for each channel)
@@ -41,8 +42,6 @@ ACTIVATION_TYPES = (
     nn.Softplus,
 )
 RECURRENT_TYPES = (nn.RNN, nn.GRU, nn.LSTM, nn.RNNCell, nn.GRUCell, nn.LSTMCell)
-# Largest difference between the graph's output and the model's, relative to the largest output.
-TOLERANCE = 1e-4
 
 
 def trace(model: nn.Module, example: Tensor | tuple[Tensor, ...]) -> fx.GraphModule:
@@ -68,7 +67,7 @@ def trace(model: nn.Module, example: Tensor | tuple[Tensor, ...]) -> fx.GraphMod
     examples = tuple(e.detach().float().cpu() for e in examples)
     model = _prepared_copy(model)
     reference = copy.deepcopy(model)  # the graph shares its modules with the model
-    few, many = (tuple(_batch(e, size) for e in examples) for size in BATCHES)
+    few, many = (tuple(batch_of(e, size) for e in examples) for size in BATCHES)
     try:
         graph, opaque = trace_graph(model, tuple(zip(few, many, strict=True)))
     except TraceError:
@@ -86,7 +85,7 @@ def trace(model: nn.Module, example: Tensor | tuple[Tensor, ...]) -> fx.GraphMod
         raise TraceError(
             f"{type(model).__name__}: no normal form of the graph: {one_line(cause)}"
         ) from cause
-    _verify(reference, gm, examples)
+    verify(reference, gm, examples)
     return gm
 
 
@@ -148,13 +147,6 @@ def _plain_weights(module: nn.Module) -> None:
             getattr(module, hook.name).requires_grad_(False)
 
 
-def _batch(example: Tensor, size: int) -> Tensor:
-    """(N, ...) repeated to ``size`` samples that differ from each other."""
-    rows = example[torch.arange(size) % len(example)].clone()
-    scale = torch.linspace(1.0, 0.5, size).view(-1, *[1] * (rows.ndim - 1))
-    return rows * scale
-
-
 def _record_structure(gm: fx.GraphModule) -> None:
     """How the outputs are nested, and those of them that are no tensors."""
     (output,) = gm.graph.find_nodes(op="output")
@@ -167,53 +159,6 @@ def _record_structure(gm: fx.GraphModule) -> None:
                 f"output: {node.name}: is neither a tensor nor a constant; return tensors in a "
                 "tuple, list or dict"
             )
-
-
-def _verify(model: nn.Module, gm: fx.GraphModule, examples: tuple[Tensor, ...]) -> None:
-    """The graph must compute what the model does, also with a batch it was not traced with."""
-    name = type(model).__name__
-    batch = tuple(_batch(e, 5) for e in examples)
-
-    def run(m: nn.Module) -> list[Any]:
-        with torch.no_grad():  # a copy, since a model may overwrite its input
-            return pytree.tree_leaves(m(*[b.clone() for b in batch]))
-
-    expected = run(model)
-    try:
-        found = run(gm)
-    except Exception as cause:
-        raise TraceError(
-            f"{name}: the traced graph fails for a batch of 5: {one_line(cause)}; "
-            "the forward depends on the batch size"
-        ) from cause
-    for i, (a, b) in enumerate(zip(expected, found, strict=True)):
-        if not isinstance(a, Tensor):
-            continue
-        if a.is_floating_point() and not torch.isfinite(a).all():
-            raise TraceError(f"model: output {i} of the float model holds NaN or infinite values")
-        error, scale = _difference(a, b)
-        if error <= TOLERANCE * scale:
-            continue
-        if any(_difference(x, y)[0] > 0 for x, y in zip(expected, run(model), strict=True)):
-            raise TraceError(f"{name}: output {i} is random: the same input gives another output")
-        raise TraceError(
-            f"{name}: output {i} of the traced graph differs from the model's by {error:.2g} "
-            f"(largest value {scale:.2g}); the forward depends on values of its input, or on "
-            "what it computed before"
-        )
-
-
-def _difference(a: Any, b: Any) -> tuple[float, float]:
-    """Largest difference of two outputs, and the largest value of the first."""
-    if not isinstance(a, Tensor) or not isinstance(b, Tensor):
-        return 0.0, 1.0
-    if a.shape != b.shape:
-        return float("inf"), 1.0
-    a, b = a.double(), b.double()
-    return float((a - b).abs().max()) if a.numel() else 0.0, float(a.abs().max()) or 1.0
-
-
-# ----------------------------------------------------------------------------------- look-ups
 
 
 def module_of(gm: fx.GraphModule, node: fx.Node) -> Any:

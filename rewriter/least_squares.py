@@ -32,10 +32,11 @@ class NormalEquations:
     def __init__(self, layer: nn.Conv2d, rows: int, seed: int = 0) -> None:
         self.layer = layer
         groups, size = layer.groups, layer.weight[0].numel() + 1
-        self.xx = torch.zeros(groups, size, size, dtype=torch.float64)
-        self.xy = torch.zeros(groups, size, layer.out_channels // groups, dtype=torch.float64)
-        self.yy = torch.zeros(groups, layer.out_channels // groups, dtype=torch.float64)
-        self.y = torch.zeros(groups, layer.out_channels // groups, dtype=torch.float64)
+        made = layer.weight.new_empty(0, dtype=torch.float64)  # on the layer's device
+        self.xx = made.new_zeros(groups, size, size)
+        self.xy = made.new_zeros(groups, size, layer.out_channels // groups)
+        self.yy = made.new_zeros(groups, layer.out_channels // groups)
+        self.y = made.new_zeros(groups, layer.out_channels // groups)
         self.rows = 0
         self.share = min(1.0, BUDGET / max(1.0, float(rows) * groups * size * size))
         self.generator = torch.Generator().manual_seed(seed)
@@ -50,10 +51,12 @@ class NormalEquations:
     def _add(self, x: Tensor, y: Tensor, importance: Tensor | None) -> None:
         groups = self.layer.groups
         patches = unfold(self.layer, x)  # (N, C k k, places)
-        places = torch.arange(patches.shape[2])
+        places = torch.arange(patches.shape[2], device=x.device)
         if self.share < 1:
             kept = max(1, round(self.share * len(places)))
-            places = torch.randperm(len(places), generator=self.generator)[:kept]
+            # drawn on the CPU, so that every device fits the same rows
+            drawn = torch.randperm(len(places), generator=self.generator, device="cpu")[:kept]
+            places = drawn.to(x.device)
             patches = patches[:, :, places]
         rows = patches.unflatten(1, (groups, -1)).permute(1, 0, 3, 2).flatten(1, 2).double()
         rows = F.pad(rows, (0, 1), value=1.0)  # (groups, rows, K)
@@ -73,7 +76,9 @@ class NormalEquations:
         """Put the best weights and bias into the layer, in place (it must have a bias)."""
         w0 = self.weights()
         scale = self.xx.diagonal(dim1=1, dim2=2).mean(1) * ridge  # (groups,)
-        left = self.xx + scale[:, None, None] * torch.eye(self.xx.shape[1], dtype=torch.float64)
+        left = self.xx + scale[:, None, None] * torch.eye(
+            self.xx.shape[1], dtype=torch.float64, device=self.xx.device
+        )
         factor = torch.linalg.cholesky(left)
         w = w0 + torch.cholesky_solve(self.xy - self.xx @ w0, factor)
         self.set_weights(w)

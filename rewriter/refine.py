@@ -19,7 +19,14 @@ from torch import Tensor, fx, nn
 from rewriter.graph import is_call, last_uses, module_of, run_node
 from rewriter.int8.annotate import annotation, is_layer
 from rewriter.int8.calibrate import input_scale
-from rewriter.int8.rounding import MomentSums, best_scale, patches, reproducing, round_weights
+from rewriter.int8.rounding import (
+    DAMPING,
+    MomentSums,
+    best_scale,
+    patches,
+    reproducing,
+    round_weights,
+)
 from rewriter.int8.scheme import (
     TINY,
     QuantSpec,
@@ -32,7 +39,6 @@ from rewriter.plan import copy_graph
 
 # Live values of all inputs together may take this many bytes; fewer inputs are used where they would take more.
 MEMORY = 3 * 2**30
-RIDGE = 0.02
 
 
 def refine(
@@ -62,7 +68,9 @@ def refine(
             if node.op == "output":
                 break
             for values, feed in zip(exact, feeds, strict=True):
-                values[node] = run_node(quantized.gm, node, values, feed[0])
+                values[node] = run_node(
+                    quantized.gm, node, _clipped(quantized, node, values), feed[0]
+                )
             if is_layer(gm, node) and annotation(node).weight is not None:
                 _repair(result, twin, node, exact, rounded, repairs)
             else:
@@ -115,6 +123,28 @@ def _as_read(
     }
 
 
+def _clipped(
+    quantized: Quantized, node: fx.Node, values: dict[fx.Node, Any]
+) -> dict[fx.Node, Any]:
+    """The float values of a node's arguments, cut off where int8 ends.
+
+    A range that was drawn in cuts off what the answers do not need (``rewriter.int8.clipping``). It must not be made good: a few
+    outliers would move the bias and the weights for all inputs.
+    """
+    names = annotation(node).reads if "int8" in node.meta else ()
+    return {
+        n: _inside(quantized, n, values[n]) if n.name in names else values[n]
+        for n in node.all_input_nodes
+    }
+
+
+def _inside(quantized: Quantized, value: fx.Node, x: Tensor) -> Tensor:
+    spec = annotation(value).output
+    assert spec is not None, value.name
+    scale, zero = quantized.value_params(value)
+    return x.clamp((spec.qmin - zero) * scale, (spec.qmax - zero) * scale)
+
+
 def _rounded(quantized: Quantized, value: fx.Node, x: Tensor) -> Tensor:
     spec = annotation(value).output
     assert spec is not None, value.name
@@ -137,7 +167,9 @@ def _repair(
     assert isinstance(source, fx.Node)
     inputs = [_as_read(quantized, node, values)[source] for values in rounded]
     if "rounding" in repairs and is_call(quantized.gm, node, nn.Conv1d, nn.Conv2d, nn.Linear):
-        wanted = [values[original.args[0]] for values in exact]  # type: ignore[index]
+        before = original.args[0]
+        assert isinstance(before, fx.Node)
+        wanted = [_clipped(quantized, original, values)[before] for values in exact]
         _round(quantized, node, layer, spec, wanted, inputs)
     scale = quantized.calibration.weights[node.name]
     weight = dequantized_weight(layer.weight, scale, spec, channel_axis(layer, spec))
@@ -173,12 +205,16 @@ def _round(
     sums = MomentSums()
     inputs = sum(len(x) for x in exact)
     for i, (x, y) in enumerate(zip(exact, rounded, strict=True)):
-        sums.add(*patches(layer, (x, y), inputs, seed=i))
+        middle = (len(x) + 1) // 2
+        for half, part in enumerate(((x[:middle], y[:middle]), (x[middle:], y[middle:]))):
+            if len(part[0]):
+                before, after = patches(layer, part, inputs, seed=2 * i + half)
+                sums.add(before, after, half)
     moments = sums.moments()
     groups = getattr(layer, "groups", 1)
     flat = layer.weight.detach().double().flatten(1)
     weight = flat.unflatten(0, (groups, -1))
-    wanted = reproducing(weight, moments, RIDGE)
+    wanted = reproducing(weight, sums)
     axis = channel_axis(layer, spec)
     largest = wanted.abs().amax(2, keepdim=True) / spec.qmax
     if axis is None:
@@ -190,7 +226,8 @@ def _round(
     )
     scale = best_scale(wanted, largest, moments.hessian, spec.qmin, spec.qmax, axis is None)
     scale = torch.maximum(scale, least).clamp_min(TINY).float().double()
-    q = round_weights(wanted, scale, moments.hessian, spec.qmin, spec.qmax)
+    damping = DAMPING + weight.shape[2] / moments.places
+    q = round_weights(wanted, scale, moments.hessian, spec.qmin, spec.qmax, damping)
     layer.weight = nn.Parameter(
         (q * scale).flatten(0, 1).view_as(layer.weight).to(layer.weight.dtype), requires_grad=False
     )

@@ -1,9 +1,8 @@
 """A folder of fitted weights, addressed by what they were fitted from.
 
-One file for each fit, named by the SHA-256 of everything that determines it. A file is written
-under another name, flushed to the disk
-and then renamed: a reader sees the whole file or none, two writers of one fit write the same and
-the last one wins, and one that is killed leaves only a temporary file behind, which nobody reads.
+One file for each fit, named by the SHA-256 of everything that determines it (``rewriter.places``): a
+reader sees the whole file or none, two writers of one fit write the same and the last one wins, and
+one that is killed leaves only a temporary file behind, which nobody reads.
 """
 
 from __future__ import annotations
@@ -11,9 +10,8 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-import os
-import tempfile
 from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +20,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor, fx
 from torch.utils.weak import WeakIdKeyDictionary
+
+from rewriter.places import read, write
 
 log = logging.getLogger(__name__)
 
@@ -72,9 +72,35 @@ def _tensor(t: Tensor) -> str:
     return digest.hexdigest()
 
 
-def load(store: Path, name: str) -> tuple[dict[str, Tensor], dict[str, Any]] | None:
-    """Tensors and facts stored under ``name``; None where there are none, or they are damaged."""
-    path = _path(store, name)
+@dataclass(frozen=True)
+class Mirror:
+    """A folder of this machine, and behind it an fsspec URL with the same files, shared with other machines."""
+
+    folder: Path
+    url: str
+
+
+Store = Path | Mirror
+
+
+def load(store: Store, name: str) -> tuple[dict[str, Tensor], dict[str, Any]] | None:
+    """Tensors and facts stored under ``name``; None where there are none, or they are damaged.
+
+    Raises:
+        PlaceError: the URL of a mirror cannot be read.
+    """
+    folder = store.folder if isinstance(store, Mirror) else store
+    path = folder / _file(name)
+    found = _loaded(path)
+    if found is None and isinstance(store, Mirror):
+        data = read(store.url, _file(name))
+        if data is not None:
+            write(folder, _file(name), data)
+            found = _loaded(path)
+    return found
+
+
+def _loaded(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]] | None:
     try:
         with safe_open(path, "pt") as file:
             facts = json.loads(file.metadata()["facts"])
@@ -87,24 +113,19 @@ def load(store: Path, name: str) -> tuple[dict[str, Tensor], dict[str, Any]] | N
 
 
 def save_to(
-    store: Path, name: str, tensors: Mapping[str, Tensor], facts: Mapping[str, Any]
+    store: Store, name: str, tensors: Mapping[str, Tensor], facts: Mapping[str, Any]
 ) -> None:
-    """Store tensors and facts under ``name``, whole or not at all."""
-    path = _path(store, name)
-    path.parent.mkdir(parents=True, exist_ok=True)
+    """Store tensors and facts under ``name``, whole or not at all.
+
+    Raises:
+        OSError: they cannot be written.
+    """
     plain = {k: t.detach().cpu().contiguous() for k, t in tensors.items()}
     data = save(plain, metadata={"facts": json.dumps(dict(facts))})
-    handle, temporary = tempfile.mkstemp(dir=path.parent, suffix=".part")
-    try:
-        with os.fdopen(handle, "wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except BaseException:
-        Path(temporary).unlink(missing_ok=True)
-        raise
+    write(store.folder if isinstance(store, Mirror) else store, _file(name), data)
+    if isinstance(store, Mirror):
+        write(store.url, _file(name), data)
 
 
-def _path(store: Path, name: str) -> Path:
-    return store / name[:2] / f"{name}.safetensors"
+def _file(name: str) -> str:
+    return f"{name[:2]}/{name}.safetensors"

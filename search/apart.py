@@ -39,6 +39,10 @@ class LostError(RewriteError):
     """A process did not come back with an answer; the message says what became of it."""
 
 
+class LateError(LostError):
+    """A process took longer than it may."""
+
+
 def possible(device: str) -> bool:
     """Whether a fork of this process can compute: not where CUDA or Apple's frameworks are."""
     return sys.platform == "linux" and device == "cpu" and not torch.cuda.is_available()
@@ -85,7 +89,7 @@ def apart(action: Callable[[], T], limit_s: float) -> T:
         if child:
             status = _ended(child)
     if text is None:
-        raise LostError(f"took longer than {limit_s:g} s (search.candidate_timeout)")
+        raise LateError(f"took longer than {limit_s:g} s (search.candidate_timeout)")
     if not text:
         raise LostError(_cause(status))
     worked, value, said = pickle.loads(text)

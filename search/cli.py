@@ -43,19 +43,13 @@ from search.run import (
     cheapest,
     confirm_front,
     note_run,
+    noted_goal,
     run_search,
     sensitivity_of,
     with_options,
 )
-from search.tables import (
-    finetuned_table,
-    front_table,
-    ladder_table,
-    loss_said,
-    reference_table,
-    sensitivity_table,
-    sites_table,
-)
+from search.shown import show_results
+from search.tables import loss_said, sensitivity_table, sites_table
 from search.training_commands import Tuned, as_trained, table, train_chosen, with_training
 from search.workers import helpers, work
 
@@ -177,7 +171,7 @@ def run(
         config, out_dir, seed=seed, trials=trials, timeout=timeout, workers=workers
     )
     job, results = _run(with_training(cfg, tuned), folder, storage, quiet, ray=ray)
-    _show(train_chosen(job, results, quiet), quiet)
+    show_results(train_chosen(job, results, quiet), quiet)
 
 
 @app.command()
@@ -205,7 +199,8 @@ def worker(folder: RunFolder, storage: Storage = None, quiet: Quiet = False) -> 
             f"{folder}: no search is running there: "
             f"start one with quantfix run {facts.get('config', 'CONFIG')}"
         )
-    outcome = work(Path(facts["config"]), folder, options, storage or facts.get("storage"))
+    place, goal = storage or facts.get("storage"), noted_goal(facts)
+    outcome = work(Path(facts["config"]), folder, options, place, goal=goal)
     if not quiet:
         out.print(f"done: {outcome.reason}, {outcome.plans} plans scored")
 
@@ -222,7 +217,7 @@ def front(folder: RunFolder, pictures: Pictures = False, quiet: Quiet = False) -
         results = load_results(folder)
     write_front(results)
     write_report(results)
-    _show(results, quiet)
+    show_results(results, quiet)
 
 
 @app.command()
@@ -313,14 +308,14 @@ def _run(
             "--max-damage instead, such as half of what plain int8 does (quantfix analyze)"
         )
     sensitivity = sensitivity_of(job, bars)
-    note_run(job, storage)
+    note_run(job, storage, goal)
     if not quiet:
         out.print(sensitivity_table(sensitivity, 8))
         for line in sensitivity.remarks:
             say(line)
     with reported(job, bars):
         with (
-            nullcontext() if ray else helpers(cfg, folder, storage),
+            nullcontext() if ray else helpers(cfg, folder, storage, goal),
             bars("scoring plans") as tick,
         ):
             if ray is not None:
@@ -378,22 +373,6 @@ def _export(job: Job, score: Score, folder: Path, quiet: bool, compared: bool = 
             )
         for file in files:
             say(f"written: {file}")
-
-
-def _show(results: Results, quiet: bool) -> None:
-    if quiet:
-        return
-    for found in (reference_table(results), ladder_table(results)):
-        if found.row_count:
-            out.print(found)
-    out.print(front_table(results))
-    if results.finetuned:
-        out.print(finetuned_table(results))
-    say(results.advice())
-    if results.luck():
-        say(results.luck())
-    for name in ("front.json", "report.html", "report.md"):
-        say(f"written: {results.folder / name}")
 
 
 if __name__ == "__main__":

@@ -191,6 +191,8 @@ class SearchConfig(_Section):
             confirms those on the front at the end; 0: none. Default: a third where there are 300.
         race: Images after which a plan may first be given up, because it is clear that it is not
             on the front; 0: never. Four times as many are needed.
+        store: Folder, or fsspec URL such as ``s3://bucket/run``, in which fitted weights and scores
+            are shared with other run directories. Default: the run directory has its own.
         workers: Processes that search.
         worker_cpus: On a Ray cluster, processor cores of each.
         worker_gpus: The same of GPUs; a fraction where several share one.
@@ -212,6 +214,7 @@ class SearchConfig(_Section):
     candidate_timeout: float = Field(default=3600.0, gt=0)
     confirmation: float | None = Field(default=None, ge=0, le=0.9)
     race: int = Field(default=64, ge=0)
+    store: str | None = Field(default=None, min_length=1)
     # each is a process with a network of its own; more belong on more machines (quantfix worker)
     workers: int = Field(default=1, ge=1, le=64)
     worker_cpus: int = Field(default=1, ge=1)

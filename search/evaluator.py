@@ -7,14 +7,11 @@ by their scores on the first samples; the others are held back, to confirm what 
 
 from __future__ import annotations
 
-import errno
 import logging
 import time
-from collections.abc import Callable, Generator, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -29,8 +26,10 @@ from rewriter.int8.onnx import float_onnx, to_onnx
 from rewriter.int8.scheme import QuantScheme
 from rewriter.int8.session import Session
 from rewriter.plan import rewrite, rule_named
-from search.apart import LostError, apart
+from rewriter.store import Store
+from search.apart import LateError, LostError, apart
 from search.constraints import size_of
+from search.failure import CandidateError, blamed, failed, to_be_tried_again
 from search.measure import Measure, Part, Runner, latency, session_runner
 from search.racing import Race
 from search.records import Baseline, Confirmations, Records, Samples, Score
@@ -38,8 +37,6 @@ from search.samples import SampleSet, Tick, check_outputs
 from search.tasks import Task
 
 log = logging.getLogger(__name__)
-
-FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 @dataclass
@@ -55,7 +52,7 @@ class RewriteEvaluator:
         records: Where scores are kept.
         engine: ``onnxruntime`` (the int8 kernels that ship) or ``simulate``.
         device: Where torch runs; the kernels always run on the CPU.
-        store: Folder of fitted weights.
+        store: Where fitted weights are kept.
         seed: Of the fits.
         threads: Of ONNX Runtime.
         confirmations: Where scores of chosen plans on all samples are kept, and how many of the
@@ -75,7 +72,7 @@ class RewriteEvaluator:
     records: Records
     engine: str = "onnxruntime"
     device: str = "cpu"
-    store: Path | None = None
+    store: Store | None = None
     seed: int = 0
     threads: int = 2
     confirmations: Confirmations | None = None
@@ -103,7 +100,7 @@ class RewriteEvaluator:
             OSError: the disk is full.
         """
         known = self.records.get(str(plan))
-        if known is not None and not (whole and known.stopped) and not self._untimed(known):
+        if known is not None and not (whole and known.stopped) and not self._lacking(known):
             return known
         self.reference()  # before another process is made, which then has it too
         race = not whole and self.race is not None
@@ -137,7 +134,7 @@ class RewriteEvaluator:
         if kept is None:
             return self(plan, whole=True)
         known = kept.whole.get(str(plan))
-        if known is not None and str(plan) in kept.held:
+        if known is not None and str(plan) in kept.held and not self._lacking(known):
             return known
         self.reference()
         chosen, held, whole = self._elsewhere("measure_whole", plan)
@@ -159,18 +156,22 @@ class RewriteEvaluator:
         if self.limit_s is None:
             return action()
         self.measured.float_metric(self.chosen_on)  # once, and not in each child
-        prepare(self.gm, self.calibration)
+        prepare(self.gm, self.calibration, self.store)
         try:
             return apart(action, self.limit_s)
         except LostError as cause:
             count, (_, chosen) = self.samples.count, self.chosen_on
             parts = [(0, chosen), (chosen, count), (0, count)]
-            known = Score(plan=str(plan), macs=cost(self.gm).macs, engine=self.engine)
-            failed = [(score, None) for score in _failed(known, cause, parts)]
-            return failed if method == "measure_whole" else failed[0]
+            late = self.limit_s if isinstance(cause, LateError) else None
+            macs = cost(self.gm).macs
+            known = Score(plan=str(plan), macs=macs, engine=self.engine, limit_s=late)
+            lost = [(score, None) for score in failed(known, cause, parts)]
+            return lost if method == "measure_whole" else lost[0]
 
-    def _untimed(self, score: Score) -> bool:
-        return self.timed and score.error is None and score.latency_ms is None
+    def _lacking(self, score: Score) -> bool:
+        """Whether a score has no time where one is asked for, or failed for want of time that there is now."""
+        untimed = self.timed and score.error is None and score.latency_ms is None
+        return untimed or to_be_tried_again(score, self.limit_s)
 
     def _measured(
         self, plan: Plan, parts: list[Part], race: Race | None
@@ -189,9 +190,8 @@ class RewriteEvaluator:
             if stopped is not None:
                 return [_finished(*stopped, start)]
             in_float = self._in_float(plan, gm, parts[-1][1])
-        except _CandidateError as failure:
-            failed = _failed(known, failure.cause, parts)
-            return [_finished(score, None, start) for score in failed]
+        except CandidateError as failure:
+            return [_finished(s, None, start) for s in failed(known, failure.cause, parts)]
         found: list[tuple[Score, Samples | None]] = []
         for first, last in parts:
             score, samples = self.measured.compare([o[first:last] for o in outputs], (first, last))
@@ -208,7 +208,9 @@ class RewriteEvaluator:
         """
         if self.maker is not None:
             return self.maker(plan)
-        return assemble(self.gm, plan, self.scheme, self.calibration, self.store, self.seed)
+        return assemble(
+            self.gm, plan, self.scheme, self.calibration, self.store, self.seed, self.device
+        )
 
     def made_by(self, maker: Callable[[Plan], Assembled], records: Records) -> RewriteEvaluator:
         """The same on all samples, for networks that are made otherwise and recorded elsewhere."""
@@ -221,14 +223,14 @@ class RewriteEvaluator:
         """What a plan costs, what runs it, and its float network.
 
         Raises:
-            _CandidateError: the plan cannot be carried out.
+            CandidateError: the plan cannot be carried out.
         """
-        with _blamed():
+        with blamed():
             quantized = self.assembled(plan).quantized
             known, runner = size_of(plan, quantized.gm), self.runner(quantized)
         if self.timed:
             (x,) = self.samples.batches(1, 0, 1)
-            with _blamed():
+            with blamed():
                 known = replace(known, latency_ms=latency(runner, x))
         return known, runner, quantized.gm
 
@@ -245,7 +247,7 @@ class RewriteEvaluator:
             done = look
             outputs = [torch.cat(parts) for parts in zip(*found, strict=True)]
             if not all(bool(torch.isfinite(o).all()) for o in outputs if o.is_floating_point()):
-                raise _CandidateError(
+                raise CandidateError(
                     RewriteError("the int8 network's outputs are NaN or infinite")
                 )
             if race is not None and look < count:
@@ -300,7 +302,7 @@ class RewriteEvaluator:
         done = start
         with torch.no_grad():
             for x in self.samples.batches(start=start, stop=stop):
-                with _blamed():
+                with blamed():
                     found.append([o.cpu() for o in runner(x)])
                 done += len(x)
                 self.tick(done, self.samples.count)
@@ -325,7 +327,7 @@ class RewriteEvaluator:
             return None
         if self.engine != "onnxruntime":
             return self._run(lambda x: _flat(gm(x)), 0, count)
-        with _blamed():
+        with blamed():
             session = Session(float_onnx(gm), threads=self.threads)
         return self._run(session_runner(session), 0, count)
 
@@ -350,25 +352,6 @@ def extra_macs(gm: fx.GraphModule, plans: Sequence[Plan]) -> dict[str, int]:
     return found
 
 
-class _CandidateError(Exception):
-    """Marks an exception that a candidate raised, and not the user's data."""
-
-    def __init__(self, cause: Exception) -> None:
-        super().__init__(str(cause))
-        self.cause = cause
-
-
-@contextmanager
-def _blamed() -> Generator[None]:
-    """What goes wrong inside is the candidate's fault; a full disk is not."""
-    try:
-        yield
-    except Exception as cause:
-        if isinstance(cause, OSError) and cause.errno in FULL:
-            raise
-        raise _CandidateError(cause) from cause
-
-
 def _filled(measured: Score, known: Score) -> Score:
     """What was measured, of the plan whose costs are known."""
     return replace(
@@ -383,16 +366,6 @@ def _filled(measured: Score, known: Score) -> Score:
 
 def _finished(score: Score, samples: Samples | None, start: float) -> tuple[Score, Samples | None]:
     return replace(score, seconds=round(time.perf_counter() - start, 3)), samples
-
-
-def _failed(known: Score, cause: BaseException, parts: list[Part]) -> list[Score]:
-    """A score with the reason for each part."""
-    text = " ".join(str(cause).split())[:500]
-    kind = "" if isinstance(cause, RewriteError) else f"{type(cause).__name__}: "
-    return [
-        replace(known, samples=stop - start, error=(kind + text).rstrip(": "))
-        for start, stop in parts
-    ]
 
 
 def _flat(outputs: Any) -> list[Tensor]:

@@ -89,9 +89,8 @@ class Finetuner:
         own = self.job.evaluator
         learned = None
         if self.options.quantization == "float":
-            gm = rewritten(
-                own.gm, plan, own.scheme, own.calibration, self.job.folder / "fits", own.seed
-            )
+            given = own.scheme, own.calibration, own.store, own.seed, own.device
+            gm = rewritten(own.gm, plan, *given)
             for parameter in gm.parameters():
                 parameter.requires_grad_(True)
         else:

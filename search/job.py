@@ -19,6 +19,8 @@ from torch.utils import _pytree as pytree
 from rewriter import profile, target, trace
 from rewriter.graph import layers, unflatten
 from rewriter.int8.scheme import QuantScheme
+from rewriter.places import Place, PlaceError, checked, inside
+from rewriter.store import Mirror, Store
 from rewriter.streaming import first_output_only
 from search.config import Config, ConfigError
 from search.data import Data, Inputs, batches, load_data, load_model
@@ -202,7 +204,8 @@ def open_job(
             folder,
             ", ".join(changed),
         )
-    records = Records(folder, fingerprint(parts))
+    place = place_of(cfg)
+    records = Records(folder, fingerprint(parts), place)
     evaluator = RewriteEvaluator(
         gm=network.gm,
         scheme=scheme,
@@ -212,13 +215,37 @@ def open_job(
         records=records,
         engine=engine,
         device=device,
-        store=folder / "fits",
+        store=_fits(folder, place),
         seed=cfg.search.seed,
         threads=threads or min(2, os.cpu_count() or 1),
         confirmations=Confirmations.of(records, chosen) if chosen < samples.count else None,
         timed=cfg.search.cost == "latency" or cfg.search.max_latency_ms is not None,
     )
     return Job(cfg, folder, evaluator, network.data)
+
+
+def place_of(cfg: Config) -> Place | None:
+    """Where a run shares its fits and scores with others; None: nowhere.
+
+    Raises:
+        ConfigError: it is a URL that cannot be opened here.
+    """
+    where = cfg.search.store
+    if where is None:
+        return None
+    if "://" not in where:
+        return cfg.resolve(where)
+    try:
+        return checked(where)
+    except PlaceError as cause:
+        raise ConfigError(f"{cfg.path.name}: search.store: {cause}") from cause
+
+
+def _fits(folder: Path, place: Place | None) -> Store:
+    if place is None:
+        return folder / "fits"
+    there = inside(place, "fits")
+    return there if isinstance(there, Path) else Mirror(folder / "fits", there)
 
 
 def device_of_run(cfg: Config) -> str:

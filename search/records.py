@@ -9,8 +9,10 @@ again.
 from __future__ import annotations
 
 import hashlib
+import io
 import json
 import logging
+import math
 import zipfile
 import zlib
 from collections.abc import Mapping
@@ -21,6 +23,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from rewriter.places import Place
+from search.exchange import Exchange
 from search.files import REMEDY, finite
 from search.files import RunError as RunError
 from search.files import append as append
@@ -57,6 +61,7 @@ class Score:
         stopped: Whether the plan was given up after so many samples, because it was clear that it
             is not on the front. Its numbers are no substitute for those on all of them.
         error: Why the plan could not be scored; all measured fields are then None.
+        limit_s: Seconds after which it was given up, where it failed because it took longer.
     """
 
     plan: str
@@ -77,6 +82,7 @@ class Score:
     seconds: float = 0.0
     stopped: bool = False
     error: str | None = None
+    limit_s: float | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """Plain JSON values; a value that is not finite becomes None."""
@@ -137,10 +143,13 @@ class Records:
         folder: The run directory; created when missing.
         fingerprint: Identity of everything that a score depends on except the plan; a line
             written under another fingerprint is left in the file and ignored.
+        shared: Where scores are exchanged with other run directories; None: nowhere.
     """
 
     folder: Path
     fingerprint: str
+    shared: Place | None = None
+    _exchange: Exchange | None = field(default=None, init=False)
     _scores: dict[str, Score] = field(default_factory=dict[str, Score], init=False)
     _offset: int = field(default=0, init=False)
 
@@ -148,14 +157,39 @@ class Records:
         self.folder.mkdir(parents=True, exist_ok=True)
         (self.folder / "samples").mkdir(exist_ok=True)
         mend(self.path)
+        if self.shared is not None:
+            self._exchange = Exchange.of(self.shared, self.fingerprint)
         self.refresh()
+        if self._exchange is not None:  # what could not be shared when it was scored
+            for score in self.scores():
+                if not self._exchange.knows(score.plan, self._line(score)):
+                    samples = self.samples(score.plan)
+                    values = None if samples is None else _packed(samples)
+                    self._exchange.put(score.plan, self._line(score), values)
 
     @property
     def path(self) -> Path:
         return self.folder / "scores.jsonl"
 
     def refresh(self) -> None:
-        """Read what other processes have appended since the last look."""
+        """Read what other processes have appended since the last look, and what others have shared."""
+        self._read()
+        for line, values in () if self._exchange is None else self._exchange.news():
+            record = _record(line)
+            if record is None or record["fingerprint"] != self.fingerprint:
+                log.warning("%s: a shared score is unreadable, left out", self.shared)
+                continue
+            score = Score.from_dict(record["score"])
+            known = self._scores.get(score.plan)
+            if known is not None and _fuller(score) <= _fuller(known):
+                continue
+            if values is not None:
+                with replacing(self._samples_path(score.plan), "wb") as file:
+                    file.write(values)
+            append(self.path, self._line(score), sync=True)
+            self._take(score)
+
+    def _read(self) -> None:
         if not self.path.exists():
             return
         with self.path.open("rb") as file:
@@ -185,15 +219,21 @@ class Records:
 
     def add(self, score: Score, samples: Samples | None = None) -> None:
         """Store a score for good: its samples, then its line, on disk before this returns."""
-        if samples is not None:
+        values = None if samples is None else _packed(samples)
+        if values is not None:
             with replacing(self._samples_path(score.plan), "wb") as file:
-                np.savez_compressed(file, allow_pickle=False, **samples.arrays())
-        line = json.dumps({"fingerprint": self.fingerprint, "score": score.to_dict()})
-        append(self.path, line.encode() + b"\n", sync=True)
+                file.write(values)
+        append(self.path, self._line(score), sync=True)
         self._take(score)
+        if self._exchange is not None:
+            self._exchange.put(score.plan, self._line(score), values)
+
+    def _line(self, score: Score) -> bytes:
+        content = {"fingerprint": self.fingerprint, "score": score.to_dict()}
+        return json.dumps(content).encode() + b"\n"
 
     def _take(self, score: Score) -> None:
-        """Keep the first score of a plan, until one says more: on all samples, or with a time."""
+        """Keep the first score of a plan, until one says more: after more time, on all samples, or with a time."""
         known = self._scores.get(score.plan)
         if known is None or _fuller(score) > _fuller(known):
             self._scores[score.plan] = score
@@ -230,8 +270,11 @@ class Confirmations:
     @classmethod
     def of(cls, records: Records, chosen_on: int) -> Confirmations:
         """Kept in the files of `records`, under fingerprints of their own."""
-        held, whole = (f"{records.fingerprint}-{part}" for part in ("held", "whole"))
-        return cls(chosen_on, Records(records.folder, held), Records(records.folder, whole))
+        held, whole = (
+            Records(records.folder, f"{records.fingerprint}-{part}", records.shared)
+            for part in ("held", "whole")
+        )
+        return cls(chosen_on, held, whole)
 
 
 def read_run(folder: Path) -> dict[str, Any]:
@@ -304,8 +347,15 @@ def fingerprint(parts: Mapping[str, str]) -> str:
     return hashlib.sha256(json.dumps(dict(sorted(parts.items()))).encode()).hexdigest()[:32]
 
 
-def _fuller(score: Score) -> tuple[bool, bool]:
-    return not score.stopped, score.latency_ms is not None
+def _packed(samples: Samples) -> bytes:
+    stream = io.BytesIO()
+    np.savez_compressed(stream, allow_pickle=False, **samples.arrays())
+    return stream.getvalue()
+
+
+def _fuller(score: Score) -> tuple[float, bool, bool]:
+    waited = math.inf if score.limit_s is None else score.limit_s
+    return waited, not score.stopped, score.latency_ms is not None
 
 
 def _record(line: bytes) -> dict[str, Any] | None:

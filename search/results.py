@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
+from math import inf, isfinite
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from search.constraints import Limits
 from search.finetuned import Finetuned, read_finetuned
 from search.front import Cost, Front, best, cost_named, hypervolume, knee, select_front
 from search.notebook import ShownResults
+from search.points import baseline_of, point
 from search.records import (
     Baseline,
     Confirmations,
@@ -192,7 +194,7 @@ class Results(ShownResults):
             "confirmed": self.is_confirmed,
             "cost": self.cost,
             "engine": self.facts["engine"],
-            "baseline": _baseline_dict(self.baseline),
+            "baseline": baseline_of(self.baseline),
             "limits": dict(self.limits),
             "points": [self._point(s) for s in points],
             "ties": [self._point(s) for s in self.front.ties],
@@ -217,7 +219,7 @@ class Results(ShownResults):
         tuned = self.finetuned.get(score.plan)
         more: dict[str, Any] = {} if tuned is None else {"finetuned": tuned.to_dict()}
         more["steps"] = [e.to_dict() for e in step_effects(score.plan, self.scores)]
-        return _point(score) | ({} if known is None else known.to_dict()) | more
+        return point(score) | ({} if known is None else known.to_dict()) | more
 
     def _dearest(self) -> float:
         """The cost beyond which a plan adds nothing to the hypervolume."""
@@ -258,13 +260,17 @@ class Results(ShownResults):
 
     def _quality(self, score: Score) -> float:
         if self.objective == "damage" or score.metric is None:
-            return -(score.damage or 0.0)
+            # an infinite damage is stored as none
+            return -inf if score.damage is None else -score.damage
         return score.metric if self.higher_is_better else -score.metric
 
     def _quality_of_empty(self) -> float:
-        """The quality of plain int8, which every front has to beat."""
+        """The quality of plain int8, which every front has to beat; where it is infinitely bad, that of the worst plan."""
+        usable = [s for s in self.scores if s.error is None and not s.stopped]
+        scale = [q for s in usable if isfinite(q := self._quality(s))]
         empty = self.empty()
-        return 0.0 if empty is None or empty.error is not None else self._quality(empty)
+        own = -inf if empty is None or empty.error is not None else self._quality(empty)
+        return own if isfinite(own) else min(scale, default=0.0)
 
     def empty(self) -> Score | None:
         """Plain int8, on the images that the front is of."""
@@ -369,33 +375,3 @@ def _references(scores: Sequence[Score], sensitivity: Sensitivity | None) -> tup
 
 def _at_most(value: float | None, bound: float | None) -> bool:
     return bound is None or (value is not None and value <= bound)
-
-
-def _point(score: Score) -> dict[str, Any]:
-    return {
-        "plan": score.plan,
-        "macs": score.macs,
-        "macs_ratio": score.macs_ratio,
-        "params": score.params,
-        "weight_bytes": score.weight_bytes,
-        "float_layers": score.float_layers,
-        "float_islands": score.float_islands,
-        "latency_ms": score.latency_ms,
-        "int8": score.metric,
-        "int8_interval": None if score.interval is None else list(score.interval),
-        "float": score.metric_float,
-        "damage": score.damage,
-        "engine": score.engine,
-        "samples": score.samples,
-    }
-
-
-def _baseline_dict(baseline: Baseline) -> dict[str, Any]:
-    interval = None if baseline.interval is None else list(baseline.interval)
-    return {
-        "float": baseline.float,
-        "int8": baseline.int8,
-        "int8_interval": interval,
-        "macs": baseline.macs,
-        "damage": baseline.damage,
-    }

@@ -23,6 +23,7 @@ from search.config_faults import dotted, explain
 from search.confirm import confirm
 from search.constraints import Limits
 from search.evaluator import extra_macs
+from search.failure import to_be_tried_again
 from search.front import cost_named, select_front
 from search.job import Job, Progress, Told, silent
 from search.prediction import refitted
@@ -44,6 +45,7 @@ from search.study import Outcome, Settings, search
 
 log = logging.getLogger(__name__)
 
+GRACE_S = 60.0  # what a plan's time limit may be overrun by, clocks that differ included
 LEAST_LEFT = 0.02  # no step is trusted to take away more than 98 % of the damage
 
 
@@ -56,7 +58,7 @@ def sensitivity_of(job: Job, progress: Progress = silent, *, exact: bool = False
         return analyze(job.evaluator, job.folder, exact=exact, tick=tick)
 
 
-def note_run(job: Job, storage: str | None = None) -> None:
+def note_run(job: Job, storage: str | None = None, goal: Goal | None = None) -> None:
     """Write what readers of the run directory and further workers need."""
     note(
         job.folder,
@@ -65,7 +67,14 @@ def note_run(job: Job, storage: str | None = None) -> None:
         limits=limits_of(job).to_dict(),
         options=job.cfg.search.model_dump(),
         storage=storage,
+        goal=None if goal is None else asdict(goal),
     )
+
+
+def noted_goal(facts: Mapping[str, Any]) -> Goal | None:
+    """What the run whose ``run.json`` this is searches for, where that is not the whole front."""
+    goal = facts.get("goal")
+    return None if goal is None else Goal(goal.get("max_drop"), goal.get("max_damage"))
 
 
 def limits_of(job: Job) -> Limits:
@@ -143,7 +152,8 @@ def worth_trying(
 ) -> Callable[[Mapping[str, Score]], list[Plan]]:
     """What to score first, before any search.
 
-    References, the ladder of free remedies, each answer on top of its best rung, what these
+    The ladder of free remedies, the references (it may be all that a small budget reaches, and what it finds is
+    worth more than a curve to compare with), each answer on top of the ladder's best rung, what these
     predict to be best, and from then on, every other time, what all scores predict.
 
     A step is taken to multiply the damage by the factor that it has alone: so the prediction never
@@ -169,9 +179,10 @@ def worth_trying(
     def worth(scores: Mapping[str, Score]) -> list[Plan]:
         ladder = rungs(gm, scores, splits)
         if isinstance(ladder, Plan):
-            return list(dict.fromkeys([*first, *_below(gm, scores, splits), ladder]))
+            return list(dict.fromkeys([*first[:1], *_below(gm, scores, splits), ladder]))
         base = start(ladder)
-        plans = [*first, *(r.plan for r in ladder if not r.note), *on_top(base, singles)]
+        kept = (r.plan for r in ladder if not r.note)
+        plans = [*first[:1], *kept, *first[1:], *on_top(base, singles)]
         empty, bottom = scores.get(""), scores.get(str(base))
         if any(str(p) not in scores for p in plans):
             return plans
@@ -271,6 +282,8 @@ def run_search(
         cost=options.cost,
         limits=limits_of(job),
         admits=limits_of(job).admits(job.gm, {"scheme": job.evaluator.scheme}),
+        again=lambda score: to_be_tried_again(score, job.evaluator.limit_s),
+        elsewhere_s=None if options.store is None else options.candidate_timeout + GRACE_S,
     )
     job.evaluator.race = race_of(job)
     job.evaluator.limit_s = _time_limit(job)

@@ -30,6 +30,11 @@ class _Baseline(_Strict):
     interval: Annotated[list[float], Field(min_length=2, max_length=2)] | None = None
 
 
+class _Goal(_Strict):
+    max_drop: float | None = None
+    max_damage: float | None = None
+
+
 class _Facts(_Strict):
     """Every key that is read again. One that is not there yet is no fault: a run may be at its start."""
 
@@ -49,6 +54,7 @@ class _Facts(_Strict):
     limits: dict[str, float | None] = Field(default_factory=dict[str, "float | None"])
     options: dict[str, Any] = Field(default_factory=dict[str, Any])
     storage: str | None = None
+    goal: _Goal | None = None
     ladder: list[Annotated[list[Any], Field(min_length=3, max_length=3)]] | None = None
 
 

@@ -4,20 +4,26 @@ from __future__ import annotations
 
 import fcntl
 import json
+import logging
 import os
 import socket
 import uuid
 from collections.abc import Generator
 from contextlib import contextmanager
+from datetime import datetime
 from pathlib import Path
 from typing import IO, Any
 
+import optuna
 from optuna.exceptions import OptunaError
 from optuna.storages import BaseStorage, JournalStorage, get_storage
 from optuna.storages.journal import JournalFileBackend, JournalFileOpenLock
+from optuna.trial import TrialState
 from sqlalchemy.exc import SQLAlchemyError
 
 from search.files import REMEDY, RunError, append, mend
+
+log = logging.getLogger(__name__)
 
 
 def journal(path: Path) -> JournalStorage:
@@ -87,6 +93,39 @@ def is_held(path: Path) -> bool:
     except BlockingIOError:
         return True
     return False
+
+
+def recover(study: optuna.Study, folder: Path, me: str, elsewhere_s: float | None = None) -> None:
+    """End the trials of dead workers, and, where nobody else is at work, the queue they left.
+
+    Their plans are proposed again, in the order of an undisturbed run.
+
+    Args:
+        study: In a storage that all its workers share.
+        folder: Locks of the workers of this run directory.
+        me: Name of this worker.
+        elsewhere_s: Seconds after which a trial of a worker that has no lock here is one of a dead
+            worker; None: at once.
+    """
+    known = workers(folder)
+    living = {name for name in known if name == me or is_held(folder / name)}
+    elsewhere = False
+    for trial in study.get_trials(deepcopy=False, states=(TrialState.RUNNING,)):
+        owner = trial.user_attrs.get("worker")
+        if owner in living:
+            continue
+        if elsewhere_s is not None and owner is not None and owner not in known:
+            began = trial.datetime_start
+            if began is None or (datetime.now() - began).total_seconds() < elsewhere_s:
+                elsewhere = True
+                continue
+        log.info("trial %d of a worker that is gone: to be tried again", trial.number)
+        study.tell(trial.number, state=TrialState.FAIL)
+    for name in known - living:
+        (folder / name).unlink(missing_ok=True)
+    if living <= {me} and not elsewhere:
+        while study.get_trials(deepcopy=False, states=(TrialState.WAITING,)):
+            study.tell(study.ask(), state=TrialState.FAIL)
 
 
 class _FileLock(JournalFileOpenLock):

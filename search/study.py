@@ -14,7 +14,6 @@ import warnings
 from collections.abc import Callable, Generator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Literal
 
 import numpy as np
@@ -29,7 +28,7 @@ from search.constraints import Limits
 from search.front import Cost, cost_named, pareto
 from search.records import Records, Score
 from search.space import KEEP, Space
-from search.storage import is_held, workers, working
+from search.storage import recover, working
 
 log = logging.getLogger(__name__)
 
@@ -75,6 +74,9 @@ class Settings:
         cost: What stands against it: ``macs`` or ``latency``.
         limits: What a plan must meet to count as feasible.
         admits: Says of a plan whether it can meet the limits; one that cannot is not proposed.
+        again: Says of a score that its plan is to be scored once more, before all others.
+        elsewhere_s: Seconds for which a trial is left to a worker of another run directory, of which it
+            cannot be seen here whether it lives. None: there are no such workers.
     """
 
     name: str
@@ -86,6 +88,8 @@ class Settings:
     cost: Cost = "macs"
     limits: Limits = field(default_factory=Limits)
     admits: Callable[[Plan], bool] = lambda plan: True
+    again: Callable[[Score], bool] = lambda score: False
+    elsewhere_s: float | None = None
 
     def directions(self) -> list[Direction]:
         up = self.objective == "metric" and self.higher_is_better
@@ -127,9 +131,10 @@ def search(
         settings: Budget, seed and objective.
         storage: Where the study is; workers that share it share the search.
         told: Called after each plan with its score and the number of plans scored in all.
-        enough: Says of a score that no other plan needs to be scored.
+        enough: Says of a score, of whatever worker, that no other plan needs to be scored.
     """
     began = time.monotonic()
+    judged: set[str] = set()
     with _quiet_optuna(), working(records.folder / "workers") as worker:
         study = optuna.create_study(
             study_name=settings.name,
@@ -142,13 +147,18 @@ def search(
             study.set_metric_names(
                 [settings.cost, settings.objective]
             )  # what optuna-dashboard writes on the axes
-        _recover(study, records.folder / "workers", worker)
+        recover(study, records.folder / "workers", worker, settings.elsewhere_s)
         while True:
             records.refresh()
             trials = study.get_trials(deepcopy=False)
-            ended = {t.user_attrs["plan"]: t.user_attrs["counts"] for t in trials if _has_score(t)}
+            again = [s.plan for s in records.scores() if settings.again(s)]
+            ended = _ended(trials, again)
             claimed = {t.user_attrs.get("plan", "?") for t in trials if t.state == CLAIMED}
             count = sum(ended.values())
+            new = [s for s in records.scores() if s.plan in ended and s.plan not in judged]
+            judged.update(s.plan for s in new)
+            if any(enough(score) for score in new):
+                return Outcome("goal", count)
             if count + len(claimed) >= settings.trials:
                 return Outcome("trials", count)
             if settings.timeout_s is not None and time.monotonic() - began >= settings.timeout_s:
@@ -157,15 +167,16 @@ def search(
             # Only of trials that have ended: a score whose trial was killed before it was told, or
             # one from elsewhere, must not change which plan comes next.
             scores = {s.plan: s for s in records.scores() if s.plan in ended}
-            plan = _next(space, worth, scores, trials, claimed | set(ended), settings, seed)
+            waiting = [Plan.parse(text) for text in again if text not in claimed]
+            plan = next(iter(waiting), None) or _next(
+                space, worth, scores, trials, claimed | set(ended), settings, seed
+            )
             if plan is None:
                 return Outcome("exhausted", count)
             tried = _try(study, plan, evaluate, records, space, settings, worker)
             if tried is not None:
                 score, counts = tried
                 told(score, count + counts)
-                if enough(score):
-                    return Outcome("goal", count + counts)
 
 
 def _next(
@@ -285,13 +296,11 @@ def _try(
     everyone = study.get_trials(deepcopy=False)
     others = [t for t in everyone if t.user_attrs.get("plan") == text]
     before = [t for t in everyone if t.number < trial.number]
-    taken = any(
-        t.user_attrs.get("plan") == text and (t.state in (CLAIMED, DONE, STOPPED) or _has_score(t))
-        for t in before
-    )
+    records.refresh()
+    ended = _ended(before, [s.plan for s in records.scores() if settings.again(s)])
+    claimed = [t.user_attrs.get("plan") for t in before if t.state == CLAIMED]
     # Two workers may have seen the same last place in the budget: the first trial has it.
-    ahead = sum(t.state == CLAIMED or t.user_attrs.get("counts", False) for t in before)
-    if taken or ahead >= settings.trials:
+    if text in ended or text in claimed or sum(ended.values()) + len(claimed) >= settings.trials:
         study.tell(trial, state=FAILED)
         return None
     # First of all: a trial without a constraint counts as feasible, whatever becomes of it.
@@ -334,29 +343,21 @@ def _try(
     return score, not free
 
 
+def _ended(trials: Sequence[FrozenTrial], again: Sequence[str]) -> dict[str, bool]:
+    """The plans that were scored, but for those to be scored again, and whether each counts."""
+    found: dict[str, bool] = {}
+    for t in trials:
+        if _has_score(t) and t.user_attrs["plan"] not in again:
+            plan = t.user_attrs["plan"]
+            found[plan] = found.get(plan, False) or t.user_attrs["counts"]
+    return found
+
+
 def _has_score(trial: FrozenTrial) -> bool:
     """Whether the trial ended with a score, good or failed."""
     return (
         trial.state.is_finished() and "counts" in trial.user_attrs and "plan" in trial.user_attrs
     )
-
-
-def _recover(study: optuna.Study, folder: Path, me: str) -> None:
-    """End the trials of dead workers, and, where nobody else is at work, the queue they left.
-
-    Their plans are proposed again, in the order of an undisturbed run.
-    """
-    living = {name for name in workers(folder) if name == me or is_held(folder / name)}
-    for trial in study.get_trials(deepcopy=False, states=(CLAIMED,)):
-        owner = trial.user_attrs.get("worker")
-        if owner is None or owner not in living:
-            log.info("trial %d of a worker that is gone: to be tried again", trial.number)
-            study.tell(trial.number, state=FAILED)
-    for name in workers(folder) - living:
-        (folder / name).unlink(missing_ok=True)
-    if living <= {me}:
-        while study.get_trials(deepcopy=False, states=(TrialState.WAITING,)):
-            study.tell(study.ask(), state=FAILED)
 
 
 @contextmanager

@@ -17,18 +17,25 @@ import torch
 
 from search.config import Config, load_config
 from search.job import Told, open_job
-from search.run import run_search, sensitivity_of, with_options
+from search.run import Goal, run_search, sensitivity_of, with_options
 from search.study import Outcome
 
 
 @contextmanager
-def helpers(cfg: Config, folder: Path, storage: str | None) -> Generator[None]:
-    """The config's other worker processes beside this one; they end with the search."""
+def helpers(
+    cfg: Config, folder: Path, storage: str | None, goal: Goal | None = None
+) -> Generator[None]:
+    """The config's other worker processes beside this one; they end with the search, or when one of all has met the goal."""
     context = multiprocessing.get_context("spawn")
     options = cfg.search.model_dump()
     share = max(1, (os.cpu_count() or 1) // cfg.search.workers)
     started = [
-        context.Process(target=work, args=(cfg.path, folder, options, storage, share), daemon=True)
+        context.Process(
+            target=work,
+            args=(cfg.path, folder, options, storage, share),
+            kwargs={"goal": goal},
+            daemon=True,
+        )
         for _ in range(cfg.search.workers - 1)
     ]
     # Ctrl-C goes to every process of a terminal. It is the main one's to answer, which ends these.
@@ -58,6 +65,7 @@ def work(
     storage: str | None = None,
     threads: int = 1,
     told: Told = lambda score, count: None,
+    goal: Goal | None = None,
 ) -> Outcome:
     """Be one more worker of a run whose analysis is done; ends with the process that started it."""
     parent = multiprocessing.parent_process()
@@ -66,7 +74,7 @@ def work(
     torch.set_num_threads(threads)
     cfg = with_options(load_config(path), **options)
     job = open_job(cfg, folder, threads=threads)
-    return run_search(job, sensitivity_of(job), storage, told)
+    return run_search(job, sensitivity_of(job), storage, told, goal)
 
 
 def _end_with(parent: BaseProcess) -> None:

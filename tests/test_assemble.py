@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -9,7 +10,7 @@ from torch import Tensor, fx, nn
 
 from rewriter import assemble as module
 from rewriter import profile, simulate, target, trace
-from rewriter.assemble import assemble
+from rewriter.assemble import assemble, prepare
 from rewriter.errors import PlanError
 from rewriter.fidelity import kl_divergence
 from rewriter.plan import Plan
@@ -119,6 +120,46 @@ def test_what_is_stored_comes_back_to_the_last_bit(
     assert torch.equal(simulate(first)(x), simulate(again)(x))
     with pytest.raises(AssertionError, match="made again"):
         assemble(gm, plan, target("tflite"), batches, tmp_path)
+
+
+@pytest.mark.parametrize("extra", ["keep_float@_4", "split_range_2@_0", ""])
+def test_what_was_measured_of_a_float_network_is_not_measured_again(
+    gm: fx.GraphModule,
+    batches: tuple[Tensor, ...],
+    extra: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    scheme = target("per_tensor")
+    plan = Plan.parse(f"{extra} equalize@model refine_ranges@model correct_bias@model")
+    alone = trace(network(), batches[0][:2])
+    profile(alone, batches)
+    expected = assemble(alone, plan, scheme, batches).quantized
+    counted: list[str] = []
+    for work in ("weigh", "profile"):
+        whole = getattr(module, work)
+
+        def count(*words: object, name: str = work, call: Any = whole) -> None:
+            counted.append(name)
+            call(*words)
+
+        monkeypatch.setattr(module, work, count)
+    if extra.startswith("split"):
+        assemble(gm, Plan.parse(f"{extra} equalize@model"), scheme, batches, tmp_path)
+        assert counted == ["profile", "weigh"]
+    else:
+        prepare(gm, batches, tmp_path)
+        assert counted == ["weigh"]
+        for node in gm.graph.nodes:  # as another process finds the network
+            node.meta.pop("influence", None)
+            node.meta.pop("weight_influence", None)
+    counted.clear()
+    found = assemble(gm, plan, scheme, batches, tmp_path).quantized
+    assert counted == []
+    assert found.calibration.values == expected.calibration.values
+    assert all(
+        torch.equal(v, found.gm.state_dict()[k]) for k, v in expected.gm.state_dict().items()
+    )
 
 
 def test_rules_of_the_whole_model_follow_those_of_single_places(

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import multiprocessing
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -210,7 +211,7 @@ def test_nothing_is_left_of_a_write_that_fails(
     def full(*_: object) -> None:
         raise OSError("disk full")
 
-    monkeypatch.setattr("rewriter.store.os.replace", full)
+    monkeypatch.setattr("rewriter.places.os.replace", full)
     with pytest.raises(OSError, match="disk full"):
         save_to(tmp_path, "ab12", {"w": torch.zeros(2)}, {})
     assert [p for p in tmp_path.rglob("*") if p.is_file()] == []
@@ -247,3 +248,33 @@ def test_a_reader_beside_two_writers_sees_whole_files_even_when_one_is_killed(
 
 def test_a_report_is_plain_facts() -> None:
     assert FitReport("a@b", 0.1, 0.2, 3, 4, 5.0) == FitReport("a@b", 0.1, 0.2, 3, 4, 5.0)
+
+
+@pytest.fixture
+def meta_by_default() -> Iterator[None]:
+    """What is made without naming a device lands where it cannot be mixed with anything."""
+    torch.set_default_device("meta")
+    yield
+    torch.set_default_device(None)
+
+
+def test_a_fit_names_the_device_of_all_that_it_makes(request: pytest.FixtureRequest) -> None:
+    """The way to see on a CPU that nothing stays behind when a fit is made on a GPU."""
+    gm, data = trace(network(), batches(1)[0][:2]), batches()
+    expected = fit(gm, PLAN, data, SCHEME).weights
+    request.getfixturevalue("meta_by_default")
+    found = fit(gm, PLAN, data, SCHEME).weights
+    for step, state in expected.items():
+        for name, value in state.items():
+            assert torch.equal(found[step][name], value), name
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+def test_a_fit_on_a_gpu_is_the_fit() -> None:
+    gm, data = trace(network(), batches(1)[0][:2]), batches()
+    here = fit(gm, PLAN, data, SCHEME, distilled=False).weights
+    there = fit(gm, PLAN, data, SCHEME, distilled=False, device="cuda").weights
+    for step, state in here.items():
+        for name, value in state.items():
+            torch.testing.assert_close(there[step][name], value, rtol=1e-3, atol=1e-4)

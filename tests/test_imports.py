@@ -80,7 +80,11 @@ def test_errors_and_tracing_stand_at_the_bottom() -> None:
             *("rewriter.errors", "rewriter.proxy"),
             *("rewriter.assignment", "rewriter.surroundings"),
         },
-        "rewriter.graph": {"rewriter.errors", "rewriter.tracer", "rewriter.canonical"},
+        "rewriter.verify": {"rewriter.errors", "rewriter.tracer"},
+        "rewriter.graph": {
+            *("rewriter.errors", "rewriter.tracer", "rewriter.verify"),
+            "rewriter.canonical",
+        },
         "rewriter.cost": {"rewriter.graph"},
     }
     for name, used in allowed.items():

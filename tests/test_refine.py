@@ -157,3 +157,22 @@ def test_a_dead_layer_and_constant_inputs_do_not_break_it() -> None:
     gm = trace(model, x[:2])
     repaired = refine(quantize(gm, target("onnxruntime"), [x]), [x], BOTH)
     assert bool(torch.isfinite(simulate(repaired)(x)).all())
+
+
+@pytest.mark.parametrize("repairs", [frozenset({"biases"}), BOTH])
+def test_what_a_range_cuts_off_on_purpose_is_not_made_good(repairs: frozenset[str]) -> None:
+    """One outlier that the range leaves out: the repairs are those of the inputs without it."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(3, 6, 1), nn.ReLU(), nn.Conv2d(6, 4, 1))
+    x = torch.rand(24, 3, 6, 6)
+    gm = trace(model, x[:2])
+    plain = quantize(gm, target("onnxruntime"), [x])
+    wild = x.clone()
+    wild[:, :, 0, 0] = 40.0
+    clipped = refine(plain, [wild], repairs)  # the ranges are those of x
+    usual = refine(plain, [torch.where(wild > 1, x.amax(), wild)], repairs)
+    for before, after in zip(layers(usual.gm), layers(clipped.gm), strict=True):
+        expected, found = (
+            module_of(g, n).bias for g, n in ((usual.gm, before), (clipped.gm, after))
+        )
+        torch.testing.assert_close(found, expected, rtol=0, atol=0.02)

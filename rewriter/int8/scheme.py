@@ -79,7 +79,7 @@ def _reach(low: float, high: float, below: int, span: int) -> float:
 
 def _float32(scale: float) -> float:
     """What a runtime keeps of a scale."""
-    return float(torch.tensor(max(scale, TINY), dtype=torch.float32))
+    return torch.tensor(max(scale, TINY), dtype=torch.float32, device="cpu").item()
 
 
 @dataclass(frozen=True)

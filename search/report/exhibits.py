@@ -63,7 +63,13 @@ def read_exhibits(folder: Path, fingerprint: str) -> dict[str, Any] | None:
 
 def _exhibits(job: Job, results: Results, plan: str) -> dict[str, Any]:
     evaluator = job.evaluator
-    given = evaluator.scheme, evaluator.calibration, evaluator.store, evaluator.seed
+    given = (
+        evaluator.scheme,
+        evaluator.calibration,
+        evaluator.store,
+        evaluator.seed,
+        evaluator.device,
+    )
     plain = assemble(evaluator.gm, Plan(), *given).quantized
     rewritten = assemble(evaluator.gm, Plan.parse(plan), *given).quantized if plan else plain
     ranges = [_ranges(plain, rewritten if plan else None, *names) for names in _shown(results)]

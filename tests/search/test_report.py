@@ -209,3 +209,18 @@ def test_limits_keep_plans_off_the_front_but_never_the_empty_one(tmp_path: Path)
     assert [s.plan for s in results.front.points] == [""]
     assert Budget(macs=10.0).meets(11, 0) is False
     assert results.within_limits(Score(plan="", macs=99))
+
+
+def test_front_where_plain_int8_is_infinitely_bad(tmp_path: Path) -> None:
+    """JSON has no infinity: such a damage is stored as none, which must not count as no damage."""
+    records = Records(tmp_path, fingerprint(PARTS))
+    records.add(Score(plan="", macs=fake.MACS, damage=float("inf")))
+    results = make(tmp_path, PLANS, objective="damage")
+    assert results.front.points
+    content = results.front_dict()
+    assert content["hypervolume"] > 0
+    worst = max(s.damage for s in results.scores if s.damage is not None)
+    assert content["hypervolume_reference"][1] == -worst
+    points = [s.plan for s in results.front.points]
+    assert results.knee().plan in points
+    assert "" not in points
