@@ -288,7 +288,10 @@ class Results(ShownResults):
         if self.objective == "damage" or None in drops:
             said = [f"damage {s.damage:.4g}" for s in parts]
         else:
-            said = [f"{d:+.2f} points against float" for d in (-(x or 0.0) for x in drops)]
+            said = [
+                f"{d:+.2f} points against float"
+                for d in (round(-(x or 0.0), 2) + 0.0 for x in drops)
+            ]
         return (
             f"The best plan was chosen on {parts[0].samples} images, where it has {said[0]}; on the "
             f"{parts[1].samples} images held back it has {said[1]}."

@@ -102,7 +102,7 @@ def _add_parts(results: Results, names: list[str], rows: list[list[str]]) -> Non
 def _against_float(results: Results, score: Score) -> str:
     """The drop against float on the same images, or the damage where there are no labels."""
     lost = results.drop(score)
-    return f"{score.damage:.4g}" if lost is None else f"{-lost:+.2f}"
+    return f"{score.damage:.4g}" if lost is None else f"{round(-lost, 2) + 0.0:+.2f}"
 
 
 def score_rows(scores: Sequence[Score]) -> tuple[list[str], list[list[str]]]:

@@ -9,7 +9,12 @@ def commands(results: Results) -> list[str]:
     """What to type to have the same run, and its best plan as a file."""
     config, folder = results.facts["config"], results.folder
     best = (results.best().plan if results.front.points else "") or "best"
-    return [f"quantfix run {config} --out {folder}", f'quantfix export {folder} --pick "{best}"']
+    options = results.facts.get("options") or {}
+    given = [f" --{key} {options[key]}" for key in ("trials", "seed") if key in options]
+    return [
+        f"quantfix run {config} --out {folder}{''.join(given)}",
+        f'quantfix export {folder} --pick "{best}"',
+    ]
 
 
 def measured(results: Results) -> list[str]:

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import json
 import re
+from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
@@ -10,9 +11,12 @@ import pytest
 from plotly.offline import get_plotlyjs
 
 from rewriter.plan import Plan
+from search.confirm import Confirmed
+from search.front import Front
 from search.records import Records, RunError, Score, fingerprint, write_json
 from search.report import html_report, write_report
-from search.report.front import front_figure, groups
+from search.report.facts import commands
+from search.report.front import _height, front_figure, groups
 from search.results import Results, load_results, write_front
 from search.space import Budget
 from search.tables import front_table
@@ -224,3 +228,19 @@ def test_front_where_plain_int8_is_infinitely_bad(tmp_path: Path) -> None:
     points = [s.plan for s in results.front.points]
     assert results.knee().plan in points
     assert "" not in points
+
+
+def test_how_to_repeat_says_the_trials_that_were_asked_for(tmp_path: Path) -> None:
+    results = make(tmp_path, PLANS, options={"trials": 12, "seed": 3})
+    assert commands(results)[0].endswith(f"--out {tmp_path} --trials 12 --seed 3")
+    assert commands(make(tmp_path / "b", PLANS))[0].endswith(f"--out {tmp_path / 'b'}")
+
+
+def test_a_plan_of_the_choosing_images_is_drawn_by_its_drop(tmp_path: Path) -> None:
+    results = make(tmp_path, PLANS)
+    score = replace(results.scores[1], metric=0.7, original=0.75, samples=200)
+    known = Confirmed(score, score, score)
+    whole = replace(results, held_back=200, chosen=Front(()), confirmed={score.plan: known})
+    assert _height(whole, score) == pytest.approx(0.8 - 0.05)
+    assert _height(whole, replace(score, samples=400)) == 0.7
+    assert _height(results, score) == 0.7
