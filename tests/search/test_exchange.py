@@ -105,7 +105,11 @@ def test_a_damaged_file_is_left_out_with_a_warning(
 
 
 def test_a_place_is_a_url_or_a_folder_beside_the_config(tmp_path: Path) -> None:
-    for where, expected in (("memory://x", "memory://x"), ("fits", tmp_path / "fits"), (None, None)):
+    for where, expected in (
+        ("memory://x", "memory://x"),
+        ("fits", tmp_path / "fits"),
+        (None, None),
+    ):
         config = write_config(tmp_path, search={"store": where} if where else {})
         assert place_of(load_config(config)) == expected
     config = write_config(tmp_path, search={"store": "nosuch://x"})
