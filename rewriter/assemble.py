@@ -76,7 +76,7 @@ def assemble(
             [
                 graph_digest(base),
                 data_digest(batches),
-                repr(scheme),
+                scheme.identity,
                 str(plan),
                 str(VERSION),
                 str(base.meta.get("calibration")),
@@ -180,8 +180,8 @@ def _measure(gm: fx.GraphModule, batches: Batches, store: Store | None, again: b
         for known in what:
             parts = [f"{known}.{end}.{node.name}" for end in _ENDS[known]]
             if parts[0] in found[0]:
-                values = tuple(found[0][part] for part in parts)
-                node.meta[known] = values if len(values) > 1 else values[0]
+                values = [found[0][part] for part in parts]
+                node.meta[known] = tuple(values) if len(values) > 1 else values[0]
 
 
 def _forget(gm: fx.GraphModule, what: tuple[str, ...]) -> None:
