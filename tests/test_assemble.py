@@ -185,7 +185,7 @@ assemble(gm, plan, target("tflite"), batches, Path(FOLDER))
 def test_another_process_finds_what_one_has_stored(tmp_path: Path) -> None:
     """Sets and dictionaries are in another order there: a key must not depend on it."""
     files: list[set[Path]] = []
-    for seed in ("1", "2", "3"):
+    for seed in ("1", "4", "7"):  # two orders of two words
         words = [sys.executable, "-c", STORED.replace("FOLDER", repr(str(tmp_path)))]
         subprocess.run(words, check=True, env={**os.environ, "PYTHONHASHSEED": seed}, cwd=ROOT)
         files.append(set(tmp_path.rglob("*.safetensors")))
