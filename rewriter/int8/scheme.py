@@ -104,6 +104,13 @@ class QuantScheme:
     shared_at: frozenset[str] = field(default_factory=frozenset)
     engine: str = "onnxruntime"
 
+    @property
+    def identity(self) -> str:
+        """All of it as text that is the same in every process: ``repr`` gives a set in an order that is not."""
+        plain = replace(self, fuses=frozenset(), shared_at=frozenset())
+        fused = sorted(f"{t.__module__}.{t.__qualname__}" for t in self.fuses)
+        return f"{plain!r} {fused} {sorted(self.shared_at)}"
+
 
 # What saturation of the int8 output can carry out by itself. ONNX Runtime's kernels absorb only
 # these: a convolution with another activation behind it and no int8 value in between would run in
