@@ -31,6 +31,7 @@ from torch.nn import functional
 from search.images import Arrays, Data, Inputs
 
 log = logging.getLogger(__name__)
+log.setLevel(logging.INFO)  # training takes a while, which must not pass in silence
 
 CLASSES = 10
 TRAINING = 897  # of 1797 images; the other 900 evaluate
@@ -81,7 +82,7 @@ def architecture() -> nn.Module:
 
 def train(net: nn.Module, seed: int = 0, epochs: int = EPOCHS, shift: int = SHIFT) -> None:
     """Edit net: train it on the digits; one seed and one kind of processor give one result."""
-    log.info("digits: training %d epochs, seed %d", epochs, seed)
+    log.info("training the network of the example: %d epochs, seed %d", epochs, seed)
     x, y = images_and_classes(32)
     x, y = x[parts()[0]], y[parts()[0]]
     with one_thread(), torch.random.fork_rng(devices=[]):

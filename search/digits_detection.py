@@ -36,6 +36,7 @@ from search.digits import (
 from search.images import Data, Inputs
 
 log = logging.getLogger(__name__)
+log.setLevel(logging.INFO)  # training takes a minute, which must not pass in silence
 
 SIDE = 96
 STRIDE = 8
@@ -90,7 +91,8 @@ def network(seed: int = 0) -> nn.Module:
 
 def train(net: _Detector, seed: int = 0, epochs: int = EPOCHS, count: int = SCENES) -> None:
     """Edit net: train it; one seed and one kind of processor give one result."""
-    log.info("digits detection: training %d epochs on %d scenes, seed %d", epochs, count, seed)
+    said = "training the detector of the example, about a minute: %d epochs, %d scenes, seed %d"
+    log.info(said, epochs, count, seed)
     data = _scenes(parts()[0], count, 0)
     goals = [_goals(t) for t in data.targets]
     boxes, labels = (torch.stack([g[i] for g in goals]) for i in (0, 1))

@@ -7,7 +7,7 @@ the difference excludes zero; otherwise the damage, which varies far less, decid
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Literal
@@ -20,8 +20,8 @@ from search.records import Array, Samples, Score
 Cost = Literal["macs", "latency"]
 
 RESAMPLES = 2000
-# A tenth more damage is not seen in a metric.
-HARDLY_MORE = 1.1
+# A quarter more damage is one decibel of noise, which no metric shows.
+HARDLY_MORE = 1.25
 Z95 = 1.959964
 
 
@@ -104,12 +104,19 @@ def select_front(
     macs = np.array([cost_named(cost)(s) for s in usable], dtype=np.float64)
     damage = np.array([_or_inf(s.damage) for s in usable])
     if objective == "damage":
-        return Front(tuple(usable[i] for i in pareto(macs, -damage)), cost=cost)
+        kept = _simpler(
+            pareto(macs, -damage), usable, macs, damage, np.zeros((len(macs),) * 2) > 1
+        )
+        kept = [kept[i] for i in pareto(macs[kept], -damage[kept])]
+        return Front(tuple(usable[i] for i in kept), cost=cost)
 
     sign = 1.0 if higher_is_better else -1.0
     metric = sign * np.array([_or_inf(s.metric) for s in usable])
-    better = compare(metric, damage, metric_error([samples(s.plan) for s in usable]))
+    error = metric_error([samples(s.plan) for s in usable])
+    better = compare(metric, damage, error)
     kept = undominated(macs, better, np.lexsort((damage, -metric, macs)))
+    certain = metric[:, None] - metric[None, :] > Z95 * error
+    kept = _simpler(kept, usable, macs, damage, certain)
     points = {kept[i] for i in pareto(macs[kept], metric[kept])}
     by_cost = sorted(kept, key=lambda i: (macs[i], metric[i]))
     return Front(
@@ -117,6 +124,33 @@ def select_front(
         ties=tuple(usable[i] for i in by_cost if i not in points),
         cost=cost,
     )
+
+
+def _simpler(
+    kept: Iterable[int],
+    usable: Sequence[Score],
+    macs: Array,
+    damage: Array,
+    certain: NDArray[np.bool_],
+) -> list[int]:
+    """Each plan, or the one in its stead that leaves fewer layers in float for hardly more damage.
+
+    Args:
+        kept: Of the front.
+        usable: All plans.
+        macs: (k,) their cost.
+        damage: (k,) lower is better.
+        certain: (k, k) whether the metric of i is above that of j beyond chance.
+    """
+    kinds = np.array([s.float_layers for s in usable])
+    found: list[int] = []
+    for i in kept:
+        near = (macs <= macs[i]) & (damage <= HARDLY_MORE * damage[i]) & ~certain[i]
+        near &= kinds <= kinds[i]
+        found.append(
+            min(np.flatnonzero(near).tolist(), key=lambda j: (kinds[j], damage[j], j != i))
+        )
+    return list(dict.fromkeys(found))
 
 
 def compare(metric: Array, damage: Array, error: Array) -> NDArray[np.int8]:

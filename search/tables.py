@@ -33,7 +33,7 @@ def reference_table(results: Results) -> Table:
 
 def ladder_table(results: Results) -> Table:
     """The free remedies for the terminal."""
-    return _rich_table("Free remedies, each on top of those kept", *ladder_rows(results))
+    return _rich_table(ladder_said(results), *ladder_rows(results))
 
 
 def sensitivity_table(sensitivity: Sensitivity, rows: int = 15) -> Table:
@@ -128,6 +128,15 @@ def ladder(results: Results) -> list[tuple[str, Score, bool]]:
     known = {s.plan: s for s in results.scores if s.error is None}
     rungs = results.facts.get("ladder") or ()
     return [(str(n), known[p], bool(kept)) for n, p, kept in rungs if p in known]
+
+
+def ladder_said(results: Results) -> str:
+    """What the rungs are, and on how many samples they were measured: with some held back, fewer than the front."""
+    counts = {score.samples for _, score, _ in ladder(results)}
+    on = f": {max(counts)} samples, {results.facts['engine']}" if counts else ""
+    return f"Free remedies, each on top of those kept{on}" + (
+        ", those that choose" if results.held_back else ""
+    )
 
 
 def ladder_rows(results: Results) -> tuple[list[str], list[list[str]]]:

@@ -23,6 +23,7 @@ from search.digits import InvertedResidual, conv_norm
 from search.images import Arrays, Data, Inputs
 
 log = logging.getLogger(__name__)
+log.setLevel(logging.INFO)  # training takes minutes, which must not pass in silence
 
 FRAMES = 12
 SHIFT = 4  # pixels that a digit moves away from the middle at most

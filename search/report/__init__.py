@@ -18,13 +18,14 @@ from search.report.outputs import outputs_section
 from search.report.page import Section, listed, page, paragraph, plot, table
 from search.report.ranges import ranges_section
 from search.results import Results
-from search.tables import finetuned_rows, front_rows, ladder, ladder_rows, score_rows
+from search.tables import finetuned_rows, front_rows, ladder, ladder_rows, ladder_said, score_rows
 
 LEGEND = (
     "Point at a plan for its steps and numbers. Filled: on the front; hollow: costs more, does less damage, and its "
     "metric cannot be told from a point's on these samples. Bars: 95 % intervals, paired with float on the same "
     "samples. Free remedies and layers in float stand a little beside their cost, so as not to hide the others. "
-    "Plans far below plain int8 lie outside; zoom out to see them."
+    "Plans far below plain int8 lie outside; zoom out to see them. Where images are held back, plans that were not "
+    "run on these are drawn by their drop against float on the others."
 )
 EFFECTS = "Each row compares two plans that were scored, of which one has this step more; several rows need not add up."
 
@@ -79,7 +80,7 @@ def _front(results: Results) -> str:
         parts.append("<h3>What each step of the best plan costs and gains</h3>")
         parts.append(table(*effect_rows(results, best), EFFECTS))
     if ladder(results):
-        parts.append("<h3>The free remedies, each on top of those kept</h3>")
+        parts.append(f"<h3>{escape(ladder_said(results))}</h3>")
         parts.append(table(*ladder_rows(results)))
     if results.references:
         parts.append("<h3>For comparison: the most harmful layers left in float</h3>")

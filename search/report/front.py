@@ -144,7 +144,14 @@ def _ladder(results: Results, usable: Sequence[Score]) -> list[Score]:
 
 
 def _height(results: Results, score: Score) -> float | None:
-    return score.damage if results.objective == "damage" else score.metric
+    """Where a plan is drawn; one that was run on the choosing images alone by its drop against float on those."""
+    if results.objective == "damage":
+        return score.damage
+    level, original = results.baseline.float, score.original
+    partial = results.is_confirmed and score.samples < results.samples
+    if not partial or None in (score.metric, level, original):
+        return score.metric
+    return (level or 0.0) + (score.metric or 0.0) - (original or 0.0)
 
 
 def _percent_more(score: Score) -> float:
@@ -218,13 +225,20 @@ def _extent(results: Results, drawn: Mapping[str, Sequence[Score]]) -> list[floa
         return None
     wanted = ("front", "ties", "plain int8", "free remedies", "harmful layers in float")
     known: Iterable[Score] = (s for name in wanted for s in drawn[name])
-    values = [v for s in known for v in (s.metric, *(s.interval or ())) if v is not None]
+    values = [
+        v for s in known for v in (_height(results, s), *_bounds(results, s)) if v is not None
+    ]
     if results.baseline.float is not None:
         values.append(results.baseline.float)
     if not values:
         return None
     room = 0.07 * (max(values) - min(values)) or 0.01
     return [min(values) - room, max(values) + room]
+
+
+def _bounds(results: Results, score: Score) -> tuple[float, ...]:
+    """The interval, where the plan is drawn at its own metric."""
+    return score.interval or () if _height(results, score) == score.metric else ()
 
 
 def _marker(colour: str, size: int, symbol: str, opacity: float = 1.0) -> dict[str, Any]:

@@ -156,7 +156,7 @@ def test_an_interrupted_run_has_pictures_too(tmp_path: Path) -> None:
     names, rows = ladder_rows(results)
     assert [row[0] for row in rows][:2] == ["plain int8", "channels split by range"]
     assert all(row[names.index("adds")] for row in rows[1:])
-    assert "The free remedies" in (job.folder / "report.html").read_text()
+    assert "Free remedies, each" in (job.folder / "report.html").read_text()
     assert len(groups(results)["free remedies"]) == len(rows)
 
 

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 
@@ -137,6 +139,21 @@ def test_without_labels_the_damage_is_the_objective() -> None:
     front = select_front(scores, lambda plan: None, objective="damage")
     assert [s.plan for s in front.points] == ["", "a@b"]
     assert best(front, objective="damage").plan == "a@b"
+
+
+@pytest.mark.parametrize("objective", ["metric", "damage"])
+@pytest.mark.parametrize(("damage", "chosen"), [(0.12, "equalize@model"), (0.13, "keep_float@x")])
+def test_a_layer_in_float_has_to_gain_more_than_a_decibel(
+    objective: str, damage: float, chosen: str
+) -> None:
+    outcome = right(550, list(range(150)))
+    kept = scored("keep_float@x", 100, outcome, 0.1)
+    kept = (replace(kept[0], float_layers=1), *kept[1:])
+    entries = [scored("", 100, right(550, list(range(250))), 0.5), kept]
+    entries.append(scored("equalize@model", 100, outcome, damage))
+    front = front_of(*entries, objective=objective)
+    assert best(front, objective=objective).plan == chosen
+    assert [s.plan for s in front.points] == [chosen]
 
 
 def test_failed_and_repeated_plans_are_left_out() -> None:
