@@ -10,7 +10,7 @@ those of the config; the interval is 95 %, paired with the float network on the 
 from __future__ import annotations
 
 import argparse
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import torch
@@ -38,15 +38,25 @@ def plans(job: Job) -> Iterator[tuple[str, str]]:
     for k in ("2", "3", "4", "auto"):
         yield f"heads split ({k})", " ".join(f"split_head_{k}@{h}" for h in heads)
     base = " ".join(f"split_head_4@{h}" for h in heads)
-    yield "+ first block replaced", f"{base} replace_block@{block.anchor}"
+    replaced = f"{base} replace_block@{block.anchor}"
+    for words in (("refine_ranges",), ("equalize",), ("refine_ranges", "equalize")):
+        yield f"+ {', '.join(words)}", f"{base} {_on_model(words)}"
+    yield "+ first block replaced", replaced
+    for words in (("refine_ranges",), ("equalize",), ("refine_ranges", "equalize")):
+        yield f"  + {', '.join(words)}", f"{replaced} {_on_model(words)}"
+    yield "  + all free", f"{replaced} {_on_model(REMEDIES)}"
     yield "+ split by range", f"{base} {split}"
-    both = f"{base} {split}"
     for i in range(1, len(REMEDIES) + 1):
-        words = " ".join(f"{r}@model" for r in REMEDIES[:i])
-        yield f"  + {REMEDIES[i - 1]}", f"{both} {words}"
-    words = " ".join(f"{r}@model" for r in REMEDIES)
-    yield "block replaced + all free", f"{base} replace_block@{block.anchor} {words}"
-    yield "free remedies alone", words
+        yield f"  + {REMEDIES[i - 1]}", f"{base} {split} {_on_model(REMEDIES[:i])}"
+    # the replaced block has no activation left to split: its last two layers merged leave it
+    merged = next(s for s in sites if s.rule == "merge_separable" and s.nodes[-1] in block.nodes)
+    yield "both: split, then merged", f"{base} {split} merge_separable@{merged.anchor}"
+    yield "  + all free", f"{base} {split} merge_separable@{merged.anchor} {_on_model(REMEDIES)}"
+    yield "free remedies alone", _on_model(REMEDIES)
+
+
+def _on_model(words: Sequence[str]) -> str:
+    return " ".join(f"{w}@model" for w in words)
 
 
 def closed_form(job: Job, plan: Plan) -> Score:
@@ -88,7 +98,7 @@ def main() -> None:
     for name, text in chosen:
         plan = Plan.parse(text)
         print(line(name, e.confirm(plan), level), flush=True)
-        if "replace_block" in text and "@model" not in text:
+        if ("replace_block" in text or "merge_" in text) and "@model" not in text:
             print(line("  the same, closed form", closed_form(job, plan), level), flush=True)
 
 

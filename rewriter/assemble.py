@@ -78,7 +78,7 @@ def assemble(
             [
                 graph_digest(base),
                 data_digest(batches),
-                repr(scheme),
+                scheme.identity,
                 str(plan),
                 str(VERSION),
                 str(base.meta.get("calibration")),

@@ -106,7 +106,7 @@ def fit(
         name, found = "", None
         if store is not None:
             what = (str(step), str(rule.version), str(VERSION), str(distilled), str(seed))
-            name = key([graph_digest(gm), data_digest(batches), repr(scheme), *what])
+            name = key([graph_digest(gm), data_digest(batches), scheme.identity, *what])
             found = load(store, name)
         if found is None:
             if teacher is None:

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import os
+import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -16,6 +18,7 @@ from rewriter.fidelity import kl_divergence
 from rewriter.plan import Plan
 from tests.rules import check
 
+ROOT = Path(__file__).resolve().parents[1]
 SHAPE = (3, 12, 10)
 ALL = Plan.parse(
     "equalize@model refine_ranges@model correct_bias@model round_weights@model absorb_bias@model"
@@ -160,6 +163,34 @@ def test_what_was_measured_of_a_float_network_is_not_measured_again(
     assert all(
         torch.equal(v, found.gm.state_dict()[k]) for k, v in expected.gm.state_dict().items()
     )
+
+
+STORED = """
+from pathlib import Path
+from rewriter import profile, target, trace
+from rewriter.assemble import assemble
+from rewriter.plan import Plan
+from tests.rules import check
+from tests.test_assemble import SHAPE, network
+
+batches = check.inputs(SHAPE, 30).float().split(16)
+gm = trace(network(), batches[0][:2])
+profile(gm, batches)
+plan = Plan.parse("densify_depthwise_4@_2 equalize@model correct_bias@model")
+assemble(gm, plan, target("tflite"), batches, Path(FOLDER))
+"""
+
+
+@pytest.mark.slow
+def test_another_process_finds_what_one_has_stored(tmp_path: Path) -> None:
+    """Sets and dictionaries are in another order there: a key must not depend on it."""
+    files: list[set[Path]] = []
+    for seed in ("1", "4", "7"):  # two orders of two words
+        words = [sys.executable, "-c", STORED.replace("FOLDER", repr(str(tmp_path)))]
+        subprocess.run(words, check=True, env={**os.environ, "PYTHONHASHSEED": seed}, cwd=ROOT)
+        files.append(set(tmp_path.rglob("*.safetensors")))
+    assert len(files[0]) == 3  # the fit, what was measured of the network, and the whole plan
+    assert files[0] == files[1] == files[2]
 
 
 def test_rules_of_the_whole_model_follow_those_of_single_places(

@@ -104,6 +104,13 @@ class QuantScheme:
     shared_at: frozenset[str] = field(default_factory=frozenset)
     engine: str = "onnxruntime"
 
+    @property
+    def identity(self) -> str:
+        """All of it as text that is the same in every process: ``repr`` gives a set in an order that is not."""
+        plain = replace(self, fuses=frozenset(), shared_at=frozenset())
+        fused = sorted(f"{t.__module__}.{t.__qualname__}" for t in self.fuses)
+        return f"{plain!r} {fused} {sorted(self.shared_at)}"
+
 
 # What saturation of the int8 output can carry out by itself. ONNX Runtime's kernels absorb only
 # these: a convolution with another activation behind it and no int8 value in between would run in
@@ -208,11 +215,25 @@ def dequantized_weight(
     return weight + (q - weight.detach()) if weight.requires_grad else q
 
 
-def fake_quantize(x: Tensor, scale: float, zero_point: int, spec: QuantSpec) -> Tensor:
-    """``x`` rounded to what int8 can hold; the gradient passes inside the range alone."""
+def fake_quantize(
+    x: Tensor, scale: float, zero_point: int, spec: QuantSpec, out: Tensor | None = None
+) -> Tensor:
+    """``x`` rounded to what int8 can hold; the gradient passes inside the range alone.
+
+    Args:
+        x: any tensor.
+        scale: of one step.
+        zero_point: integer that stands for zero.
+        spec: bits and sign.
+        out: where to put the result when no gradient is asked for; None: into a new tensor.
+    """
     if x.requires_grad:
         return torch.fake_quantize_per_tensor_affine(x, scale, zero_point, spec.qmin, spec.qmax)
     # torch's kernel multiplies by 1 / scale; runtimes divide, and the last bit decides ties
     # that later layers amplify
-    q = (x / scale).round_().clamp_(spec.qmin - zero_point, spec.qmax - zero_point)
+    q = (
+        torch.div(x, scale, out=out)
+        .round_()
+        .clamp_(spec.qmin - zero_point, spec.qmax - zero_point)
+    )
     return q.mul_(scale)

@@ -26,6 +26,31 @@ def test_damage_is_that_of_the_error_of_each_candidate() -> None:
         torch.testing.assert_close(found[:, i], expected, rtol=1e-2, atol=1e-3)
 
 
+@pytest.mark.parametrize("shape", [(3, 5, 6, 7), (3, 40), (2, 5, 9), (9, 1, 4, 4)])
+@pytest.mark.parametrize("piece", [16, 37, 50, 10_000])
+@pytest.mark.parametrize("last", [(), ("x",), ("g",), ("x", "g")])
+def test_damage_is_the_same_in_pieces_and_in_any_order_in_memory(
+    shape: tuple[int, ...], piece: int, last: tuple[str, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    x, g = (check.inputs(shape, 1, seed=seed)[0].float() for seed in (1, 2))
+    spec, ranges = QuantSpec(), candidates(-1.5, 2.0)
+    columns: list[Tensor] = []
+    for low, high in ranges:
+        scale, zero = spec.params(low, high)
+        q = ((x / scale).round() + zero).clamp(0, 255)
+        errors = ((q - zero) * scale - x).double() * g
+        columns.append(errors.flatten(1).sum(1).square())
+    expected = torch.stack(columns, 1)
+    if len(shape) == 4:
+        given = {"x": x, "g": g}
+        for name in last:
+            given[name] = given[name].contiguous(memory_format=torch.channels_last)
+        x, g = given["x"], given["g"]
+    monkeypatch.setattr("rewriter.int8.clipping.PIECE", piece)
+    found = _damages(x, g, ranges, spec)
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-6)
+
+
 def test_candidates_lie_inside_and_the_whole_range_is_the_first() -> None:
     for low, high in ((0.0, 5.0), (-2.0, 5.0), (-3.0, 0.0)):
         found = candidates(low, high)

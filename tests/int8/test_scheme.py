@@ -1,5 +1,9 @@
 from __future__ import annotations
 
+from collections.abc import Iterator
+from dataclasses import replace
+from typing import Any
+
 import numpy as np
 import pytest
 import torch
@@ -214,3 +218,21 @@ def test_a_wrong_quantizer_differs_from_the_oracle(fault: str) -> None:
         "truncates": np.clip(np.trunc(x) + 3, -127, 127),
     }[fault]
     assert np.abs((q - 3) - good).max() >= 1
+
+
+class _Reversed(frozenset[Any]):
+    """The same set in another order, as another process may have it."""
+
+    def __iter__(self) -> Iterator[Any]:
+        return reversed(list(super().__iter__()))
+
+
+@pytest.mark.parametrize("name", TARGETS)
+def test_the_identity_of_a_target_does_not_depend_on_the_order_of_a_set(name: str) -> None:
+    scheme = target(name)
+    other = replace(scheme, fuses=_Reversed(scheme.fuses), shared_at=_Reversed(scheme.shared_at))
+    assert other == scheme
+    assert other.identity == scheme.identity
+    changes = {"fuses": frozenset([nn.GELU]), "shared_at": frozenset(["add"]), "engine": "x"}
+    for key, value in changes.items():
+        assert replace(scheme, **{key: value}).identity != scheme.identity
