@@ -17,6 +17,7 @@ from search.records import Records, RunError, Score, fingerprint, write_json
 from search.report import html_report, write_report
 from search.report.facts import commands
 from search.report.front import _height, front_figure, groups
+from search.report.layers import layers_figure
 from search.results import Results, load_results, write_front
 from search.space import Budget
 from search.tables import front_table
@@ -244,3 +245,24 @@ def test_a_plan_of_the_choosing_images_is_drawn_by_its_drop(tmp_path: Path) -> N
     assert _height(whole, score) == pytest.approx(0.8 - 0.05)
     assert _height(whole, replace(score, samples=400)) == 0.7
     assert _height(results, score) == 0.7
+
+
+def test_a_value_that_no_layer_reads_is_shown_with_its_damage(tmp_path: Path) -> None:
+    make(tmp_path, PLANS)
+    path = tmp_path / "sensitivity.json"
+    content = json.loads(path.read_text())
+    value = {"layer": "", "range": [-1, 90], "channels": [], "spread": 1.0}
+    content["simulated_baseline"] = {"damage": 0.5}
+    content["values"] = [
+        {**value, "value": "boxes", "feeds": [], "ends": True, "damage": 0.4},
+        {**value, "value": "act", "feeds": ["dw.0"], "ends": False, "damage": 0.3},
+        {**value, "value": "small", "feeds": [], "ends": True, "damage": 0.01},
+    ]
+    path.write_text(json.dumps(content))
+    found = load_results(tmp_path).sensitivity
+    assert found is not None
+    assert [v.value for v in found.uncharged()] == ["boxes"]
+    assert found.remarks[0].startswith("value boxes, which ends in an output, does 0.4 damage")
+    (trace,) = [t for t in layers_figure(found).data if list(t.y) == ["boxes"]]
+    assert list(trace.x) == [0.4]
+    assert "value boxes, which ends" in html_report(load_results(tmp_path))
