@@ -16,6 +16,8 @@ from rewriter.graph import walk
 ORDERS = 4
 # Spans of that many pieces of an order are found at once, to bound the memory.
 PIECE = 1 << 19
+# More places than these are not tried: time and memory grow with their square.
+PLACES = 1024
 
 Array = np.ndarray[Any, Any]
 
@@ -96,7 +98,12 @@ def _best_cut(
     """Cost and groups of the best cut of channels in ``order`` into contiguous groups."""
     lo, hi = low[:, order].clamp_max(0).numpy(), high[:, order].clamp_min(0).numpy()
     total = np.pad(weight[:, order].numpy().cumsum(1), ((0, 0), (1, 0)))  # (V, n + 1)
-    n = len(order)
+    places = _places(len(order))
+    if len(places) <= len(order):  # channels between two places stay together
+        starts = places[:-1]
+        lo, hi = np.minimum.reduceat(lo, starts, 1), np.maximum.reduceat(hi, starts, 1)
+        total = total[:, places]
+    n = len(places) - 1
     groups = min(groups, n)
     # best[j]: least cost of the first j channels in the groups so far
     span = np.maximum.accumulate(hi, 1) - np.minimum.accumulate(lo, 1)
@@ -118,8 +125,21 @@ def _best_cut(
     bounds = [n, at] if groups > 1 else [n]
     for where in reversed(cuts):
         bounds.append(int(where[bounds[-1]]))
-    bounds = [0, *[b for b in reversed(bounds) if b > 0]]
+    bounds = [0, *[int(places[b]) for b in reversed(bounds) if b > 0]]
     return found, [sorted(order[a:b]) for a, b in pairwise(bounds)]
+
+
+def _places(channels: int) -> Array:
+    """Where channels in order of their width may be cut: everywhere among the widest, which the cost is made of."""
+    if channels <= PLACES:
+        return np.arange(channels + 1)
+    last = channels - PLACES // 2
+    return np.concatenate(
+        [
+            np.linspace(0, last, PLACES // 2, endpoint=False).astype(int),
+            np.arange(last, channels + 1),
+        ]
+    )
 
 
 def _cut_costs(lo: Array, hi: Array, total: Array) -> Array:

@@ -106,3 +106,17 @@ def test_dead_channels_do_not_divide_by_zero() -> None:
     found = group_by_range(low, high, 2)
     assert sorted(c for g in found for c in g) == [0, 1, 2, 3]
     assert rounding_error(low, high, found) == 0.0
+
+
+@pytest.mark.parametrize("groups", [2, 3, 4])
+def test_thousands_of_channels_lose_nothing_by_fewer_places(
+    groups: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    widths = torch.exp(torch.randn(1500, generator=torch.Generator().manual_seed(3)))
+    monkeypatch.setattr("rewriter.ranges.PLACES", 200)
+    found = group_by_range(-widths, widths, groups)
+    monkeypatch.setattr("rewriter.ranges.PLACES", 1500)
+    exact = group_by_range(-widths, widths, groups)
+    assert sorted(c for g in found for c in g) == list(range(1500))
+    few, all_ = (rounding_error(-widths, widths, g) for g in (found, exact))
+    assert few == pytest.approx(all_, rel=0.01)
