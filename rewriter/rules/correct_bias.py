@@ -1,7 +1,7 @@
 """Set every bias so that the mean of each output channel is that of the float network.
 
 Before: y = Wq xq + b          After: y = Wq xq + b + E[W x + b] - E[Wq xq + b]      over
-calibration inputs and positions
+calibration inputs and positions, x cut off where its int8 range ends
 
 Layer by layer in the order in which they run, each with the inputs it has after the layers before
 it were corrected (``rewriter.refine``).
