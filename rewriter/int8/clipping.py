@@ -40,6 +40,9 @@ SQUASHING = (
 )
 # A range must take away this share of the predicted damage of min-max, and this much more than chance could do.
 LEAST_GAIN = 0.1
+# After so many inputs only the whole range and the best others are looked at further.
+TRIAL = 16
+KEPT = 6
 
 
 def least_damage_ranges(
@@ -56,21 +59,26 @@ def least_damage_ranges(
     ranges = quantized.calibration.values
     ranked = _ranked(quantized.gm)
     damages: dict[str, Tensor] = {}
+    tried: dict[str, list[tuple[float, float]]] = {}
     for inputs in _parts(batches):
         values, slopes = gradients(quantized.gm, inputs, generator)
         for node, g in slopes.items():
             note = annotation(node)
             if note.output is None or moves_values(quantized.gm, node) or node in ranked:
                 continue
-            rows = _damages(
-                values[node].detach(), g, candidates(*ranges[note.range_of]), note.output
-            )
-            known = damages.get(note.range_of)
-            damages[note.range_of] = rows if known is None else torch.cat([known, rows])
+            owner = note.range_of
+            some = tried.setdefault(owner, candidates(*ranges[owner]))
+            rows = _damages(values[node].detach(), g, some, note.output)
+            damages[owner] = torch.cat([damages[owner], rows]) if owner in damages else rows
         del values, slopes
+        for owner, table in damages.items():
+            if len(table) >= TRIAL and len(tried[owner]) > KEPT + 1:
+                kept = _hopeful(table)
+                damages[owner] = table[:, kept]
+                tried[owner] = [tried[owner][i] for i in kept]
     refined = dict(ranges)
     for owner, table in damages.items():
-        refined[owner] = candidates(*ranges[owner])[_choice(table)]
+        refined[owner] = tried[owner][_choice(table)]
     return replace(quantized, calibration=replace(quantized.calibration, values=refined))
 
 
@@ -142,6 +150,12 @@ def _rows(x: Tensor, g: Tensor) -> tuple[Tensor, Tensor]:
     if x.ndim == 4 and x.is_contiguous(memory_format=torch.channels_last):
         x, g = (v.permute(0, 2, 3, 1) for v in (x, g))
     return x.contiguous().flatten(1), g.contiguous().flatten(1)
+
+
+def _hopeful(table: Tensor) -> list[int]:
+    """The columns to go on with: the first, of the whole range, and those with the least means."""
+    best = (table.mean(0)[1:].argsort(stable=True)[:KEPT] + 1).tolist()
+    return [0, *sorted(best)]
 
 
 def _choice(table: Tensor) -> int:
