@@ -18,9 +18,9 @@ lint: $(VENV)/.dev
 
 check: lint test
 
-# All slow tests but the hundreds of random networks with every rule (make slow runs those too); about ten minutes on two cores.
+# All slow tests, but those that need several machines (cluster); about twenty minutes on two cores.
 conformance: $(VENV)/.dev
-	$(BIN)/python -m pytest -m slow --ignore tests/test_rules_random.py
+	$(BIN)/python -m pytest -m slow
 
 slow: $(VENV)/.dev
 	$(BIN)/python -m pytest -m slow
