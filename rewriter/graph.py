@@ -105,6 +105,11 @@ def _prepared_copy(model: nn.Module) -> nn.Module:
     """A float copy in eval mode on the CPU, with plain weights."""
     if isinstance(model, torch.jit.ScriptModule):
         raise TraceError("model: a TorchScript module cannot be traced: give the nn.Module itself")
+    for name, _ in model.named_children():
+        if hasattr(fx.GraphModule, name):
+            raise TraceError(
+                f"model: {name}: torch.fx keeps this name for itself; give the sub-module another"
+            )
     for name, tensor in itertools.chain(model.named_parameters(), model.named_buffers()):
         if not tensor.is_floating_point():
             continue

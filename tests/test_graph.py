@@ -380,3 +380,10 @@ def test_walk_gives_every_value_and_forgets_it(seed: int) -> None:
     for node, value in kept.items():
         if isinstance(value, Tensor) and node.op != "get_attr":
             assert value.shape[1:] == node.meta["shape"][1:]
+
+
+def test_a_name_that_torch_keeps_for_itself_is_named() -> None:
+    model = nn.Module()
+    model.add_module("code", nn.Conv2d(3, 4, 1))
+    with pytest.raises(TraceError, match=r"model: code: torch\.fx keeps"):
+        trace(model, torch.randn(2, *IMAGE))

@@ -226,6 +226,11 @@ class Screener:
                     value = value.detach().requires_grad_()
                     roots.append(value)
                 if node.name in self.parts.inputs:
+                    if (
+                        not value.requires_grad
+                    ):  # a layer of constants, such as a code of positions
+                        value = value.detach().requires_grad_()
+                        roots.append(value)
                     x = seen[node.all_input_nodes[0]].detach()
                     hang.weight(node, self.modules[node], x, value)
                 if node.name in self.wanted:

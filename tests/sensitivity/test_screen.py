@@ -190,3 +190,35 @@ def test_an_output_without_gradient_is_left_out() -> None:
     screening = screened(q, objective, x, 2)
     assert screening.layer_damage()["c"] == 0
     assert screening.layer_damage()["b"] > 0
+
+
+class Coded(nn.Module):
+    """A layer that reads constants alone, as codes of positions do."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.coder = nn.Conv2d(3, 6, 3, padding=1), nn.Conv2d(2, 6, 1)
+        self.fc = nn.Linear(6, 5)
+        places = torch.linspace(-1, 1, 2 * 9 * 9).view(1, 2, 9, 9)
+        self.register_buffer("places", places.sin())
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = torch.relu(self.a(x) + self.coder(self.places))
+        return self.fc(y.mean((2, 3)))
+
+
+def test_a_layer_of_constants_has_its_damage() -> None:
+    torch.manual_seed(2)
+    x = torch.randn(24, 3, 9, 9)
+    gm = trace(randomise(Coded(), 1), x[:2])
+    q = quantize(gm, target("per_tensor"), [x])
+    forks = Forks(q)
+    reference = forks.run((x,), {})
+    objective = Objective.of(reference, "values")
+    screening = screened(q, objective, x)
+    found = forks.run(
+        (x,), only(screening.parts, next(n for n in layers(gm) if n.name == "coder"))
+    )
+    exact = float(objective.damage(reference, found).mean())
+    assert exact > 0
+    assert screening.layer_damage()["coder"] == pytest.approx(exact, rel=0.3)
