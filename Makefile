@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test lint check conformance slow cluster clean
+.PHONY: demo test lint check slow cluster clean
 
 demo: $(VENV)/.installed
 	$(BIN)/quantfix run configs/digits.yaml
@@ -19,9 +19,6 @@ lint: $(VENV)/.dev
 check: lint test
 
 # All slow tests, but those that need several machines (cluster); about twenty minutes on two cores.
-conformance: $(VENV)/.dev
-	$(BIN)/python -m pytest -m slow
-
 slow: $(VENV)/.dev
 	$(BIN)/python -m pytest -m slow
 
