@@ -43,7 +43,7 @@ ENUMERABLE = 20_000
 REFUSALS = 500
 CHANGED = 4  # slots in which a proposal differs from a good plan, on average
 FAILED, DONE, CLAIMED = TrialState.FAIL, TrialState.COMPLETE, TrialState.RUNNING
-STOPPED = TrialState.PRUNED
+STOPPED, WAITING = TrialState.PRUNED, TrialState.WAITING
 SHOWN = (
     "macs",
     "params",
@@ -285,8 +285,16 @@ def _try(
         The score and whether it counts, None where another worker was faster.
     """
     choice = space.choice(plan)
-    study.enqueue_trial(choice or {}, user_attrs={"plan": str(plan), "worker": worker})
+    entry = {"plan": str(plan), "worker": worker}
+    study.enqueue_trial(choice or {}, user_attrs=entry)
     trial = study.ask(_distributions(space))
+    # A faster worker can take all that we saw waiting; Optuna then makes a trial of its own, which has no plan. What that
+    # worker left in exchange for ours waits now.
+    while "plan" not in trial.user_attrs:
+        study.tell(trial, state=FAILED)
+        if not study.get_trials(deepcopy=False, states=(WAITING,)):
+            study.enqueue_trial(choice or {}, user_attrs=entry)
+        trial = study.ask(_distributions(space))
     # Another worker may have popped our entry of the queue and left us its own: the trial says
     # what to score.
     if trial.user_attrs["worker"] != worker:

@@ -224,6 +224,27 @@ def test_two_workers_share_the_plans(tmp_path: Path) -> None:
     assert all(t.state.is_finished() for t in trials(tmp_path))
 
 
+@pytest.mark.parametrize("taken", [False, True])
+def test_a_queue_that_others_emptied_meanwhile(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, taken: bool
+) -> None:
+    """Between the look at the queue and the claim a faster worker takes all that was seen."""
+    pop, calls = optuna.Study._pop_waiting_trial_id, []
+
+    def too_late(study: optuna.Study) -> int | None:
+        calls.append(0)
+        if len(calls) % 3:
+            return pop(study)
+        if taken:  # and nothing is left in exchange
+            study.tell(pop(study), state=optuna.trial.TrialState.FAIL)
+        return None
+
+    monkeypatch.setattr(optuna.Study, "_pop_waiting_trial_id", too_late)
+    _, _, records = run(tmp_path, trials=9)
+    assert len(records) == 9
+    assert all(t.state.is_finished() for t in trials(tmp_path))
+
+
 def test_a_journal_whose_last_line_is_half_written_still_opens(tmp_path: Path) -> None:
     run(tmp_path, trials=5)
     with (tmp_path / "journal.log").open("ab") as file:
