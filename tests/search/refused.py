@@ -15,6 +15,14 @@ from search import cli
 
 HERE = Path(__file__).parent
 Setup = Callable[[Path], Any]
+# A run of the small network with its data, but for the search.
+SMALL: dict[str, Any] = {
+    "task": "classification",
+    "model": {"factory": "small:small"},
+    "data": {"factory": "small:data"},
+    "target": "per_tensor",
+    "device": "cpu",
+}
 
 
 @dataclass(frozen=True)
@@ -46,14 +54,7 @@ def splits(kind: str) -> dict[str, Any]:
 
 def write_config(folder: Path, **changes: Any) -> Path:
     """``bad.yaml``, block style as people write it, and the user's code beside it."""
-    content = {
-        "task": "classification",
-        "model": {"factory": "small:small"},
-        "data": {"factory": "small:data"},
-        "target": "per_tensor",
-        "device": "cpu",
-        "search": {"trials": 3},
-    } | changes
+    content = SMALL | {"search": {"trials": 3}} | changes
     for name in ("small.py", "wrong.py"):
         (folder / name).write_text((HERE / name).read_text())
     path = folder / "bad.yaml"

@@ -12,6 +12,7 @@ import safetensors.torch
 import torch
 
 from search import cli
+from tests.search.refused import SMALL
 
 HERE = Path(__file__).parent
 
@@ -22,14 +23,7 @@ def config(tmp_path: Path) -> Path:
 
 
 def write_config(folder: Path, name: str = "small", **changes: Any) -> Path:
-    content = {
-        "task": "classification",
-        "model": {"factory": "small:small"},
-        "data": {"factory": "small:data"},
-        "target": "per_tensor",
-        "device": "cpu",
-        "search": {"trials": 8, "max_macs": 3.0, "seed": 0},
-    } | changes
+    content = SMALL | {"search": {"trials": 8, "max_macs": 3.0, "seed": 0}} | changes
     (folder / "small.py").write_text((HERE / "small.py").read_text())
     path = folder / f"{name}.yaml"
     path.write_text(json.dumps(content))
