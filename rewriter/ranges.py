@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from functools import lru_cache
 from itertools import pairwise
 from typing import Any
 
@@ -83,13 +84,26 @@ def group_by_range(
     Returns:
         Channel indices of each group, each in ascending order, the group of the widest range last.
     """
-    low, high, weight = _prepared(low, high, importance)
+    prepared = _prepared(low, high, importance)
+    # every plan of a search asks the same of most values again, and of each value once per rule
+    shape, content = prepared[0].shape, tuple(x.numpy().tobytes() for x in prepared)
+    return [list(group) for group in _grouped(content, tuple(shape), groups)]
+
+
+@lru_cache(maxsize=1024)
+def _grouped(
+    content: tuple[bytes, ...], shape: tuple[int, ...], groups: int
+) -> tuple[tuple[int, ...], ...]:
+    """``group_by_range`` of the bytes of lower ends, upper ends and importance, each (V, C) in float64."""
+    low, high, weight = (
+        torch.from_numpy(np.frombuffer(x, dtype=np.float64).reshape(shape).copy()) for x in content
+    )
     widths = width(low, high)
     most = (widths.square() * weight).sum(1).argsort(descending=True)[:ORDERS]
     keys = [(widths / widths.amax(1, keepdim=True).clamp_min(1e-30)).amax(0), *widths[most]]
     orders = dict.fromkeys(tuple(torch.argsort(k, stable=True).tolist()) for k in keys)
     found = [_best_cut(low, high, weight, list(order), groups) for order in orders]
-    return min(found, key=lambda f: f[0])[1]
+    return tuple(tuple(group) for group in min(found, key=lambda f: f[0])[1])
 
 
 def _best_cut(
