@@ -168,7 +168,7 @@ class Volume:
     def __init__(self, job: Job, options: argparse.Namespace, everything: list[Score]) -> None:
         self.limits, self.options = limits_of(job), options
         self.up = job.evaluator.task.higher_is_better
-        empty = next(s for s in everything if not s.plan)
+        empty = job.evaluator(Plan(()))
         # a hair beyond both, so that the reference point itself counts as dominated by its like
         self.corner = (float(self.limits.macs or empty.macs) + 1, self.quality(empty) - 1e-12)
         self.whole = self.of(everything)

@@ -11,6 +11,7 @@ reads the channels put together again in float.
 from __future__ import annotations
 
 import operator
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -102,6 +103,25 @@ def component_of(gm: fx.GraphModule, entry: fx.Node) -> Component:
     found.inside = sorted(inside, key=order.__getitem__)
     found.exits.sort(key=lambda e: (order[e[0]], order[e[1]]))
     return found
+
+
+def components(gm: fx.GraphModule) -> Iterator[Component]:
+    """Every component of a graph, in the order of their first entries."""
+    seen: set[fx.Node] = set()
+    for node in gm.graph.nodes:
+        if is_dense(gm, node) and node not in seen:
+            component = component_of(gm, node)
+            seen.update(component.entries)
+            yield component
+
+
+def component_at(gm: fx.GraphModule, name: str) -> Component | None:
+    """The component whose first entry has this name, the same that ``components`` gives; None where there is none."""
+    node = next((n for n in gm.graph.nodes if n.name == name), None)
+    if node is None or not is_dense(gm, node):
+        return None
+    component = component_of(gm, node)
+    return component if component.entries[0] is node else None
 
 
 def _keeps_channels(gm: fx.GraphModule, node: fx.Node, channels: int) -> bool:

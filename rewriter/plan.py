@@ -102,16 +102,9 @@ def rewrite(
     gm.meta.update(facts or {})
     taken: dict[tuple[str, str], Step] = {}
     for rule in RULES:
-        steps = [s for s in plan.steps if s.rule == rule.name]
-        if not steps:
-            continue
-        sites = {s.anchor: s for s in rule.match(gm)}
-        for i, step in enumerate(steps):
-            if (
-                i and rule.stage == "split"
-            ):  # the split before may have changed what this one finds
-                sites = {s.anchor: s for s in rule.match(gm)}
-            site = _site(gm, sites, step, taken)
+        # in what the steps before have made of the graph
+        for step in (s for s in plan.steps if s.rule == rule.name):
+            site = _site(gm, rule, step, taken)
             for name in site.nodes if rule.exclusive else ():
                 if (rule.stage, name) in taken:
                     other = taken[rule.stage, name]
@@ -137,11 +130,11 @@ def _load(gm: fx.GraphModule, step: Step, state: Mapping[str, Tensor]) -> None:
 
 def _site(
     gm: fx.GraphModule,
-    sites: dict[str, Site],
+    rule: RewriteRule,
     step: Step,
     taken: dict[tuple[str, str], Step],
 ) -> Site:
-    site = sites.get(step.anchor)
+    site = rule.site_at(gm, step.anchor)
     if site is not None and not site.blocked:
         return site
     for (_, name), other in taken.items():

@@ -8,11 +8,12 @@ from typing import Any
 
 from torch import fx
 
-from rewriter import Plan, cost
+from rewriter import Plan, Step, cost
 from rewriter.errors import RewriteError
-from rewriter.graph import layers
+from rewriter.graph import layer_name, layers
 from rewriter.int8.annotate import is_decoding
-from rewriter.plan import rewrite
+from rewriter.plan import rewrite, rule_named
+from rewriter.rules._whole import WholeModelRule
 from search.records import Score
 
 
@@ -66,10 +67,11 @@ class Limits:
     ) -> Callable[[Plan], bool]:
         """Says of a plan, before it is fitted or run, whether its network can be made and meets the limits.
 
-        The plan is carried out on a copy of the graph, which takes a tenth of a second where fitting and
-        running it takes seconds. Many combinations fail there: a layer that one step has replaced is not
-        found by the next, or has no channels that may still be split. MACs are not looked at, since the
-        space adds them up.
+        The steps that change layers are carried out on a copy of the graph, which takes a tenth of a
+        second where fitting and running the plan takes seconds; those that only change numbers are
+        asked whether they match there. Many combinations fail: a layer that one step has replaced is
+        not found by the next, or has no channels that may still be split. MACs are not looked at,
+        since the space adds them up.
 
         Args:
             gm: Profiled canonical graph.
@@ -80,13 +82,25 @@ class Limits:
 
         def admitted(plan: Plan) -> bool:
             if plan not in answers:
+                numbers = [rule for step in plan.steps if (rule := _changes_numbers(step))]
+                shape = Plan(tuple(s for s in plan.steps if _changes_numbers(s) is None))
                 try:
-                    answers[plan] = counted.meets(size_of(plan, rewrite(gm, plan, facts=facts)))
+                    made = rewrite(gm, shape, facts=facts)
                 except RewriteError:
                     answers[plan] = False
+                    return False
+                answers[plan] = counted.meets(size_of(plan, made)) and not any(
+                    rule.problem(made) for rule in numbers
+                )
             return answers[plan]
 
         return admitted
+
+
+def _changes_numbers(step: Step) -> WholeModelRule | None:
+    """The rule of a step after which the graph has the same layers; None for any other."""
+    rule = rule_named(step.rule)
+    return rule if isinstance(rule, WholeModelRule) and not rule.replaces else None
 
 
 def size_of(plan: Plan, gm: fx.GraphModule) -> Score:
@@ -97,7 +111,8 @@ def size_of(plan: Plan, gm: fx.GraphModule) -> Score:
         macs=spent.macs,
         params=spent.params,
         weight_bytes=spent.weight_bytes,
-        float_layers=sum(_in_float(node) for node in _weighted(gm)),
+        # of a layer that a step has split the parts count as one
+        float_layers=len({layer_name(node) for node in _weighted(gm) if _in_float(node)}),
         float_islands=float_islands(gm),
     )
 

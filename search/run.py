@@ -7,6 +7,7 @@ import logging
 import math
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, dataclass
+from functools import partial
 from typing import Any
 
 from pydantic import ValidationError
@@ -18,6 +19,7 @@ from rewriter.ladder import REMEDIES, Splits
 from rewriter.splits import HEAD, RANGES, TAIL, exact_splits
 from search.analysis import Sensitivity, analyze, read_sensitivity
 from search.apart import possible
+from search.clashes import clashes
 from search.config import Config, ConfigError, SearchConfig
 from search.config_faults import dotted, explain
 from search.confirm import confirm
@@ -106,7 +108,9 @@ def space_of(job: Job, sensitivity: Sensitivity) -> Space:
     budget = Budget(macs=limits.macs, float_layers=limits.float_layers)
     sites = find_sites(job.gm)
     split = [s.anchor for _, steps in exact_splits(job.gm, sites, damage) for s in steps]
-    return make_space(sites, damage, price, macs, budget, always=split)
+    return make_space(
+        sites, damage, price, macs, budget, always=split, clashes=partial(clashes, job.gm)
+    )
 
 
 def race_of(job: Job) -> Race:

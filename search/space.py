@@ -46,8 +46,8 @@ class Space:
     Attributes:
         choices: Per slot, most harmful first: ``keep`` and the names of the rules that may act
             there.
-        nodes: Per step, the names of all nodes that it needs for itself; none where its rule
-            shares them.
+        nodes: Per step, what it needs for itself, such as the names of nodes; nothing where its
+            rule shares them. Two steps that need the same exclude each other.
         extra_macs: Per step, the multiply-accumulates that it adds to the network as it is.
         macs: Multiply-accumulates of the network as it is.
         budget: What each proposed plan must meet.
@@ -148,6 +148,7 @@ def make_space(
     budget: Budget | None = None,
     limit: int = LIMIT,
     always: Iterable[str] = (),
+    clashes: Callable[[Sequence[Site]], Iterable[tuple[Step, Step]]] = lambda sites: (),
 ) -> Space:
     """The space of the sites of a network, most harmful anchors first.
 
@@ -162,6 +163,8 @@ def make_space(
         budget: Steps that alone exceed it are left out.
         limit: Anchors kept at most; where there are more, harmless ones are left out as well.
         always: Anchors that are kept whatever harm they do.
+        clashes: Pairs of steps at the sites that are kept which exclude each other, although no
+            node takes part in both.
     """
     budget = budget or Budget()
     places: dict[str, list[Site]] = {}
@@ -182,6 +185,7 @@ def make_space(
     choices: dict[str, list[str]] = {}
     nodes: dict[Step, frozenset[str]] = {}
     extra: dict[Step, int] = {}
+    usable: list[Site] = []
     for site in (site for anchor in kept for site in places[anchor]):
         step = Step(site.rule, site.nodes[0])
         added = price(step)
@@ -191,6 +195,10 @@ def make_space(
         extra[step] = added
         nodes[step] = frozenset(f"{rule.stage}:{n}" for n in site.nodes if rule.exclusive)
         choices.setdefault(slot_of(step), [KEEP]).append(site.rule)
+        usable.append(site)
+    for pair in clashes(usable):
+        for step in pair:
+            nodes[step] |= {" ".join(map(str, pair))}
     return Space(
         choices={slot: tuple(rules) for slot, rules in choices.items()},
         nodes=nodes,

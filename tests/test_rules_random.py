@@ -126,6 +126,8 @@ def assert_contracts(gm: fx.GraphModule, chosen: Sequence[float] = ()) -> None:
     for rule in RULES:
         found = list(rule.match(gm))
         assert all(isinstance(site, Site) and site.rule == rule.name for site in found)
+        assert [rule.site_at(gm, site.anchor) for site in found] == found
+        assert rule.site_at(gm, "nowhere") is None
         sites = [s for s in found if not s.blocked]
         if chosen and sites:
             sites = [sites[min(int(next(shares) * len(sites)), len(sites) - 1)]]

@@ -64,6 +64,13 @@ class RewriteRule(ABC):
     def match(self, gm: fx.GraphModule) -> Iterator[Site]:
         """Every site in the graph, near misses included (with ``blocked``)."""
 
+    def site_at(self, gm: fx.GraphModule, anchor: str) -> Site | None:
+        """The site of ``match`` with this anchor, None where there is none.
+
+        Rules whose sites cost something to judge find it without judging all others.
+        """
+        return next((site for site in self.match(gm) if site.anchor == anchor), None)
+
     @abstractmethod
     def apply(self, gm: fx.GraphModule, site: Site) -> None:
         """Edit gm in place at ``site``."""

@@ -20,7 +20,14 @@ from typing import ClassVar
 import torch
 from torch import Tensor, fx, nn
 
-from rewriter.component import Component, component_of, int8_values, is_dense
+from rewriter.component import (
+    Component,
+    component_at,
+    component_of,
+    components,
+    int8_values,
+    is_dense,
+)
 from rewriter.graph import find, is_call, module_of
 from rewriter.ranges import width
 from rewriter.rules._rule import Contract, RewriteRule, Site
@@ -50,13 +57,15 @@ class SplitChannels(RewriteRule):
     stage = "split"
 
     def match(self, gm: fx.GraphModule) -> Iterator[Site]:
-        seen: set[fx.Node] = set()
-        for node in gm.graph.nodes:
-            if is_dense(gm, node) and node not in seen:
-                component = component_of(gm, node)
-                seen.update(component.entries)
-                nodes = [*component.entries, *component.inside]
-                yield self.site(*nodes, blocked=_problem(gm, component))
+        return (self._site(gm, component) for component in components(gm))
+
+    def site_at(self, gm: fx.GraphModule, anchor: str) -> Site | None:
+        component = component_at(gm, anchor)
+        return None if component is None else self._site(gm, component)
+
+    def _site(self, gm: fx.GraphModule, component: Component) -> Site:
+        nodes = (*component.entries, *component.inside)
+        return self.site(*nodes, blocked=_problem(gm, component))
 
     def apply(self, gm: fx.GraphModule, site: Site) -> None:
         component = component_of(gm, find(gm, site.anchor))

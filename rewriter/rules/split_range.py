@@ -34,7 +34,9 @@ from torch import Tensor, fx, nn
 
 from rewriter.component import (
     Component,
+    component_at,
     component_of,
+    components,
     importance,
     int8_values,
     is_dense,
@@ -63,25 +65,22 @@ class SplitRange(RewriteRule):
         return f"split_range_{self.groups}"
 
     def match(self, gm: fx.GraphModule) -> Iterator[Site]:
-        seen: set[fx.Node] = set()
-        for node in gm.graph.nodes:
-            if not is_dense(gm, node) or node in seen:
-                continue
-            component = component_of(gm, node)
-            seen.update(component.entries)
-            first = component.entries[0]
-            yield self.site(
-                first,
-                *_others(component),
-                blocked=self._problem(gm, component),
-                readers=self._readers(component),
-            )
+        return (self._site(gm, component) for component in components(gm))
+
+    def site_at(self, gm: fx.GraphModule, anchor: str) -> Site | None:
+        component = component_at(gm, anchor)
+        return None if component is None else self._site(gm, component)
 
     def apply(self, gm: fx.GraphModule, site: Site) -> None:
         component = component_of(gm, find(gm, site.anchor))
         groups = self._groups(gm, component)
         joined = self._joined(gm, component)
         split_component(gm, component, groups, f"{site.rule}@{site.anchor}", joined)
+
+    def _site(self, gm: fx.GraphModule, component: Component) -> Site:
+        nodes = (*component.entries, *component.inside)
+        blocked = self._problem(gm, component)
+        return self.site(*nodes, blocked=blocked, readers=self._readers(component))
 
     def _readers(self, component: Component) -> Iterator[fx.Node]:
         return (user for user, _ in component.exits if user.op != "output")
@@ -105,7 +104,9 @@ class SplitRange(RewriteRule):
         whole = rounding_error(low, high, [list(range(component.channels))], weight)
         groups = group_by_range(low, high, self.groups, weight)
         left = rounding_error(low, high, groups, weight)
-        if left >= (1 - LEAST_GAIN) * whole:  # also where all are zero
+        # the split of a neighbour takes some of the gain away; what the place had to offer is settled
+        least = 0.0 if _near_a_split(component) else LEAST_GAIN
+        if left >= (1 - least) * whole:  # also where all are zero
             share = left / whole if whole else 1.0
             return f"{self.groups} groups leave {share:.0%} of the rounding error"
         return ""
@@ -156,6 +157,8 @@ class SplitWeights(SplitRange):
         return -size, size, None
 
 
-def _others(component: Component) -> list[fx.Node]:
-    """The nodes of a component after its first entry."""
-    return [*component.entries[1:], *component.inside]
+def _near_a_split(component: Component) -> bool:
+    """Whether an earlier step has split layers that make or read the values."""
+    readers = (user for user, _ in component.exits)
+    steps = (str(n.meta.get("rewritten_by", "")) for n in (*component.entries, *readers))
+    return any(step.startswith("split_") for step in steps)

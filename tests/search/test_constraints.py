@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from rewriter import Plan, profile, trace
+from rewriter.graph import layers
 from rewriter.plan import rewrite
 from search.constraints import Limits, float_islands, size_of
 from search.records import Score
@@ -76,6 +77,20 @@ def test_a_plan_that_cannot_meet_the_limits_is_known_before_it_is_run(chain: Any
 def test_a_plan_that_cannot_be_carried_out_is_known_before_it_is_run(chain: Any) -> None:
     assert not Limits().admits(chain)(Plan.parse("keep_float@nowhere"))
     assert Limits().admits(chain)(Plan())
+    assert not Limits().admits(chain)(Plan.parse("absorb_bias@model"))  # the layers pad
+
+
+def test_the_parts_of_a_layer_in_float_count_once() -> None:
+    chain = nn.Sequential(nn.Conv2d(3, 8, 1), nn.SiLU(), nn.Conv2d(8, 4, 1))
+    nn.init.uniform_(chain[0].weight, -0.01, 0.01)
+    nn.init.uniform_(chain[0].weight[:2].data, 5, 9)
+    gm = trace(chain.eval(), torch.randn(2, 3, 8, 8))
+    profile(gm, [torch.randn(4, 3, 8, 8)])
+    first = next(n.name for n in layers(gm))
+    plan = Plan.parse(f"split_weights_2@{first} keep_float@{first}")
+    made = rewrite(gm, plan)
+    assert sum(bool(n.meta.get("keep_float")) for n in layers(made)) == 2
+    assert size_of(plan, made).float_layers == 1
 
 
 LIMITED = {"trials": 14, "max_macs": 3.0, "max_float_layers": 4}
