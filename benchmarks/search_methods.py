@@ -43,10 +43,11 @@ from search.evaluator import RewriteEvaluator
 from search.front import hypervolume
 from search.job import Job, open_job
 from search.records import Records, Score
-from search.run import limits_of, sensitivity_of, space_of, with_options, worth_trying
+from search.run import limits_of, sensitivity_of, space_of, with_options
 from search.space import KEEP_FLOAT, Space
 from search.storage import journal
 from search.study import Settings, search
+from search.worth import worth_trying
 
 AT = (10, 25, 50, 100)
 IDLE = 50  # proposals in a row that are known already: the sampler has converged

@@ -4,18 +4,15 @@ from __future__ import annotations
 
 import hashlib
 import logging
-import math
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from functools import partial
 from typing import Any
 
 from pydantic import ValidationError
-from torch import fx
 
 from rewriter import Plan, Step, cost, find_sites
 from rewriter.graph import layers
-from rewriter.ladder import REMEDIES, Splits
 from rewriter.splits import HEAD, RANGES, TAIL, exact_splits
 from search.analysis import Sensitivity, analyze, read_sensitivity
 from search.apart import possible
@@ -28,27 +25,23 @@ from search.evaluator import extra_macs
 from search.failure import to_be_tried_again
 from search.front import cost_named, select_front
 from search.job import Job, Progress, Told, silent
-from search.prediction import refitted
 from search.racing import Race
 from search.records import Samples, Score, note
 from search.results import load_results
-from search.rungs import climbed, rungs, start
+from search.rungs import climbed
 from search.space import (
     KEEP_FLOAT,
     Budget,
     Space,
     make_space,
-    predicted_front,
-    reference_plans,
-    single_plans,
 )
 from search.storage import storage_at
 from search.study import Outcome, Settings, search
+from search.worth import of_the_ladder, splits_of, worth_trying
 
 log = logging.getLogger(__name__)
 
 GRACE_S = 60.0  # what a plan's time limit may be overrun by, clocks that differ included
-LEAST_LEFT = 0.02  # no step is trusted to take away more than 98 % of the damage
 
 
 def sensitivity_of(job: Job, progress: Progress = silent, *, exact: bool = False) -> Sensitivity:
@@ -140,114 +133,19 @@ def race_of(job: Job) -> Race:
         objective=job.objective,
         higher_is_better=job.evaluator.task.higher_is_better,
         spared=lambda plan: (
-            _of_the_ladder(plan, (TAIL, HEAD, *RANGES))
+            of_the_ladder(plan, (TAIL, HEAD, *RANGES))
             or all(s.rule == KEEP_FLOAT for s in plan.steps)
         ),
         cost=cost_named(options.cost),
     )
 
 
-def worth_trying(
-    gm: fx.GraphModule,
-    space: Space,
-    sensitivity: Sensitivity,
-    trials: int,
-    admits: Callable[[Plan], bool] = lambda plan: True,
-) -> Callable[[Mapping[str, Score]], list[Plan]]:
-    """What to score first, before any search.
-
-    The ladder of free remedies, the references (it may be all that a small budget reaches, and what it finds is
-    worth more than a curve to compare with), each answer on top of the ladder's best rung, what these
-    predict to be best, and from then on, every other time, what all scores predict.
-
-    A step is taken to multiply the damage by the factor that it has alone: so the prediction never
-    falls below zero, and the logarithm is additive. A layer in float that was not scored takes
-    away the share of the damage that it does alone.
-
-    Args:
-        gm: Profiled canonical graph.
-        space: Choices and costs.
-        sensitivity: Damage of each layer.
-        trials: Plans that will be scored in all; a third of them are single answers.
-        admits: Whether a plan can be carried out within the limits; others are left out.
-    """
-    first = reference_plans([d.node for d in sensitivity.layers], space)
-    singles = [p for p in single_plans(space, max(6, trials // 3)) if not _of_the_ladder(p)]
-    alone = {Step(KEEP_FLOAT, d.node): d.damage for d in sensitivity.layers}
-
-    splits = _splits(gm, space, sensitivity)
-
-    def on_top(base: Plan, plans: Iterable[Plan]) -> list[Plan]:
-        return [plan for plan in _on_top(space, base, plans) if admits(plan)]
-
-    def worth(scores: Mapping[str, Score]) -> list[Plan]:
-        ladder = rungs(gm, scores, splits)
-        if isinstance(ladder, Plan):
-            return list(dict.fromkeys([*first[:1], *_below(gm, scores, splits), ladder]))
-        base = start(ladder)
-        kept = (r.plan for r in ladder if not r.note)
-        plans = [*first[:1], *kept, *first[1:], *on_top(base, singles)]
-        empty, bottom = scores.get(""), scores.get(str(base))
-        if any(str(p) not in scores for p in plans):
-            return plans
-        if empty is None or not empty.damage or bottom is None or not bottom.damage:
-            return plans
-        gain: dict[Step, float] = {}
-        measured: set[Step] = set()
-        for step in space.steps():
-            score = scores.get(str(space.repair([*base.steps, step])))
-            if step in base.steps:
-                continue
-            if score is not None and score.damage is not None:
-                left = score.damage / bottom.damage
-                measured.add(step)
-            else:
-                left = 1 - alone.get(step, 0.0) / empty.damage
-            gain[step] = -math.log(max(left, LEAST_LEFT))
-        total = math.log(bottom.damage)
-        plans += on_top(base, [p for p, _ in predicted_front(space, gain, total)])
-        if len(scores) % 2 == 0 and all(str(p) in scores for p in plans):
-            gains = refitted(gain, frozenset(measured), base, scores)
-            for belief in (gains.mean, gains.hoped()):
-                found = predicted_front(space, belief, total)
-                plans += on_top(base, [plan for plan, _ in found])
-        return plans
-
-    return worth
-
-
 def note_ladder(job: Job, sensitivity: Sensitivity) -> None:
     """Write those rungs of the ladder of free remedies into ``run.json`` that are scored."""
     scores = {s.plan: s for s in job.records.scores()}
-    splits = _splits(job.gm, space_of(job, sensitivity), sensitivity)
+    splits = splits_of(job.gm, space_of(job, sensitivity), sensitivity)
     ladder = climbed(job.gm, scores, splits)
     note(job.folder, ladder=[[r.name, str(r.plan), r.kept] for r in ladder])
-
-
-def _splits(gm: fx.GraphModule, space: Space, sensitivity: Sensitivity) -> Splits:
-    found = exact_splits(gm, find_sites(gm), sensitivity.damage_by_node())
-    return [(name, space.repair(steps).steps) for name, steps in found]
-
-
-def _of_the_ladder(plan: Plan, more: tuple[str, ...] = ()) -> bool:
-    return all(step.rule in (*dict(REMEDIES).values(), *more) for step in plan.steps)
-
-
-def _below(gm: fx.GraphModule, scores: Mapping[str, Score], splits: Splits) -> list[Plan]:
-    """The rungs that are scored already, in the order in which they were climbed."""
-    known: list[Plan] = []
-    while isinstance(
-        following := rungs(gm, {str(p): scores[str(p)] for p in known}, splits), Plan
-    ):
-        if str(following) not in scores:
-            break
-        known.append(following)
-    return known
-
-
-def _on_top(space: Space, base: Plan, plans: Iterable[Plan]) -> list[Plan]:
-    """Each plan together with the steps of ``base``."""
-    return list(dict.fromkeys(space.repair([*base.steps, *p.steps]) for p in plans))
 
 
 def run_search(

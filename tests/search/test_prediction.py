@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from rewriter.plan import Plan, Step
-from search import run
+from search import worth
 from search.prediction import refitted
 from search.records import Score
 from search.space import Budget
@@ -88,14 +88,14 @@ def test_a_search_predicts_anew_every_other_time_and_believes_what_it_saw(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """Two merges that are worthless beside each other are not predicted together again."""
-    monkeypatch.setattr(run, "find_sites", lambda gm: [])
-    monkeypatch.setattr(run, "exact_splits", lambda gm, sites, damage: [])
-    monkeypatch.setattr(run, "rungs", lambda gm, scores, splits: ())
-    monkeypatch.setattr(run, "start", lambda ladder: Plan())
+    monkeypatch.setattr(worth, "find_sites", lambda gm: [])
+    monkeypatch.setattr(worth, "exact_splits", lambda gm, sites, damage: [])
+    monkeypatch.setattr(worth, "rungs", lambda gm, scores, splits: ())
+    monkeypatch.setattr(worth, "start", lambda ladder: Plan())
     space = fake.space(Budget(macs=1.3 * fake.MACS, float_layers=0))
     layers = [SimpleNamespace(node=n, damage=d) for n, d in fake.DAMAGE.items()]
     found = SimpleNamespace(layers=layers, damage_by_node=lambda: fake.DAMAGE)
-    worth = run.worth_trying(None, space, found, 30)  # type: ignore[arg-type]
+    following = worth.worth_trying(None, space, found, 30)  # type: ignore[arg-type]
     merges = {Step("merge_separable", "dw0"), Step("merge_separable", "dw1")}
     scores: dict[str, Score] = {}
 
@@ -110,7 +110,7 @@ def test_a_search_predicts_anew_every_other_time_and_believes_what_it_saw(
 
     asked: list[tuple[int, Plan]] = []
     for turn in range(16):
-        wanted = [p for p in worth(scores) if str(p) not in scores]  # type: ignore[arg-type]
+        wanted = [p for p in following(scores) if str(p) not in scores]  # type: ignore[arg-type]
         if wanted:
             asked.append((len(scores), wanted[0]))
         # where nothing is predicted, TPE tries something

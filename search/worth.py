@@ -1,0 +1,159 @@
+"""Which plans to score next, from what the analysis says and from what is scored.
+
+In this order: the ladder of free remedies (it may be all that a small budget reaches); on top of
+its best rung the layers in float that should gain most; single answers on top of it, and between
+them the references, a curve of layers in float to compare with; what all these predict to be best;
+and from then on, every other time, what is predicted anew, while TPE proposes the others.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Mapping, Sequence
+
+from torch import fx
+
+from rewriter import Plan, Step, find_sites
+from rewriter.ladder import REMEDIES, Splits
+from rewriter.splits import exact_splits
+from search.analysis import Sensitivity
+from search.prediction import refitted
+from search.records import Score
+from search.rungs import rungs, start
+from search.space import KEEP_FLOAT, Space, predicted_front, reference_plans, single_plans
+
+LEAST_LEFT = 0.02  # no step is trusted to take away more than 98 % of the damage
+# A rule that left more than this times the damage, at each of so many places, is asked at no more
+# places: those that were asked are the most harmful ones, where it has most to gain.
+HARM, STRIKES = 1.5, 2
+BETWEEN = 2  # single answers from one reference to the next
+
+Worth = Callable[[Mapping[str, Score]], list[Plan]]
+
+
+def worth_trying(
+    gm: fx.GraphModule,
+    space: Space,
+    sensitivity: Sensitivity,
+    trials: int,
+    admits: Callable[[Plan], bool] = lambda plan: True,
+) -> Worth:
+    """What to score before TPE is asked, given the scores so far by plan text.
+
+    A step is taken to multiply the damage by the factor that it has alone: so the prediction never
+    falls below zero, and the logarithm is additive. A layer in float that was not scored takes
+    away the share of the damage that it does alone.
+
+    Args:
+        gm: Profiled canonical graph.
+        space: Choices and costs.
+        sensitivity: Damage of each layer.
+        trials: Plans that will be scored in all; a third of them are single answers.
+        admits: Whether a plan can be carried out within the limits; others are left out.
+    """
+    first = reference_plans([d.node for d in sensitivity.layers], space)
+    singles = [p for p in single_plans(space, max(6, trials // 3)) if not of_the_ladder(p)]
+    alone = {Step(KEEP_FLOAT, d.node): d.damage for d in sensitivity.layers}
+    splits = splits_of(gm, space, sensitivity)
+
+    def on_top(base: Plan, plans: Iterable[Plan]) -> list[Plan]:
+        """Each plan together with the steps of the base, where that can be carried out."""
+        both = dict.fromkeys(space.repair([*base.steps, *p.steps]) for p in plans)
+        return [plan for plan in both if admits(plan)]
+
+    def worth(scores: Mapping[str, Score]) -> list[Plan]:
+        ladder = rungs(gm, scores, splits)
+        if isinstance(ladder, Plan):
+            return list(dict.fromkeys([*first[:1], *_below(gm, scores, splits), ladder]))
+        base = start(ladder)
+        plans = [*first[:1], *(r.plan for r in ladder if not r.note)]
+        if any(str(p) not in scores for p in plans):
+            return plans
+        empty, bottom = scores[""].damage, scores[str(base)].damage
+        if not empty or not bottom:
+            return [*plans, *first[1:], *on_top(base, singles)]
+
+        total = math.log(bottom)
+        gain = {
+            step: -math.log(max(1 - alone.get(step, 0.0) / empty, LEAST_LEFT))
+            for step in space.steps()
+            if step not in base.steps
+        }
+        plans += on_top(base, [p for p, _ in predicted_front(space, gain, total)[-1:]])
+        asked = [p for p in on_top(base, singles) if p != base]
+        asked = _without_harmful(asked, base, HARM * bottom, scores)
+        plans += _interleaved(asked, first[1:])
+        if any(str(p) not in scores for p in plans):
+            return plans
+
+        measured: set[Step] = set()
+        for step in gain:
+            score = scores.get(str(space.repair([*base.steps, step])))
+            if score is not None and score.damage is not None:
+                gain[step] = -math.log(max(score.damage / bottom, LEAST_LEFT))
+                measured.add(step)
+        plans += on_top(base, [p for p, _ in predicted_front(space, gain, total)])
+        if len(scores) % 2 == 0 and all(str(p) in scores for p in plans):
+            gains = refitted(gain, frozenset(measured), base, scores)
+            for belief in (gains.mean, gains.hoped()):
+                found = predicted_front(space, belief, total)
+                plans += on_top(base, [plan for plan, _ in found])
+        return plans
+
+    return worth
+
+
+def splits_of(gm: fx.GraphModule, space: Space, sensitivity: Sensitivity) -> Splits:
+    """The rungs of the ladder that split layers, as far as they are in the space."""
+    found = exact_splits(gm, find_sites(gm), sensitivity.damage_by_node())
+    return [(name, space.repair(steps).steps) for name, steps in found]
+
+
+def of_the_ladder(plan: Plan, more: tuple[str, ...] = ()) -> bool:
+    """Whether a plan has only free remedies, or steps of ``more`` rules."""
+    return all(step.rule in (*dict(REMEDIES).values(), *more) for step in plan.steps)
+
+
+def _below(gm: fx.GraphModule, scores: Mapping[str, Score], splits: Splits) -> list[Plan]:
+    """The rungs that are scored already, in the order in which they were climbed."""
+    known: list[Plan] = []
+    while isinstance(
+        following := rungs(gm, {str(p): scores[str(p)] for p in known}, splits), Plan
+    ):
+        if str(following) not in scores:
+            break
+        known.append(following)
+    return known
+
+
+def _without_harmful(
+    plans: Sequence[Plan], base: Plan, most: float, scores: Mapping[str, Score]
+) -> list[Plan]:
+    """Single answers on top of a base, less those of rules that did harm at every place so far."""
+    strikes: dict[str, int] = {}
+    helped: set[str] = set()
+    kept: list[Plan] = []
+    for plan in plans:
+        rules = {s.rule for s in plan.steps if s not in base.steps}
+        score = scores.get(str(plan))
+        if score is None:
+            if any(strikes.get(r, 0) >= STRIKES and r not in helped for r in rules):
+                continue
+        elif score.damage is None or score.damage > most:
+            for rule in rules:
+                strikes[rule] = strikes.get(rule, 0) + 1
+        else:
+            helped |= rules
+        kept.append(plan)
+    return kept
+
+
+def _interleaved(plans: Sequence[Plan], others: Sequence[Plan]) -> list[Plan]:
+    """Of the other plans one after every few."""
+    found: list[Plan] = []
+    rest = iter(others)
+    for i, plan in enumerate(plans):
+        if i % BETWEEN == 0:
+            found += [other for other in [next(rest, None)] if other is not None]
+        found.append(plan)
+    return [*found, *rest]
