@@ -7,10 +7,11 @@ a file system behind a URL is given the same two steps; what a reader makes of a
 from __future__ import annotations
 
 import os
-import tempfile
 import uuid
+from collections.abc import Generator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import fsspec
 
@@ -20,6 +21,21 @@ Place = Path | str
 
 class PlaceError(OSError):
     """A URL cannot be read or written; the message names it and says why."""
+
+
+@contextmanager
+def replacing(path: Path, mode: str = "w") -> Generator[IO[Any]]:
+    """Write a file that readers see only when it is complete; until then they see the old one."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(f".{path.name}.{uuid.uuid4().hex}.part")
+    try:
+        with partial.open(mode, encoding=None if "b" in mode else "utf-8") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        partial.replace(path)
+    finally:
+        partial.unlink(missing_ok=True)
 
 
 def inside(place: Place, name: str) -> Place:
@@ -50,7 +66,8 @@ def write(place: Place, name: str, data: bytes) -> None:
         OSError: it cannot be written.
     """
     if isinstance(place, Path):
-        _write(place / name, data)
+        with replacing(place / name, "wb") as file:
+            file.write(data)
         return
     files, root = _opened(place)
     path = f"{root}/{name}"
@@ -107,17 +124,3 @@ def _asked(url: str, action: Any, *words: Any, **options: Any) -> Any:
     except Exception as cause:
         said = " ".join(str(cause).split()) or type(cause).__name__
         raise PlaceError(f"{url}: {said}") from cause
-
-
-def _write(path: Path, data: bytes) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handle, temporary = tempfile.mkstemp(dir=path.parent, suffix=".part")
-    try:
-        with os.fdopen(handle, "wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except BaseException:
-        Path(temporary).unlink(missing_ok=True)
-        raise

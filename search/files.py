@@ -13,26 +13,13 @@ from typing import IO, Any
 
 import numpy as np
 
+from rewriter.places import replacing as replacing
+
 REMEDY = "remove the file and run again: the scores are kept elsewhere"
 
 
 class RunError(Exception):
     """A run directory cannot be used; the message says why and what to do."""
-
-
-@contextmanager
-def replacing(path: Path, mode: str = "w") -> Generator[IO[Any]]:
-    """Write a file that readers see only when it is complete; until then they see the old one."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.name}.{os.getpid()}.part")
-    try:
-        with partial.open(mode, encoding=None if "b" in mode else "utf-8") as file:
-            yield file
-            file.flush()
-            os.fsync(file.fileno())
-        partial.replace(path)
-    finally:
-        partial.unlink(missing_ok=True)
 
 
 def write_json(path: Path, value: Mapping[str, Any]) -> None:
