@@ -13,6 +13,7 @@ Source: after Nagel et al., 2019 (arXiv:1906.04721), section 4.1; Boyd et al., 2
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -95,31 +96,38 @@ class _Grouped:
         return float(value.sum())
 
 
-@dataclass(frozen=True)
 class _Values:
-    """An int8 value: its variables (C,), the two ends of its range, both positive, and its influence."""
+    """All int8 values: for each its variables (C,), the two ends of its range, both positive, and its influence.
 
-    channels: Array
-    low: Array
-    high: Array
-    influence: Array
+    They lie behind one another in one array, since a network has hundreds of them and each is short.
+    """
+
+    def __init__(self, parts: Sequence[tuple[Array, Array, Array, Array]]) -> None:
+        sizes = [len(channels) for channels, *_ in parts]
+        self.channels, low, high, self.influence = (
+            np.concatenate(x) for x in zip(*parts, strict=True)
+        )
+        with np.errstate(divide="ignore"):
+            self.ends = np.log(low), np.log(high)
+        self.starts = np.cumsum([0, *sizes[:-1]])
+        self.value = np.repeat(np.arange(len(sizes)), sizes)
 
     def __call__(self, x: Array, slope: Array) -> float:
         s = x[self.channels]
         noise = self.influence * np.exp(-2 * s)
-        total, width = noise.sum(), 0.0
-        change = np.zeros_like(s)
-        for end in (self.low, self.high):
-            reach = end * np.exp(s)
-            peak = max(reach.max(), TINY)
-            powers = (reach / peak) ** ORDER
-            norm = peak * powers.sum() ** (1 / ORDER) if powers.any() else 0.0
+        total = np.add.reduceat(noise, self.starts)
+        width, change = np.zeros_like(total), np.zeros_like(s)
+        for end in self.ends:
+            reach = end + s
+            peak = np.maximum(np.maximum.reduceat(reach, self.starts), np.log(TINY))
+            powers = np.exp(ORDER * (reach - peak[self.value]))
+            sums = np.maximum(np.add.reduceat(powers, self.starts), TINY)
+            norm = np.exp(peak) * sums ** (1 / ORDER)
             width += norm
-            change += norm * powers / max(powers.sum(), TINY)
-        value = total * width**2
-        d = 2 * (change * total * width - noise * width**2)
+            change += (norm / sums)[self.value] * powers
+        d = 2 * (change * (total * width)[self.value] - noise * (width**2)[self.value])
         slope += np.bincount(self.channels, d, len(slope))
-        return float(value)
+        return float((total * width**2).sum())
 
 
 class Damage:
@@ -142,6 +150,7 @@ class Damage:
     ) -> None:
         self.count = len(channels.fixed)
         self.terms: list[tuple[_Dense | _Grouped | _Values, float]] = []
+        values: list[tuple[Array, Array, Array, Array]] = []
         known = _Known(gm)
         for node in layers(gm):
             if not _scaled(gm, node, channels) or node.meta.get("keep_float"):
@@ -152,8 +161,11 @@ class Damage:
             if node.name in channels.of and "channel_range" in node.meta and _stored(gm, node):
                 low, high = (r.double().numpy() for r in node.meta["channel_range"])
                 ends = np.maximum(-low, 0), np.maximum(high, 0)
-                term = _Values(channels.of[node.name].numpy(), *ends, known.of_value(node).numpy())
-                self.terms.append((term, 1 / 255**2))
+                values.append(
+                    (channels.of[node.name].numpy(), *ends, known.of_value(node).numpy())
+                )
+        if values:
+            self.terms.append((_Values(values), 1 / 255**2))
 
     def __call__(self, logs: Array) -> tuple[float, Array]:
         """D and its gradient for (V,) logarithms of the scales."""
