@@ -19,7 +19,7 @@ from rewriter.int8.annotate import annotation, moves_values
 from rewriter.int8.calibrate import input_scale
 from rewriter.int8.scheme import channel_axis, weight_scale
 from rewriter.int8.simulate import Quantized
-from rewriter.sensitivity.screen import Screening, damage
+from rewriter.sensitivity.screen import Screening
 
 # The number at which each cause is named. A range three times too wide costs 1.6 of 8 bits.
 THRESHOLDS: dict[str, float] = {
@@ -96,7 +96,7 @@ def _causes_of(
     quantized: Quantized, screening: Screening, node: fx.Node, usage: Mapping[fx.Node, Usage]
 ) -> tuple[Cause, ...]:
     weight, read, returned = _sides(screening, node.name)
-    total = max(damage(screening.layer(node.name)), 1e-30)
+    total = max(screening.damage(screening.layer(node.name)), 1e-30)
     found: list[Cause] = []
     if weight >= SIDE * total:
         found += _weight_causes(quantized, node, usage)
@@ -119,9 +119,13 @@ def _sides(screening: Screening, name: str) -> tuple[float, float, float]:
     """Damage of the weight, of the values read and of the result of a layer."""
 
     def total(edges: tuple[tuple[str, str], ...]) -> float:
-        return damage(torch.stack([screening.edges[e] for e in edges]).sum(0)) if edges else 0.0
+        return (
+            screening.damage(torch.stack([screening.edges[e] for e in edges]).sum(0))
+            if edges
+            else 0.0
+        )
 
-    weight = damage(screening.weights[name]) if name in screening.weights else 0.0
+    weight = screening.damage(screening.weights[name]) if name in screening.weights else 0.0
     return weight, total(screening.parts.inputs[name]), total(screening.parts.returned[name])
 
 

@@ -23,7 +23,7 @@ from rewriter.sensitivity.records import (
     LayerDamage,
     ValueDamage,
 )
-from rewriter.sensitivity.screen import Screening, damage
+from rewriter.sensitivity.screen import Screening
 
 # A channel sets the range of a value if it spans at least this share of it.
 SETS_RANGE = 0.5
@@ -102,7 +102,7 @@ def summarise(
                 drop=tally.drop(float_, higher_is_better) if tally else None,
                 sqnr_db=-10 * math.log10(ratio) if ratio > 0 else None,
                 weight_damage=weight.get(name, 0.0),
-                input_damage=damage(screening.layer(name) - screening.weights[name]),
+                input_damage=screening.damage(screening.layer(name) - screening.weights[name]),
                 samples=tally.samples if tally else 0,
                 causes=tuple(dict.fromkeys(c.name for c in causes.get(name, ()))),
                 evidence=causes.get(name, ()),
