@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from functools import lru_cache
 from itertools import pairwise
 from typing import Any
 
@@ -84,12 +85,26 @@ def group_by_range(
         Channel indices of each group, each in ascending order, the group of the widest range last.
     """
     low, high, weight = _prepared(low, high, importance)
+    key = [v.contiguous().numpy().tobytes() for v in (low, high, weight)]
+    return [list(group) for group in _grouped(*key, len(low), groups)]
+
+
+# rules ask for the same groups when they match, and again for every plan that is tried
+@lru_cache(maxsize=1024)
+def _grouped(
+    low_: bytes, high_: bytes, weight_: bytes, values: int, groups: int
+) -> tuple[tuple[int, ...], ...]:
+    """``group_by_range`` of float64 arrays (V, C), as bytes."""
+    low, high, weight = (
+        torch.frombuffer(bytearray(v), dtype=torch.float64).view(values, -1)
+        for v in (low_, high_, weight_)
+    )
     widths = width(low, high)
     most = (widths.square() * weight).sum(1).argsort(descending=True)[:ORDERS]
     keys = [(widths / widths.amax(1, keepdim=True).clamp_min(1e-30)).amax(0), *widths[most]]
     orders = dict.fromkeys(tuple(torch.argsort(k, stable=True).tolist()) for k in keys)
     found = [_best_cut(low, high, weight, list(order), groups) for order in orders]
-    return min(found, key=lambda f: f[0])[1]
+    return tuple(map(tuple, min(found, key=lambda f: f[0])[1]))
 
 
 def _best_cut(
@@ -110,7 +125,7 @@ def _best_cut(
     best = np.pad((span**2 * total[:, 1:]).sum(0), (1, 0))
     cuts: list[Array] = []
     if groups > 2:
-        cost = _cut_costs(lo, hi, total)
+        cost = _cut_costs(*(a.astype(float).tobytes() for a in (lo, hi, total)), len(lo))
         for _ in range(groups - 2):
             whole = best[:, None] + cost
             cuts.append(whole.argmin(0))
@@ -142,8 +157,11 @@ def _places(channels: int) -> Array:
     )
 
 
-def _cut_costs(lo: Array, hi: Array, total: Array) -> Array:
+# the same for every number of groups
+@lru_cache(maxsize=2)
+def _cut_costs(lo_: bytes, hi_: bytes, total_: bytes, values: int) -> Array:
     """(n + 1, n + 1) cost of channels i..j-1 in one group at [i, j]; infinite where there are none."""
+    lo, hi, total = (np.frombuffer(v).reshape(values, -1) for v in (lo_, hi_, total_))
     n = lo.shape[1]
     cost = np.full((n + 1, n + 1), np.inf)
     rows = max(1, PIECE // (lo.shape[0] * n))

@@ -110,6 +110,10 @@ class Tally:
     def _all(self, name: str) -> list[float]:
         return [v for b in sorted(self.blocks) for v in self.blocks[b][name] or ()]
 
+    def by_block(self, name: str) -> dict[int, list[float]]:
+        """One of the results on each sample, by block."""
+        return {b: list(self.blocks[b][name] or ()) for b in sorted(self.blocks)}
+
     @property
     def samples(self) -> int:
         return len(self._all("damage"))

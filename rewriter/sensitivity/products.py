@@ -6,10 +6,12 @@ by memory: nothing as large as a value is written where a buffer inside the cach
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
 
 from rewriter.int8.scheme import QuantSpec
 from rewriter.sensitivity.forks import PIECE, round_to_int8, with_weight
@@ -123,3 +125,34 @@ def _rows(x: Tensor, samples: int, like: Tensor | None = None) -> Tensor:
     if x.ndim == 4 and like.is_contiguous(memory_format=torch.channels_last):
         x = x.permute(0, 2, 3, 1)
     return x.reshape(samples, -1)
+
+
+class _Clipped(torch.autograd.Function):
+    """A clamp in place that keeps its result alone for the way back; torch's own keeps a copy of its input too."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, low: float, high: float) -> Tensor:
+        ctx.bounds = low, high
+        functional.hardtanh_(x, low, high)
+        ctx.mark_dirty(x)
+        ctx.save_for_backward(x)
+        return x
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Any) -> Any:
+        (y,) = ctx.saved_tensors
+        return torch.ops.aten.hardtanh_backward(gradients[0], y, *ctx.bounds), None, None
+
+
+def clipped(x: Tensor, low: float, high: float) -> Tensor:
+    """``x`` between two bounds, written over ``x``, differentiable."""
+    return _Clipped.apply(x, low, high)  # type: ignore[no-any-return]
+
+
+def clipping_bounds(m: nn.Module) -> tuple[float, float] | None:
+    """Where an activation that only clips does so; None for any other module."""
+    if type(m) is nn.ReLU:
+        return 0.0, math.inf
+    if type(m) in (nn.ReLU6, nn.Hardtanh):
+        return float(m.min_val), float(m.max_val)  # type: ignore[arg-type]
+    return None

@@ -21,7 +21,7 @@ nothing.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -34,6 +34,7 @@ from rewriter.int8.scheme import QuantSpec
 from rewriter.int8.simulate import Quantized
 from rewriter.sensitivity.forks import (
     compute,
+    may_overwrite,
     modules_of,
     round_to_int8,
     rounded_bias,
@@ -42,7 +43,13 @@ from rewriter.sensitivity.forks import (
 )
 from rewriter.sensitivity.objective import Objective
 from rewriter.sensitivity.parts import Edge, Parts, parts_of
-from rewriter.sensitivity.products import dot, rounding_dot, weight_dot
+from rewriter.sensitivity.products import (
+    clipped,
+    clipping_bounds,
+    dot,
+    rounding_dot,
+    weight_dot,
+)
 from rewriter.sensitivity.steady import reliability, sample_weights
 
 # Numbers of rounded weights that are kept for the next batch; larger networks round them again.
@@ -202,6 +209,13 @@ class Screener:
         for c in candidates:
             self.candidates.setdefault(c.makes, []).append(c)
         self.wanted = {c.reads for c in candidates}
+        self.clipping = {
+            n: bounds
+            for n in self.nodes
+            if may_overwrite(self.gm, n)
+            and not {n.name, n.all_input_nodes[0].name} & {*self.wanted, *self.candidates}
+            and (bounds := clipping_bounds(self.modules[n]))
+        }
         self.device = device_of(self.gm)
         self.changes: dict[fx.Node, tuple[Tensor, Tensor | None]] = {}
         self.room = KEPT_CHANGES
@@ -245,7 +259,7 @@ class Screener:
                         # a view for each reader, so that its gradient is this reader's alone
                         seen[n] = seen[n].view_as(seen[n]) if len(n.users) > 1 else seen[n]
                         hang.rounding((node.name, n.name), seen[n], self.params[n])
-                value = compute(self.gm, self.modules, node, seen, feed)
+                value = self._value(node, seen, feed)
                 if node.op == "placeholder" and value.is_floating_point():
                     value = value.detach().requires_grad_()
                     roots.append(value)
@@ -265,6 +279,13 @@ class Screener:
                 for used in self.dying.get(node, ()):
                     del values[used]
         return [values[n] for n in self.returned], roots
+
+    def _value(self, node: fx.Node, seen: dict[fx.Node, Any], feed: Iterator[Tensor]) -> Any:
+        if node in self.clipping:
+            x = seen[node.all_input_nodes[0]]
+            if not x.is_leaf and x._base is None:  # torch allows no change of these
+                return clipped(x, *self.clipping[node])
+        return compute(self.gm, self.modules, node, seen, feed)
 
     def change(self, node: fx.Node) -> tuple[Tensor, Tensor | None]:
         """What rounding adds to the weight and the bias of a layer."""
