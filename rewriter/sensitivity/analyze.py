@@ -42,7 +42,7 @@ Progress = Callable[[float, float], None]
 LEADERS = 5
 STEP = 4
 # No decision is made on fewer samples.
-LEAST = 32
+LEAST = 24
 # Screening ends when its order is expected to correlate so with that by endless samples.
 STEADY = 0.985
 # Screening costs about this many forward passes; only the progress bar depends on it.
@@ -175,7 +175,9 @@ class _Run:
         count = -(-len(inputs) // size)
         self.blocks = [slice(b, None, count) for b in range(count)]
         self.inputs, self.seed, self.record, self.progress = inputs, seed, record, progress
-        self.objective = Objective.of(forks.run((inputs[:size],), {}), kind)
+        self.objective = Objective.of(forks.run((inputs[:1],), {}), kind)
+        if self.objective.kind == "values":  # whose sizes need more than one
+            self.objective = Objective.of(forks.run((inputs[self.blocks[0]],), {}), kind)
         self.size, self.parts = size, parts_of(self.gm)
         # few samples leave the estimate noisy: then each gets more directions
         self.directions = max(1, min(4, -(-ENOUGH // len(inputs))))
@@ -244,7 +246,8 @@ class _Run:
         self.total += passes
         alive, seen = dict(variants), 0
         for block in self.blocks:
-            self._measure({}, alive | whole, [block])
+            # the network as a whole is not in the race: it is measured while the first are
+            self._measure({}, alive | (whole if seen < LEAST or not race else {}), [block])
             seen += len(range(len(self.inputs))[block])
             if race and seen >= LEAST:
                 harm = {n: self.tallies[n].by_block("damage") for n in variants}

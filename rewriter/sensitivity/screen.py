@@ -102,12 +102,20 @@ class Screening:
 
     def damage(self, projections: Tensor) -> float:
         """The damage that (N, k) projections estimate, with samples weighted as by ``steady``."""
+        return float(self._weighted(projections).mean())
+
+    def error(self, projections: Tensor) -> float:
+        """Standard error of that damage over samples, infinite for one sample."""
+        harm = self._weighted(projections)
+        return float(harm.std()) / len(harm) ** 0.5 if len(harm) > 1 else float("inf")
+
+    def _weighted(self, projections: Tensor) -> Tensor:
         harm = projections.double().square().mean(1)
         if len(harm) != self.samples:  # of nothing at all
-            return float(harm.mean())
+            return harm
         if self._counts is None:
             self._counts = sample_weights(self._harm())
-        return float((harm * self._counts).mean())
+        return harm * self._counts
 
     def reliability(self) -> float:
         """Expected rank correlation of the order of layers with that by endless samples."""

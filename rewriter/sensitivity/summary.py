@@ -104,6 +104,9 @@ def summarise(
                 weight_damage=weight.get(name, 0.0),
                 input_damage=screening.damage(screening.layer(name) - screening.weights[name]),
                 samples=tally.samples if tally else 0,
+                interval=_interval(
+                    best, tally.error if tally else screening.error(screening.layer(name))
+                ),
                 causes=tuple(dict.fromkeys(c.name for c in causes.get(name, ()))),
                 evidence=causes.get(name, ()),
                 answers=tuple(step for step, _ in steps),
@@ -122,6 +125,11 @@ def summarise(
         curve=_curve(screening, measured, ranked[:top], gm),
         screening=screening,
     )
+
+
+def _interval(mean: float, error: float) -> tuple[float, float] | None:
+    """95 % of a normal distribution; a damage is not negative."""
+    return (max(mean - 1.96 * error, 0.0), mean + 1.96 * error) if math.isfinite(error) else None
 
 
 def _noise_per_damage(tallies: Sequence[Tally]) -> float:
