@@ -44,6 +44,8 @@ class Layer:
     drop: float | None = None
     sqnr_db: float | None = None
     exact: bool = False
+    samples: int = 0
+    interval: tuple[float, float] | None = None
     causes: tuple[str, ...] = ()
     answers: tuple[str, ...] = ()
 
@@ -137,7 +139,7 @@ def analyze(
     content |= {
         "baseline": asdict(baseline),
         "samples": count,
-        "layer_samples": len(inputs),
+        "layer_samples": max(len(inputs) if exact else 0, *(r.samples for r in found.layers)),
         "engine": "simulate",
         "opaque": [asdict(part) for part in evaluator.gm.meta["opaque"]],
         "exact": exact,

@@ -34,7 +34,7 @@ def sensitivity_svg(content: Mapping[str, Any]) -> str:
     under = top + ROW * len(rows) + 46
     height = under + (CURVE + 60 if len(curve) > 1 else 0)
     title = f"Damage of each layer alone in int8, {content['target']}"
-    shown = f"{len(rows)} of {len(content['layers'])} layers, {content['layer_samples']} inputs"
+    shown = f"{len(rows)} of {len(content['layers'])} layers, at most {content['layer_samples']} inputs"
     drawn = [
         f"<style>{STYLE}</style>",
         f'<rect width="{WIDTH}" height="{height}" fill="#fff"/>',

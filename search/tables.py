@@ -41,8 +41,8 @@ def sensitivity_table(sensitivity: Sensitivity, rows: int = 15) -> Table:
     base = sensitivity.baseline
     title = (
         f"{sensitivity.metric} float {percent(base.float)}, int8 {percent(base.int8)} on "
-        f"{sensitivity.target}; each layer alone in int8, {sensitivity.layer_samples} samples, "
-        f"{sensitivity.engine}"
+        f"{sensitivity.target}; each layer alone in int8, at most {sensitivity.layer_samples} "
+        f"samples, {sensitivity.engine}"
     )
     return _rich_table(title, *layer_rows(sensitivity, rows))
 
@@ -154,13 +154,16 @@ def ladder_rows(results: Results) -> tuple[list[str], list[list[str]]]:
 
 
 def layer_rows(sensitivity: Sensitivity, count: int) -> tuple[list[str], list[list[str]]]:
-    names = ["layer", "kind", "MACs", "damage", "drop", "SQNR", "causes", "answers"]
+    names = ["layer", "kind", "MACs", "damage", "95 % interval", "samples", "drop", "SQNR"]
+    names += ["causes", "answers"]
     rows = [
         [
             d.layer,
             d.kind,
             f"{d.macs / 1e6:.2f} M",
-            f"{d.damage:.4g}",
+            f"{d.damage:.3g}",
+            "" if d.interval is None else f"{d.interval[0]:.2g} to {d.interval[1]:.2g}",
+            str(d.samples or "screened"),
             "" if d.drop is None else f"{100 * d.drop:.2f}",
             "" if d.sqnr_db is None else f"{d.sqnr_db:.1f} dB",
             ", ".join(d.causes),

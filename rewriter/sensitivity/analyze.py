@@ -1,14 +1,15 @@
 """The whole ranking for the cost of a few passes, and the reason for each layer.
 
-Every layer is screened (``screen``); the first ``top`` of that order are measured (``exact``), and
-more of them while a layer from the edge of what was measured turns out to belong among the most
-harmful. ``exact=True`` measures every layer, in blocks of samples, and stops with those that are
-clearly harmless.
+Every layer is screened (``screen``), on as many samples as make the ranking steady; the first
+``top`` of that order are measured (``exact``), and more of them while a layer from the edge of what
+was measured turns out to belong among the most harmful. They race in blocks of samples: a layer
+stops when it is sure which side of the places that matter it is on (``steady``). ``exact=True``
+measures every layer, and stops with those that are clearly harmless.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +33,7 @@ from rewriter.sensitivity.screen import (
     Screener,
     Screening,
 )
+from rewriter.sensitivity.steady import undecided
 from rewriter.sensitivity.summary import Measured, summarise
 
 Progress = Callable[[float, float], None]
@@ -39,14 +41,21 @@ Progress = Callable[[float, float], None]
 # it widens.
 LEADERS = 5
 STEP = 4
+# No decision is made on fewer samples.
+LEAST = 24
+# Screening ends when its order is expected to correlate so with that by endless samples.
+STEADY = 0.985
 # Screening costs about this many forward passes; only the progress bar depends on it.
 SCREEN_PASSES = 5.0
-# Racing: a layer stops when it is surely (this many standard errors) below this share of the last
-# of the top.
+# Racing: a layer stops when it is sure (by so many standard errors of paired differences) whether
+# it is the first, and whether it is one of the leaders; the order within these is left to chance.
+APART = 2.5
+# With all layers, one stops when it is surely (this many standard errors) below this share of the
+# last of the top.
 SURE = 3.0
 HARMLESS = 0.1
 # Projections for each part of the error that make the ranking steady.
-ENOUGH = 100
+ENOUGH = 64
 CURVE = (0, 1, 2, 3, 5, 8)
 
 
@@ -84,7 +93,7 @@ def analyze(
         higher_is_better: which way of it is good.
         kind: whether the outputs are classes or values; None: decided from their shape.
         exact: measure every layer rather than the ``top`` of the screening.
-        race: with ``exact``, stop early with layers that are clearly harmless.
+        race: stop early with layers whose place is sure, or that are clearly harmless.
         interaction: for how many of the first layers all-but-one and the cumulative curve are
             measured and not predicted; None: ``top`` with ``exact``, else none.
         top: how many layers are measured at least, and explained.
@@ -162,9 +171,13 @@ class _Run:
         kind: Kind | None,
     ) -> None:
         self.quantized, self.forks, self.gm = quantized, forks, quantized.gm
-        self.blocks = [slice(i, i + size) for i in range(0, len(inputs), size)]
+        # each block is spread over all samples, which may be sorted
+        count = -(-len(inputs) // size)
+        self.blocks = [slice(b, None, count) for b in range(count)]
         self.inputs, self.seed, self.record, self.progress = inputs, seed, record, progress
-        self.objective = Objective.of(forks.run((inputs[:size],), {}), kind)
+        self.objective = Objective.of(forks.run((inputs[:1],), {}), kind)
+        if self.objective.kind == "values":  # whose sizes need more than one
+            self.objective = Objective.of(forks.run((inputs[self.blocks[0]],), {}), kind)
         self.size, self.parts = size, parts_of(self.gm)
         # few samples leave the estimate noisy: then each gets more directions
         self.directions = max(1, min(4, -(-ENOUGH // len(inputs))))
@@ -174,20 +187,31 @@ class _Run:
     # ------------------------------------------------------------------------------- phases
 
     def screen(self, candidates: Sequence[Candidate]) -> Screening:
-        """Projections over all samples."""
+        """Projections over samples, until the order of the layers is steady."""
         screener = Screener(self.quantized, self.objective, candidates, self.directions)
         screening = Screening(screener.parts)
-        # a pass that keeps everything for the way back needs twice the memory
-        half = max(1, self.size // 2)
-        for start in range(0, len(self.inputs), half):
-            key = f"screen {start}"
+        ready = self.done
+        for piece in self._halves():
+            key = f"screen {piece.start}"
             if key not in self.record:
-                generator = torch.Generator().manual_seed(self.seed * 1_000_003 + start)
-                part = screener.batch(self.inputs[start : start + half], generator)
-                self.record.add(key, part)
+                generator = torch.Generator().manual_seed(self.seed * 1_000_003 + piece.start)
+                self.record.add(key, screener.batch(self.inputs[piece], generator))
             screening.extend(self.record[key])
-            self._advance(SCREEN_PASSES * half / len(self.inputs))
+            done = screening.samples
+            self._advance(ready + SCREEN_PASSES * done / len(self.inputs) - self.done)
+            if done >= LEAST and screening.reliability() >= STEADY:
+                break
+        self.total -= SCREEN_PASSES - (self.done - ready)
         return screening
+
+    def _halves(self) -> Iterator[slice]:
+        """The blocks in pieces: a pass that keeps everything for the way back needs more memory."""
+        count, size = len(self.blocks), len(range(len(self.inputs))[self.blocks[0]])
+        pieces = -(-size // max(1, self.size // 2))
+        for start in range(count * pieces):
+            start = start // pieces + count * (start % pieces)
+            if start < len(self.inputs):
+                yield slice(start, None, count * pieces)
 
     def confirm(
         self,
@@ -205,14 +229,33 @@ class _Run:
             self._race(names, top, race)
             return set(names)
         count = min(top, len(order))
-        measured: list[str] = []
         while True:
-            fresh = order[len(measured) : count]
-            self._alone({n: names[n] for n in fresh}, self.blocks, {} if measured else whole)
-            measured = order[:count]
-            if count == len(order) or not self._edge_disagrees(measured):
-                return set(measured)
+            leading = order[:count]
+            self._race_leaders({n: only(self.parts, names[n]) for n in leading}, whole, race)
+            if count == len(order) or not self._edge_disagrees(leading):
+                return set(leading)
             count = min(count + STEP, len(order))
+
+    def _race_leaders(
+        self, variants: dict[str, Variant], whole: dict[str, Variant], race: bool
+    ) -> None:
+        """Measure some layers block by block, each until its place among them is sure."""
+        share = {n: self.forks.share({}, v) for n, v in (variants | whole).items()}
+        share = {n: s for n, s in share.items() if f"{n} @0" not in self.record}
+        ready, passes = self.done, sum(share.values()) + 1
+        self.total += passes
+        alive, seen = dict(variants), 0
+        for block in self.blocks:
+            # the network as a whole is not in the race: it is measured while the first are
+            self._measure({}, alive | (whole if seen < LEAST or not race else {}), [block])
+            seen += len(range(len(self.inputs))[block])
+            if race and seen >= LEAST:
+                harm = {n: self.tallies[n].by_block("damage") for n in variants}
+                unsure = undecided(harm, (1, LEADERS), APART)
+                alive = {n: v for n, v in alive.items() if n in unsure}
+                if not alive:
+                    break
+        self.total -= max(passes - (self.done - ready), 0.0)
 
     def _edge_disagrees(self, measured: list[str]) -> bool:
         """Whether a layer from the last few that were measured is among the most harmful."""
@@ -228,7 +271,7 @@ class _Run:
         self.total += passes
         for b, block in enumerate(self.blocks):
             before = self.done
-            self._alone(alive, [block], planned=True)
+            self._measure({}, {n: only(self.parts, node) for n, node in alive.items()}, [block])
             self.done = before
             self._advance(passes / len(self.blocks))
             if race and b >= 2 and b + 1 < len(self.blocks) and len(alive) > top:
@@ -264,19 +307,6 @@ class _Run:
         return without, curve
 
     # ---------------------------------------------------------------------------- machinery
-
-    def _alone(
-        self,
-        found: dict[str, fx.Node],
-        blocks: list[slice],
-        whole: dict[str, Variant] | None = None,
-        planned: bool = False,
-    ) -> None:
-        variants: dict[str, Variant] = {n: only(self.parts, node) for n, node in found.items()}
-        variants |= whole or {}
-        if not planned:
-            self.total += sum(self.forks.share({}, v) for v in variants.values()) + 1
-        self._measure({}, variants, blocks)
 
     def _measure(
         self, base: Variant, variants: Mapping[str, Variant], blocks: list[slice]

@@ -19,7 +19,8 @@ from rewriter.int8.annotate import annotation, moves_values
 from rewriter.int8.calibrate import input_scale
 from rewriter.int8.scheme import channel_axis, weight_scale
 from rewriter.int8.simulate import Quantized
-from rewriter.sensitivity.screen import Screening, damage
+from rewriter.ranges import channel_range
+from rewriter.sensitivity.screen import Screening
 
 # The number at which each cause is named. A range three times too wide costs 1.6 of 8 bits.
 THRESHOLDS: dict[str, float] = {
@@ -96,7 +97,7 @@ def _causes_of(
     quantized: Quantized, screening: Screening, node: fx.Node, usage: Mapping[fx.Node, Usage]
 ) -> tuple[Cause, ...]:
     weight, read, returned = _sides(screening, node.name)
-    total = max(damage(screening.layer(node.name)), 1e-30)
+    total = max(screening.damage(screening.layer(node.name)), 1e-30)
     found: list[Cause] = []
     if weight >= SIDE * total:
         found += _weight_causes(quantized, node, usage)
@@ -119,9 +120,13 @@ def _sides(screening: Screening, name: str) -> tuple[float, float, float]:
     """Damage of the weight, of the values read and of the result of a layer."""
 
     def total(edges: tuple[tuple[str, str], ...]) -> float:
-        return damage(torch.stack([screening.edges[e] for e in edges]).sum(0)) if edges else 0.0
+        return (
+            screening.damage(torch.stack([screening.edges[e] for e in edges]).sum(0))
+            if edges
+            else 0.0
+        )
 
-    weight = damage(screening.weights[name]) if name in screening.weights else 0.0
+    weight = screening.damage(screening.weights[name]) if name in screening.weights else 0.0
     return weight, total(screening.parts.inputs[name]), total(screening.parts.returned[name])
 
 
@@ -282,14 +287,20 @@ def _usage(quantized: Quantized, wanted: set[fx.Node], inputs: Tensor) -> dict[f
 
 
 def _usage_of(quantized: Quantized, node: fx.Node, value: Tensor) -> Usage:
-    rows = value.detach().transpose(0, 1).reshape(value.shape[1], -1).float().cpu()
+    value = value.detach().float()
+    least, most = (r.cpu() for r in channel_range(value))
+    rows = value.transpose(0, 1)
+    each = max(1, value[:, 0].numel() // ENOUGH)
+    if value.ndim > 2 and each > 1:  # every so many places, before anything is copied
+        rows = rows.flatten(2)[:, :, ::each]
+    rows = rows.reshape(value.shape[1], -1).cpu()
     tail = (1 - USED) / 2
-    some = rows[:, :: max(1, rows.shape[1] // ENOUGH)]
-    top = _quantile(some, 1 - tail).clamp_min(0)
-    bottom = -_quantile(-some, 1 - tail).clamp_min(0)
+    top = _quantile(rows, 1 - tail).clamp_min(0)
+    bottom = -_quantile(-rows, 1 - tail).clamp_min(0)
     outside = 0.0
     note = annotation(node)
     if note.output is not None and note.range_of in quantized.calibration.values:
         low, high = quantized.calibration.values[note.range_of]
-        outside = float(((rows < low) | (rows > high)).double().mean())
-    return Usage(top - bottom, rows.amin(1), rows.amax(1), outside)
+        if float(least.min()) < low or float(most.max()) > high:
+            outside = float(((value < low) | (value > high)).double().mean())
+    return Usage(top - bottom, least, most, outside)

@@ -110,6 +110,10 @@ class Tally:
     def _all(self, name: str) -> list[float]:
         return [v for b in sorted(self.blocks) for v in self.blocks[b][name] or ()]
 
+    def by_block(self, name: str) -> dict[int, list[float]]:
+        """One of the results on each sample, by block."""
+        return {b: list(self.blocks[b][name] or ()) for b in sorted(self.blocks)}
+
     @property
     def samples(self) -> int:
         return len(self._all("damage"))
@@ -120,13 +124,18 @@ class Tally:
         values = self._all("damage")
         return math.fsum(values) / len(values)
 
-    def upper(self, errors: float) -> float:
-        """The damage plus so many standard errors of it."""
+    @property
+    def error(self) -> float:
+        """Standard error of the damage, infinite for one sample."""
         values, mean = self._all("damage"), self.damage
         if len(values) < 2:
             return math.inf
         variance = math.fsum((v - mean) ** 2 for v in values) / (len(values) - 1)
-        return mean + errors * math.sqrt(variance / len(values))
+        return math.sqrt(variance / len(values))
+
+    def upper(self, errors: float) -> float:
+        """The damage plus so many standard errors of it."""
+        return self.damage + errors * self.error
 
     @property
     def noise_ratio(self) -> float:

@@ -177,7 +177,7 @@ class Forks:
         self.returned = outputs(self.gm)
         uses = last_uses(self.gm)
         self.dying = [uses.get(n, []) for n in self.nodes]
-        self.in_place = {n for n in self.nodes if _may_overwrite(self.gm, n)}
+        self.in_place = {n for n in self.nodes if may_overwrite(self.gm, n)}
         self.modules = modules_of(self.gm)
         moved = {n.name for n in self.nodes if moves_values(self.gm, n)}
         self.moved = moved
@@ -329,11 +329,11 @@ class Forks:
         values: dict[fx.Node, Any],
         rounded: dict[fx.Node, Tensor],
         variant: Variant,
-        overwrite: bool,
+        in_place: bool,
     ) -> Any:
         state = variant.get(node.name, FLOAT)
-        if overwrite and not state.reads:
-            return _overwrite(self.modules[node], values[node.all_input_nodes[0]])
+        if in_place and not state.reads:
+            return overwrite(self.modules[node], values[node.all_input_nodes[0]])
         seen = dict(values) if state.reads else values
         for n in node.all_input_nodes if state.reads else ():
             if n.name in state.reads and not self._on_grid(n, variant):
@@ -362,7 +362,7 @@ class Forks:
         return self.params[node]
 
 
-def _may_overwrite(gm: fx.GraphModule, node: fx.Node) -> bool:
+def may_overwrite(gm: fx.GraphModule, node: fx.Node) -> bool:
     """An activation that alone reads the fresh result of a layer: it may write in place."""
     if not is_call(gm, node, nn.ReLU, nn.ReLU6, nn.Hardtanh, nn.LeakyReLU, nn.SiLU, nn.Hardswish):
         return False
@@ -370,7 +370,8 @@ def _may_overwrite(gm: fx.GraphModule, node: fx.Node) -> bool:
     return is_layer(gm, before) and len(before.users) == 1
 
 
-def _overwrite(m: Any, x: Tensor) -> Tensor:
+def overwrite(m: Any, x: Tensor) -> Tensor:
+    """The result of an activation, written over what it reads."""
     if type(m) is nn.LeakyReLU:
         return functional.leaky_relu_(x, m.negative_slope)
     if type(m) is nn.ReLU:

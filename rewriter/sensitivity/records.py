@@ -25,7 +25,8 @@ class LayerDamage:
         causes: names, the strongest first; ``evidence`` has their numbers.
         answers: steps that touch this layer, free ones first; ``answer_macs`` is what each adds.
         weight_damage, input_damage: screened, of either part alone.
-        samples: on how many inputs it was measured.
+        samples: on how many inputs it was measured; 0 where only screened.
+        interval: 95 % interval of ``damage`` over inputs; None where there was one alone.
     """
 
     layer: str
@@ -41,6 +42,7 @@ class LayerDamage:
     weight_damage: float
     input_damage: float
     samples: int
+    interval: tuple[float, float] | None = None
     causes: tuple[str, ...] = ()
     evidence: tuple[Cause, ...] = ()
     answers: tuple[str, ...] = ()
@@ -64,6 +66,7 @@ class LayerDamage:
             "weight_damage": _short(self.weight_damage),
             "input_damage": _short(self.input_damage),
             "samples": self.samples,
+            "interval": None if self.interval is None else [_short(v) for v in self.interval],
             "evidence": [c.to_dict() for c in self.evidence],
             "answer_macs": list(self.answer_macs),
         }
@@ -169,6 +172,7 @@ class Analysis:
     """The layers of one network, most harmful first, and what is known about each.
 
     Args:
+        samples: on how many inputs the network in int8 was measured.
         layers: exactly the quantized weighted layers.
         values: activation tensors, most harmful first.
         interaction: of the first layers.
@@ -196,6 +200,7 @@ class Analysis:
             "metric": self.metric,
             "higher_is_better": self.higher_is_better,
             "samples": self.samples,
+            "screened_samples": self.screening.samples,
             "baseline": {
                 "float": b.float,
                 "int8": b.int8,

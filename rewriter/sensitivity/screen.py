@@ -21,7 +21,7 @@ nothing.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -33,18 +33,27 @@ from rewriter.int8.annotate import annotation
 from rewriter.int8.scheme import QuantSpec
 from rewriter.int8.simulate import Quantized
 from rewriter.sensitivity.forks import (
-    PIECE,
     compute,
+    may_overwrite,
     modules_of,
     round_to_int8,
     rounded_bias,
     rounded_weight,
     value_params,
-    with_weight,
 )
 from rewriter.sensitivity.objective import Objective
 from rewriter.sensitivity.parts import Edge, Parts, parts_of
+from rewriter.sensitivity.products import (
+    clipped,
+    clipping_bounds,
+    dot,
+    rounding_dot,
+    weight_dot,
+)
+from rewriter.sensitivity.steady import reliability, sample_weights
 
+# Numbers of rounded weights that are kept for the next batch; larger networks round them again.
+KEPT_CHANGES = 8 << 20
 # What a projection is of: (layer,) its weight, (reader, value) an edge, ("candidate", name, "") a
 # rewrite.
 Key = tuple[str, ...]
@@ -84,6 +93,38 @@ class Screening:
     weights: dict[str, Tensor] = field(default_factory=dict)
     edges: dict[Edge, Tensor] = field(default_factory=dict)
     candidates: dict[str, Tensor] = field(default_factory=dict)
+    _counts: Tensor | None = None
+
+    @property
+    def samples(self) -> int:
+        """On how many samples the projections are."""
+        return len(next(iter(self.weights.values()))) if self.weights else 0
+
+    def damage(self, projections: Tensor) -> float:
+        """The damage that (N, k) projections estimate, with samples weighted as by ``steady``."""
+        return float(self._weighted(projections).mean())
+
+    def error(self, projections: Tensor) -> float:
+        """Standard error of that damage over samples, infinite for one sample."""
+        harm = self._weighted(projections)
+        return float(harm.std()) / len(harm) ** 0.5 if len(harm) > 1 else float("inf")
+
+    def _weighted(self, projections: Tensor) -> Tensor:
+        harm = projections.double().square().mean(1)
+        if len(harm) != self.samples:  # of nothing at all
+            return harm
+        if self._counts is None:
+            self._counts = sample_weights(self._harm())
+        return harm * self._counts
+
+    def reliability(self) -> float:
+        """Expected rank correlation of the order of layers with that by endless samples."""
+        harm = self._harm()
+        return reliability(harm * sample_weights(harm))
+
+    def _harm(self) -> Tensor:
+        """(L, N) damage of each layer on each sample, estimated."""
+        return torch.stack([self.layer(n).double().square().mean(1) for n in self.parts.inputs])
 
     def layer(self, name: str) -> Tensor:
         """(N, k) projections of one layer's whole error: weight, input and, for a head, output."""
@@ -93,26 +134,26 @@ class Screening:
 
     def layer_damage(self) -> dict[str, float]:
         """Damage of quantizing each layer alone, by node name."""
-        return {name: damage(self.layer(name)) for name in self.parts.inputs}
+        return {name: self.damage(self.layer(name)) for name in self.parts.inputs}
 
     def value_damage(self) -> dict[str, float]:
         """Damage of rounding each value alone, for all that read it, by node name."""
         return {
-            name: damage(torch.stack([self.edges[e] for e in edges]).sum(0))
+            name: self.damage(torch.stack([self.edges[e] for e in edges]).sum(0))
             for name, edges in self.parts.values.items()
         }
 
     def weight_damage(self) -> dict[str, float]:
         """Damage of rounding each layer's weight alone, by node name."""
-        return {name: damage(p) for name, p in self.weights.items()}
+        return {name: self.damage(p) for name, p in self.weights.items()}
 
     def predict(self, kept: Iterable[str] = ()) -> float:
         """Damage of the network in int8 with these layers (by node name) in float, predicted."""
-        return damage(self._remaining(kept))
+        return self.damage(self._remaining(kept))
 
     def price(self, candidate: Candidate) -> float:
         """What a rewrite is predicted to take away from the whole damage; negative if it adds."""
-        return self.predict() - damage(
+        return self.predict() - self.damage(
             self._remaining(candidate.takes) + self.candidates[candidate.name]
         )
 
@@ -129,7 +170,7 @@ class Screening:
 
     def candidate_damage(self) -> dict[str, float]:
         """Damage of each candidate's own local error."""
-        return {name: damage(p) for name, p in self.candidates.items()}
+        return {name: self.damage(p) for name, p in self.candidates.items()}
 
     def extend(self, part: Mapping[str, Any]) -> None:
         """Append the samples of one batch, as ``screen_batch`` gave them."""
@@ -139,11 +180,7 @@ class Screening:
                 key = tuple(name.split(" ")) if kind == "edges" else name
                 p = torch.tensor(rows, dtype=torch.float64)
                 mine[key] = torch.cat([mine[key], p]) if key in mine else p
-
-
-def damage(projections: Tensor) -> float:
-    """The damage that (N, k) projections estimate."""
-    return float((projections.double() ** 2).mean())
+        self._counts = None
 
 
 class Screener:
@@ -180,7 +217,16 @@ class Screener:
         for c in candidates:
             self.candidates.setdefault(c.makes, []).append(c)
         self.wanted = {c.reads for c in candidates}
+        self.clipping = {
+            n: bounds
+            for n in self.nodes
+            if may_overwrite(self.gm, n)
+            and not {n.name, n.all_input_nodes[0].name} & {*self.wanted, *self.candidates}
+            and (bounds := clipping_bounds(self.modules[n]))
+        }
         self.device = device_of(self.gm)
+        self.changes: dict[fx.Node, tuple[Tensor, Tensor | None]] = {}
+        self.room = KEPT_CHANGES
 
     def batch(self, inputs: Tensor, generator: torch.Generator) -> dict[str, Any]:
         """Projections of every part of the int8 error on one batch (N, ...), as plain JSON values.
@@ -211,7 +257,7 @@ class Screener:
         values: dict[fx.Node, Any] = {}
         kept: dict[str, Tensor] = {}
         roots: list[Tensor] = []
-        hang = _Hooks(self.quantized, now, len(inputs))
+        hang = _Hooks(self, now, len(inputs))
         feed = iter([inputs])
         with torch.enable_grad():
             for node in self.nodes:
@@ -221,7 +267,7 @@ class Screener:
                         # a view for each reader, so that its gradient is this reader's alone
                         seen[n] = seen[n].view_as(seen[n]) if len(n.users) > 1 else seen[n]
                         hang.rounding((node.name, n.name), seen[n], self.params[n])
-                value = compute(self.gm, self.modules, node, seen, feed)
+                value = self._value(node, seen, feed)
                 if node.op == "placeholder" and value.is_floating_point():
                     value = value.detach().requires_grad_()
                     roots.append(value)
@@ -241,6 +287,29 @@ class Screener:
                 for used in self.dying.get(node, ()):
                     del values[used]
         return [values[n] for n in self.returned], roots
+
+    def _value(self, node: fx.Node, seen: dict[fx.Node, Any], feed: Iterator[Tensor]) -> Any:
+        if node in self.clipping:
+            x = seen[node.all_input_nodes[0]]
+            if not x.is_leaf and x._base is None:  # torch allows no change of these
+                return clipped(x, *self.clipping[node])
+        return compute(self.gm, self.modules, node, seen, feed)
+
+    def change(self, node: fx.Node) -> tuple[Tensor, Tensor | None]:
+        """What rounding adds to the weight and the bias of a layer."""
+        if node in self.changes:
+            return self.changes[node]
+        layer: Any = self.modules[node]
+        source = node.all_input_nodes[0]
+        weight = rounded_weight(self.quantized, node) - layer.weight.detach()
+        bias = None
+        if source.name in annotation(node).reads:
+            bias = rounded_bias(self.quantized, node, self.quantized.value_params(source)[0])
+        bias = None if bias is None else bias - layer.bias.detach()
+        if self.room >= weight.numel():
+            self.room -= weight.numel()
+            self.changes[node] = weight, bias
+        return weight, bias
 
     def _at_outputs(self, plain: list[Tensor], direction: list[Tensor]) -> dict[Key, Tensor]:
         """The rounding of what the graph returns."""
@@ -277,8 +346,8 @@ class Screener:
 class _Hooks:
     """Hangs the wanted products on the backward pass of one batch; they go into ``now``."""
 
-    def __init__(self, quantized: Quantized, now: dict[Key, Tensor], samples: int) -> None:
-        self.quantized, self.now, self.samples = quantized, now, samples
+    def __init__(self, screener: Screener, now: dict[Key, Tensor], samples: int) -> None:
+        self.screener, self.now, self.samples = screener, now, samples
 
     def rounding(self, edge: Edge, x: Tensor, params: tuple[float, int, QuantSpec]) -> None:
         """The rounding error of a value."""
@@ -291,21 +360,12 @@ class _Hooks:
 
     def weight(self, node: fx.Node, layer: Any, x: Tensor, z: Tensor) -> None:
         """The rounding error of weight and bias acts like a layer of its own."""
-        source = node.all_input_nodes[0]
-        step = self.quantized.value_params(source)[0] if self._reads(node, source) else None
 
         def hook(gradient: Tensor) -> None:
-            change = rounded_weight(self.quantized, node) - layer.weight.detach()
-            bias = None if step is None else rounded_bias(self.quantized, node, step)
-            bias = None if bias is None else bias - layer.bias.detach()
-            with torch.no_grad():
-                error = with_weight(layer, change, bias)(x)
-            self.now[node.name,] = dot(gradient, error, self.samples)
+            change = self.screener.change(node)
+            self.now[node.name,] = weight_dot(gradient, x, layer, *change, self.samples)
 
         z.register_hook(hook)
-
-    def _reads(self, node: fx.Node, source: fx.Node) -> bool:
-        return source.name in annotation(node).reads
 
     def candidate(self, candidate: Candidate, x: Tensor, z: Tensor) -> None:
         """The local error of a rewrite."""
@@ -317,33 +377,3 @@ class _Hooks:
             self.now["candidate", candidate.name, ""] = dot(gradient, error, self.samples)
 
         z.register_hook(hook)
-
-
-def dot(a: Tensor, b: Tensor, samples: int) -> Tensor:
-    """(samples,) float64 inner product of each sample's part of two values."""
-    if a.shape[0] % samples:
-        # the batch is not the first dimension: only the sum is known, and samples with independent
-        # signs share it alike
-        return ((a * b).sum().double() / samples**0.5).expand(samples).cpu()
-    return torch.linalg.vecdot(_rows(a, samples), _rows(b, samples, a)).double().cpu()
-
-
-def _rows(x: Tensor, samples: int, like: Tensor | None = None) -> Tensor:
-    """(samples, elements) in the memory order of ``like``."""
-    like = x if like is None else like
-    if x.ndim == 4 and like.is_contiguous(memory_format=torch.channels_last):
-        x = x.permute(0, 2, 3, 1)
-    return x.reshape(samples, -1)
-
-
-def rounding_dot(gradient: Tensor, x: Tensor, params: tuple[Any, ...], samples: int) -> Tensor:
-    """(samples,) inner product of a gradient with the rounding error of ``x``, piece by piece."""
-    if x.shape[0] % samples:
-        return dot(gradient, round_to_int8(x, *params) - x, samples)
-    g, x = _rows(gradient, samples, x), _rows(x, samples)
-    step = max(1, PIECE // max(x.shape[1], 1))
-    parts = [
-        torch.linalg.vecdot(gp, round_to_int8(xp, *params).sub_(xp))
-        for gp, xp in zip(g.split(step), x.split(step), strict=True)
-    ]
-    return torch.cat(parts).double().cpu()

@@ -23,7 +23,7 @@ from rewriter.sensitivity.records import (
     LayerDamage,
     ValueDamage,
 )
-from rewriter.sensitivity.screen import Screening, damage
+from rewriter.sensitivity.screen import Screening
 
 # A channel sets the range of a value if it spans at least this share of it.
 SETS_RANGE = 0.5
@@ -102,8 +102,11 @@ def summarise(
                 drop=tally.drop(float_, higher_is_better) if tally else None,
                 sqnr_db=-10 * math.log10(ratio) if ratio > 0 else None,
                 weight_damage=weight.get(name, 0.0),
-                input_damage=damage(screening.layer(name) - screening.weights[name]),
+                input_damage=screening.damage(screening.layer(name) - screening.weights[name]),
                 samples=tally.samples if tally else 0,
+                interval=_interval(
+                    best, tally.error if tally else screening.error(screening.layer(name))
+                ),
                 causes=tuple(dict.fromkeys(c.name for c in causes.get(name, ()))),
                 evidence=causes.get(name, ()),
                 answers=tuple(step for step, _ in steps),
@@ -122,6 +125,11 @@ def summarise(
         curve=_curve(screening, measured, ranked[:top], gm),
         screening=screening,
     )
+
+
+def _interval(mean: float, error: float) -> tuple[float, float] | None:
+    """95 % of a normal distribution; a damage is not negative."""
+    return (max(mean - 1.96 * error, 0.0), mean + 1.96 * error) if math.isfinite(error) else None
 
 
 def _noise_per_damage(tallies: Sequence[Tally]) -> float:

@@ -27,7 +27,7 @@ def layers_section(sensitivity: Sensitivity | None) -> Section:
         f"{len(sensitivity.layers)}; the first is {first.layer} with {first.damage:.3g}"
     )
     how = (
-        f"Each layer alone in int8, all others in float; {sensitivity.layer_samples} samples, engine "
+        f"Each layer alone in int8, all others in float; at most {sensitivity.layer_samples} samples, engine "
         f"{sensitivity.engine}. Where there is no drop, the damage is an estimate. Colours: the strongest cause."
     )
     answered = table(*layer_rows(sensitivity, ROWS))
