@@ -188,6 +188,8 @@ def _why_float(node: fx.Node, made: onnx.NodeProto, view: _View) -> str:
         return "its weight is float"
     if view.made_by(made.input[0]) != "DequantizeLinear":
         return "its input is float"
+    if _reads_wide(node):
+        return "it reads 16 bits, for which ONNX Runtime has no integer kernel on CPU"
     if made.op_type in _FLOAT_ONLY:
         return _FLOAT_ONLY[made.op_type]
     if made.op_type in ("MatMul", "Gemm"):
@@ -208,6 +210,11 @@ def _why_float(node: fx.Node, made: onnx.NodeProto, view: _View) -> str:
         kinds = ", ".join(sorted({r.op_type for r in readers}))
         return f"no int8 kernel computes {kinds} ({', '.join(sorted(floats))}) with it"
     return f"its output is read in float by {', '.join(sorted(floats))}"
+
+
+def _reads_wide(node: fx.Node) -> bool:
+    reads = (v for v in node.all_input_nodes if v.name in annotation(node).reads)
+    return any(spec.bits > 8 for v in reads if (spec := annotation(v).output) is not None)
 
 
 def _is_fused(node: fx.Node) -> bool:
