@@ -235,6 +235,8 @@ def _split_patterns(view: _View) -> Iterator[Finding]:
         before = view.maker[q.input[0]]
         owner = _node_of(q)
         if before.op_type == "DequantizeLinear":
+            if q.domain != before.domain:
+                continue  # 8 bits become 16 or 16 become 8, as asked
             yield Finding("split_pattern", owner, "an int8 value is only given another range here")
         elif before.op_type in _CLIPS and view.made_by(before.input[0]) == "DequantizeLinear":
             source = view.maker[before.input[0]].input[0]

@@ -29,7 +29,7 @@ from rewriter.rules._rule import Contract, RewriteRule, Site, mark
 
 
 class KeepInt16(RewriteRule):
-    """One site for each layer, on targets with 16-bit activations alone."""
+    """Store in 16 bits what a layer makes; one site for each, on targets that have it."""
 
     name: ClassVar[str] = "keep_int16"
     contract: ClassVar[Contract] = "annotation"
