@@ -128,7 +128,7 @@ def _single(
     whole = Plan(tuple(s for s in plan.steps if isinstance(rule_named(s.rule), WholeModelRule)))
     single = Plan(tuple(s for s in plan.steps if s not in whole.steps))
     fits = fit(gm, single, batches, scheme, store, seed, device=device)
-    base = rewrite(gm, single, fits.weights) if single.steps else gm
+    base = rewrite(gm, single, fits.weights, {"scheme": scheme}) if single.steps else gm
     return base, whole, fits.reports
 
 
@@ -250,7 +250,8 @@ def reassemble(
     rules = [(s, rule_named(s.rule)) for s in plan.steps]
     single = Plan(tuple(s for s, r in rules if not isinstance(r, WholeModelRule)))
     whole = Plan(tuple(s for s, r in rules if isinstance(r, WholeModelRule) and r.replaces))
-    made = rewrite(rewrite(gm, single), whole, facts={"scheme": quantized.scheme})
+    facts = {"scheme": quantized.scheme}
+    made = rewrite(rewrite(gm, single, facts=facts), whole, facts=facts)
     if {n.name for n in layers(made)} != {n.name for n in layers(quantized.gm)}:
         raise RewriteError(f"plan {plan}: makes other layers for inputs {gm.meta['example']}")
     _put(made, quantized.gm.state_dict())

@@ -129,6 +129,8 @@ def ranges(quantized: Quantized) -> dict[str, Any]:
         low, high = quantized.calibration.values[note.range_of]
         scale, zero_point = quantized.value_params(node)
         values[node.name] = {"low": low, "high": high, "scale": scale, "zero_point": zero_point}
+        if note.output.bits != 8:
+            values[node.name]["bits"] = note.output.bits
         if note.range_of != node.name:
             values[node.name]["range_of"] = note.range_of
     weights = {

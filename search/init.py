@@ -46,7 +46,8 @@ model:
 data:
   factory: "{name}_code:data"
 {sources}{postprocess}
-# How the runtime that you ship to represents int8: onnxruntime, per_tensor, tensorrt or tflite.
+# How the runtime that you ship to represents int8: onnxruntime, per_tensor, tensorrt,
+# tflite or qnn.
 target: onnxruntime
 
 calibration:

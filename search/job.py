@@ -110,6 +110,7 @@ def load_network(cfg: Config, progress: Progress = silent) -> Network:
             f"model: no convolution, linear layer or matrix product to quantize{why}"
         )
     gm.meta["calibration"] = cfg.calibration.method
+    gm.meta["scheme"] = target(cfg.target)
     goal: Any = task(cfg)
     if isinstance(goal, Video):
         gm.meta["kind"] = goal.kind
@@ -279,6 +280,8 @@ def _scheme_digest(scheme: QuantScheme, engine: str) -> str:
     digest.add(
         [repr(plain), sorted(t.__name__ for t in scheme.fuses), sorted(scheme.shared_at), engine]
     )
+    if scheme.wide is not None:
+        digest.add(repr(scheme.wide))
     return digest.hex()
 
 

@@ -55,6 +55,9 @@ _MOVING_FUNCTIONS = (
     torch.unsqueeze,
 )
 _POOLS = (nn.AvgPool2d, nn.AdaptiveAvgPool2d)
+# Behind a layer whose value has 16 bits their own has 8: it spans [-1, 1] at most, and QNN fixes the
+# scale of their 16-bit form.
+_BOUNDED = (nn.Sigmoid, nn.Tanh, nn.Hardsigmoid)
 
 
 @dataclass(frozen=True)
@@ -82,8 +85,15 @@ def annotation(node: fx.Node) -> Annotation:
 def annotate(gm: fx.GraphModule, scheme: QuantScheme) -> None:
     """Write an ``Annotation`` into ``node.meta["int8"]`` of every node, in place.
 
-    A node whose ``meta["keep_float"]`` is true stays in float.
+    A node whose ``meta["keep_float"]`` is true stays in float. Where the target has 16-bit values,
+    a layer whose ``meta["keep_int16"]`` is true writes one, and so does the activation behind it.
     """
+    for node, note in notes_of(gm, scheme).items():
+        node.meta["int8"] = note
+
+
+def notes_of(gm: fx.GraphModule, scheme: QuantScheme) -> dict[fx.Node, Annotation]:
+    """What ``annotate`` would write at each node."""
     fused = {n for n in gm.graph.nodes if _is_fused(gm, n, scheme)}
     reads: dict[fx.Node, set[fx.Node]] = {n: set() for n in gm.graph.nodes}
     for node in gm.graph.nodes:
@@ -94,13 +104,17 @@ def annotate(gm: fx.GraphModule, scheme: QuantScheme) -> None:
                 reads[node].add(value)
     quantized = {value for found in reads.values() for value in found}
     owner = _owners(gm, quantized, reads, scheme)
-    for node in gm.graph.nodes:
-        node.meta["int8"] = Annotation(
+    # all that share a range are stored alike
+    wide = {owner[n] for n in quantized if _is_wide(gm, n)} if scheme.wide is not None else set()
+    return {
+        node: Annotation(
             weight=_weight_spec(gm, node, scheme),
-            output=scheme.activations if node in quantized else None,
+            output=_output_spec(scheme, owner[node] in wide) if node in quantized else None,
             reads=tuple(n.name for n in node.all_input_nodes if n in reads[node]),
             range_of=owner[node].name if node in quantized else "",
         )
+        for node in gm.graph.nodes
+    }
 
 
 def moves_values(gm: fx.GraphModule, node: fx.Node) -> bool:
@@ -225,6 +239,20 @@ def _weight_spec(gm: fx.GraphModule, node: fx.Node, scheme: QuantScheme) -> Quan
     if not is_layer(gm, node) or node.meta.get("keep_float"):
         return None
     return scheme.linear_weights if is_call(gm, node, nn.Linear) else scheme.weights
+
+
+def _output_spec(scheme: QuantScheme, wide: bool) -> QuantSpec:
+    return scheme.wide if wide and scheme.wide is not None else scheme.activations
+
+
+def _is_wide(gm: fx.GraphModule, value: fx.Node) -> bool:
+    """Whether a value is made by a layer that is to write 16 bits, or by the activation that alone reads such a layer."""
+    if is_layer(gm, value):
+        return bool(value.meta.get("keep_int16")) and not value.meta.get("keep_float")
+    if not is_call(gm, value, *ACTIVATION_TYPES) or is_call(gm, value, *_BOUNDED):
+        return False
+    (source,) = value.all_input_nodes
+    return len(source.users) == 1 and is_layer(gm, source) and _is_wide(gm, source)
 
 
 def _owners(

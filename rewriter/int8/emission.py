@@ -4,6 +4,11 @@ A value that is annotated with int8 goes through QuantizeLinear once; who reads 
 DequantizeLinear of that, who reads it in float gets the tensor before it. Tensors are called after
 the graph's nodes: ``stem.q`` is the int8 form of ``stem`` and ``stem.dq`` what int8 readers see;
 constants are ``stem.weight`` and so on.
+
+Where values of 8 and of 16 bits meet at one operation, all that it reads and writes is 16 bits wide,
+as QNN's kernels want it: the 8-bit ones are converted on the way (``stem.up``, ``stem.down``). A step
+of 8 bits is 257 steps of 16, so that no value changes by it.
+Source: onnxruntime.quantization, MixedPrecisionTensorQuantOverridesFixer.
 """
 
 from __future__ import annotations
@@ -15,15 +20,21 @@ import numpy as np
 import onnx
 import torch
 from onnx import helper, numpy_helper
-from torch import Tensor, fx
+from torch import Tensor, fx, nn
 
 from rewriter.errors import QuantizeError
-from rewriter.int8.annotate import Annotation, annotation
+from rewriter.graph import is_call, module_of
+from rewriter.int8.annotate import Annotation, annotation, moves_values
 from rewriter.int8.scheme import QuantSpec
 from rewriter.int8.simulate import Quantized
 
 # ONNX Runtime's fusions know the operators up to opset 21; torch exports opaque parts up to 20.
 OPSET = 20
+# Where QuantizeLinear takes 16 bits before opset 21.
+CONTRIB = "com.microsoft"
+STEPS = 257  # of 16 bits in one of 8: 65535 / 255
+# Scale and zero point that QNN asks of these in uint16 (get_qnn_qdq_config sets them).
+_FIXED = {nn.Sigmoid: (2.0**-16, 0), nn.Tanh: (2.0**-15, 2**15)}
 IR_VERSION = 10
 
 # One tensor name, or as many as a node makes tensors, nested as torch nests them.
@@ -56,10 +67,14 @@ def integer_type(spec: QuantSpec) -> type[np.integer[Any]]:
     """The numpy type that holds a quantized activation.
 
     Raises:
-        QuantizeError: it is not 8 bits wide.
+        QuantizeError: it is neither 8 nor 16 bits wide.
     """
-    if spec.bits != 8:
-        raise QuantizeError(f"onnx: bits of an activation: {spec.bits}, only 8 can be stored")
+    if spec.bits not in (8, 16):
+        raise QuantizeError(
+            f"onnx: bits of an activation: {spec.bits}, only 8 and 16 can be stored"
+        )
+    if spec.bits == 16:
+        return np.int16 if spec.signed else np.uint16
     return np.int8 if spec.signed else np.uint8
 
 
@@ -85,6 +100,7 @@ class Emission:
         self.pads: dict[fx.Node, tuple[int, int, int, int]] = {}  # left, right, top, bottom
         self.place = ""  # the node that is being emitted
         self._dequantized: dict[fx.Node, str] = {}
+        self._widened: dict[fx.Node, str] = {}
         self._shared: dict[tuple[bytes, str, tuple[int, ...]], str] = {}
         self._taken: set[str] = set()
 
@@ -151,13 +167,22 @@ class Emission:
         """What int8 does at a node; nothing at all while float is emitted."""
         return _FLOAT if self.quantized is None else annotation(node)
 
-    def read(self, source: fx.Node, reader: fx.Node | None = None) -> str:
+    def read(
+        self, source: fx.Node, reader: fx.Node | None = None, into: fx.Node | None = None
+    ) -> str:
         """The tensor that ``reader`` (else the node that is being emitted) sees of ``source``.
+
+        Args:
+            source: the value.
+            reader: the node that reads it.
+            into: the operation that ``reader`` is emitted with, where that is another node.
 
         Raises:
             UnsupportedError: ``source`` makes several tensors.
         """
         if reader is not None and source.name in self.note(reader).reads:
+            if not self._is_wide(source) and self._computes_wide(into or reader):
+                return self._widen(source)
             return self.dequantized(source)
         value = self.values[source]
         if not isinstance(value, str):
@@ -169,8 +194,51 @@ class Emission:
         if source not in self._dequantized:
             value = self.values[source]
             assert isinstance(value, str), source.name
+            if not self._is_wide(source) and self._computes_wide(source):
+                value = self._through(value, self._written_wide(source), f"{source.name}.down")
             self._dequantized[source] = self._through_int8(value, source, source.name)
         return self._dequantized[source]
+
+    def _is_wide(self, value: fx.Node) -> bool:
+        output = self.note(value).output
+        return output is not None and output.bits > 8
+
+    def _computes_wide(self, node: fx.Node) -> bool:
+        """Whether the operation that ``node`` is part of has 16 bits in or out."""
+        if self.quantized is None or self.quantized.scheme.wide is None:
+            return False
+        if moves_values(self.gm, node) or node.op in ("placeholder", "output"):
+            return False
+        first, last = node, node
+        if not self.note(node).reads and len(node.all_input_nodes) == 1:
+            (first,) = node.all_input_nodes  # an activation that the operation before it computes
+        users = list(node.users)
+        if self.note(node).output is None and len(users) == 1:
+            (last,) = users
+        reads = (v for v in first.all_input_nodes if v.name in self.note(first).reads)
+        return self._is_wide(last) or any(self._is_wide(v) for v in reads)
+
+    def _widen(self, source: fx.Node) -> str:
+        """An 8-bit value as 16 bits hold it: the same numbers."""
+        if source not in self._widened:
+            value, label = self.dequantized(source), f"{source.name}.up"
+            self._widened[source] = self._through(value, self._wide_constants(source), label)
+        return self._widened[source]
+
+    def _written_wide(self, source: fx.Node) -> tuple[str, str]:
+        if is_call(self.gm, source, *_FIXED):
+            kind = type(module_of(self.gm, source))
+            return self._pair_of(f"{kind.__name__}.wide", *_FIXED[kind], np.uint16)
+        return self._wide_constants(source)
+
+    def _wide_constants(self, source: fx.Node) -> tuple[str, str]:
+        assert self.quantized is not None and self.quantized.scheme.wide is not None
+        scale, zero, spec = self.value_params(source)
+        wide = self.quantized.scheme.wide
+        zero = (zero - spec.qmin) * STEPS + wide.qmin
+        return self._pair_of(
+            f"{annotation(source).range_of}.wide", scale / STEPS, zero, integer_type(wide)
+        )
 
     def rounded(self, value: str, node: fx.Node) -> str:
         """``value`` through the int8 form that ``node``'s value has, if it has one."""
@@ -179,10 +247,16 @@ class Emission:
         return self._through_int8(value, node, f"{node.name}.inner")
 
     def _through_int8(self, value: str, owner: fx.Node, label: str) -> str:
-        scale, zero = self.value_constants(owner)
+        return self._through(value, self.value_constants(owner), label)
+
+    def _through(self, value: str, params: tuple[str, str], label: str) -> str:
+        """``value`` rounded to the grid of a scale and a zero point, whose type decides the bits."""
+        kind = self.constants[params[1]].data_type
+        short = (onnx.TensorProto.UINT8, onnx.TensorProto.INT8)
+        domain = {} if kind in short else {"domain": CONTRIB}
         quantized, read = self.name(f"{label}.q"), self.name(f"{label}.dq")
-        q = helper.make_node("QuantizeLinear", [value, scale, zero], [quantized], quantized)
-        dq = helper.make_node("DequantizeLinear", [quantized, scale, zero], [read], read)
+        q = helper.make_node("QuantizeLinear", [value, *params], [quantized], quantized, **domain)
+        dq = helper.make_node("DequantizeLinear", [quantized, *params], [read], read, **domain)
         self.nodes.extend((q, dq))
         return read
 
@@ -201,10 +275,18 @@ class Emission:
     def value_constants(self, source: fx.Node) -> tuple[str, str]:
         """Names of the scale and zero point of a value; all that share a range share them."""
         owner = annotation(source).range_of
+        if f"{owner}.scale" in self.constants:
+            return f"{owner}.scale", f"{owner}.zero_point"
+        scale, zero, spec = self.value_params(source)
+        return self._pair_of(owner, scale, zero, integer_type(spec))
+
+    def _pair_of(
+        self, owner: str, scale: float, zero: int, kind: type[np.integer[Any]]
+    ) -> tuple[str, str]:
+        """Names of a scale and a zero point, stored once for each owner."""
         names = f"{owner}.scale", f"{owner}.zero_point"
         if names[0] not in self.constants:
-            scale, zero, spec = self.value_params(source)
-            arrays = np.array(scale, dtype=np.float32), np.array(zero, dtype=integer_type(spec))
+            arrays = np.array(scale, dtype=np.float32), np.array(zero, dtype=kind)
             for name, array in zip(names, arrays, strict=True):
                 self._taken.add(name)
                 self.constants[name] = numpy_helper.from_array(array, name)

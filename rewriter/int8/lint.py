@@ -188,6 +188,8 @@ def _why_float(node: fx.Node, made: onnx.NodeProto, view: _View) -> str:
         return "its weight is float"
     if view.made_by(made.input[0]) != "DequantizeLinear":
         return "its input is float"
+    if _reads_wide(node):
+        return "it reads 16 bits, for which ONNX Runtime has no integer kernel on CPU"
     if made.op_type in _FLOAT_ONLY:
         return _FLOAT_ONLY[made.op_type]
     if made.op_type in ("MatMul", "Gemm"):
@@ -210,6 +212,11 @@ def _why_float(node: fx.Node, made: onnx.NodeProto, view: _View) -> str:
     return f"its output is read in float by {', '.join(sorted(floats))}"
 
 
+def _reads_wide(node: fx.Node) -> bool:
+    reads = (v for v in node.all_input_nodes if v.name in annotation(node).reads)
+    return any(spec.bits > 8 for v in reads if (spec := annotation(v).output) is not None)
+
+
 def _is_fused(node: fx.Node) -> bool:
     """Whether the one reader of a value is an activation that the scheme fuses with it."""
     users = list(node.users)
@@ -228,6 +235,8 @@ def _split_patterns(view: _View) -> Iterator[Finding]:
         before = view.maker[q.input[0]]
         owner = _node_of(q)
         if before.op_type == "DequantizeLinear":
+            if q.domain != before.domain:
+                continue  # 8 bits become 16 or 16 become 8, as asked
             yield Finding("split_pattern", owner, "an int8 value is only given another range here")
         elif before.op_type in _CLIPS and view.made_by(before.input[0]) == "DequantizeLinear":
             source = view.maker[before.input[0]].input[0]

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import numpy as np
 import onnx
 import torch
 from onnx import helper
@@ -17,11 +18,13 @@ from torch import fx, nn
 from rewriter.errors import QuantizeError
 from rewriter.graph import find, is_call, module_of, outputs
 from rewriter.int8.emission import (
+    CONTRIB,
     IR_VERSION,
     OPSET,
     Emission,
     UnsupportedError,
     Value,
+    integer_type,
     onnx_type,
 )
 from rewriter.int8.onnx_functions import function_emitter
@@ -76,6 +79,8 @@ def _emit(
         e.nodes, type(gm).__name__, inputs, returned, list(e.constants.values())
     )
     opsets = [helper.make_opsetid("", OPSET)]
+    if any(n.domain == CONTRIB for n in e.nodes):
+        opsets.append(helper.make_opsetid(CONTRIB, 1))
     return helper.make_model(
         graph, opset_imports=opsets, ir_version=IR_VERSION, producer_name="quantfix"
     )
@@ -134,7 +139,8 @@ def _clip_is_free(e: Emission, node: fx.Node) -> bool:
     low = m.min_val if isinstance(m, nn.Hardtanh) else 0.0
     high = m.max_val if isinstance(m, nn.Hardtanh) else 6.0 if isinstance(m, nn.ReLU6) else None
     # QuantizeLinear saturates at the type's own bounds
-    least, most = (-128, 127) if spec.signed else (0, 255)
+    bounds = np.iinfo(integer_type(spec))
+    least, most = int(bounds.min), int(bounds.max)
     return round(low / scale) + zero <= least and (
         high is None or round(high / scale) + zero >= most
     )

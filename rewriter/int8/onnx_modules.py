@@ -82,7 +82,7 @@ def _convolution(e: Emission, node: fx.Node, m: Any) -> Value:
     if source in e.pads:
         left, right, top, bottom = e.pads[source]
         (inner,) = source.all_input_nodes
-        x = e.read(inner, source)  # the convolution reads the pad as the pad reads its input
+        x = e.read(inner, source, node)  # the convolution reads the pad as the pad reads its input
     else:
         x = e.read(source, node)
     begin, end = _padding(m)

@@ -90,6 +90,8 @@ class QuantScheme:
         name: what ``target:`` in a config says.
         weights: of convolutions; ``linear_weights`` of linear layers.
         activations: of all other values.
+        wide: of the values that a plan asks to be stored in 16 bits; None: the target has 8 bits
+            alone.
         fuses: activation modules that the target's kernels compute inside the operation before
             them, so that no int8 value exists between the two.
         shared_at: operations whose inputs and output must have one range ("cat", "add", "pool").
@@ -103,13 +105,16 @@ class QuantScheme:
     fuses: frozenset[type[nn.Module]]
     shared_at: frozenset[str] = field(default_factory=frozenset)
     engine: str = "onnxruntime"
+    # Not in repr: what was stored under the identity of a target without it keeps its name.
+    wide: QuantSpec | None = field(default=None, repr=False)
 
     @property
     def identity(self) -> str:
         """All of it as text that is the same in every process: ``repr`` gives a set in an order that is not."""
         plain = replace(self, fuses=frozenset(), shared_at=frozenset())
         fused = sorted(f"{t.__module__}.{t.__qualname__}" for t in self.fuses)
-        return f"{plain!r} {fused} {sorted(self.shared_at)}"
+        wide = "" if self.wide is None else f" {self.wide!r}"
+        return f"{plain!r} {fused} {sorted(self.shared_at)}{wide}"
 
 
 # What saturation of the int8 output can carry out by itself. ONNX Runtime's kernels absorb only
@@ -154,6 +159,9 @@ TARGETS: dict[str, QuantScheme] = {
             shared_at=frozenset({"cat", "pool"}),
             engine="simulate",
         ),
+        # as onnxruntime.quantization's get_qnn_qdq_config has it: uint8 values, single ones in
+        # uint16 by tensor_quant_overrides, and no linear layer with a scale per channel
+        replace(_ONNXRUNTIME, name="qnn", wide=QuantSpec(bits=16), engine="simulate"),
     )
 }
 

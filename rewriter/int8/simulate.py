@@ -95,22 +95,25 @@ class QuantizedLayer(nn.Module):
         return torch.func.functional_call(self.layer, tensors, (x,))
 
     def _kernel(self, x: Tensor, read: FakeQuantize, writes: float) -> Tensor:
-        """What an integer kernel computes: whole numbers, exact in float32, requantized by one factor."""
-        layer, device = self.layer, x.device
+        """What an integer kernel computes: whole numbers, exact in float32, requantized by one factor.
+
+        Products with 16-bit inputs need float64 to be exact.
+        """
+        layer, device, exact = self.layer, x.device, _exact_type(read.spec, x.dtype)
         if self._rounded is None or self._rounded.device != device:
             q = quantize_weight(layer.weight, self.scale, self.spec, self.axis)
-            self._rounded = q.to(layer.weight.dtype)
+            self._rounded = q.to(exact)
         step = self.scale * torch.tensor(read.scale, dtype=torch.float32, device=device)
         tensors = {"weight": self._rounded}
         if layer.bias is not None:
-            tensors["bias"] = torch.round(layer.bias.double() / step.double()).to(x.dtype)
-        whole = torch.round(read(x) / read.scale)
+            tensors["bias"] = torch.round(layer.bias.double() / step.double()).to(exact)
+        whole = torch.round(read(x) / read.scale).to(exact)
         total = torch.func.functional_call(layer, tensors, (whole,))
         factor = step / torch.tensor(writes, dtype=torch.float32, device=device)
         if factor.ndim:
             channels = total.ndim - 1 if isinstance(layer, nn.Linear) else 1
             factor = factor.view([-1 if d == channels else 1 for d in range(total.ndim)])
-        return torch.round(total * factor) * writes
+        return (torch.round(total * factor) * writes).to(x.dtype)
 
     def weight(self) -> Tensor:
         """The weight as int8 holds it; computed once while it is not being trained."""
@@ -225,6 +228,8 @@ def _add_integers(quantized: Quantized, gm: fx.GraphModule, by_name: dict[str, f
         if written is None or len(operands) != 2 or set(operands) != set(reads):
             continue
         values = [by_name[name] for name in operands]
+        if any(_spec(v).bits > 8 for v in (*values, written)):
+            continue  # ONNX Runtime has no such kernel for 16 bits
         params = [quantized.value_params(v) for v in (*values, written)]
         target = f"integer_{node.name}"
         gm.add_submodule(target, IntegerAdd(*params))
@@ -248,10 +253,19 @@ def _called(gm: fx.GraphModule, node: fx.Node) -> nn.Module | None:
 
 
 def _fake(quantized: Quantized, value: fx.Node) -> FakeQuantize:
+    low, high = quantized.calibration.values[annotation(value).range_of]
+    return FakeQuantize(*_spec(value).params(low, high), _spec(value))
+
+
+def _spec(value: fx.Node) -> QuantSpec:
     spec = annotation(value).output
     assert spec is not None, value.name
-    low, high = quantized.calibration.values[annotation(value).range_of]
-    return FakeQuantize(*spec.params(low, high), spec)
+    return spec
+
+
+def _exact_type(spec: QuantSpec, dtype: torch.dtype) -> torch.dtype:
+    """The type that holds sums of a layer's products exactly: 24 bits of mantissa are too few behind 16-bit inputs."""
+    return dtype if spec.bits <= 8 else torch.float64
 
 
 def switches(sim: fx.GraphModule) -> dict[str, nn.Module]:

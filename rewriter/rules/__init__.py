@@ -10,6 +10,7 @@ from rewriter.rules.equalize import Equalize
 from rewriter.rules.float_tail import FloatTail
 from rewriter.rules.fuse_expand import FuseExpand
 from rewriter.rules.keep_float import KeepFloat
+from rewriter.rules.keep_int16 import KeepInt16
 from rewriter.rules.merge_separable import MergeLinearSeparable, MergeSeparable
 from rewriter.rules.refine_ranges import RefineRanges
 from rewriter.rules.replace_block import ReplaceBlock
@@ -47,6 +48,7 @@ RULES: tuple[RewriteRule, ...] = (
     CorrectBias(),
     RoundWeights(),
     FloatTail(),
+    KeepInt16(),
     KeepFloat(),
 )
 

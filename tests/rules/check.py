@@ -7,7 +7,7 @@ import copy
 import torch
 from torch import Tensor, fx, nn
 
-from rewriter import Plan, Step, profile, rewrite, trace
+from rewriter import Plan, Step, profile, rewrite, target, trace
 from rewriter.graph import layers, walk
 from rewriter.plan import copy_graph
 from rewriter.rules import RewriteRule, Site
@@ -50,9 +50,11 @@ def calibration(shape: tuple[int, ...]) -> list[Tensor]:
     return [inputs(shape), inputs(shape, 4)]
 
 
-def graph_of(model: nn.Module, shape: tuple[int, ...]) -> fx.GraphModule:
-    """The profiled canonical graph of a model, in float64."""
+def graph_of(model: nn.Module, shape: tuple[int, ...], on: str = "") -> fx.GraphModule:
+    """The profiled canonical graph of a model, in float64; ``on`` which target, where rules are to know."""
     gm = trace(model, inputs(shape).float()).double()
+    if on:
+        gm.meta["scheme"] = target(on)
     profile(gm, calibration(shape))
     return gm
 
@@ -66,14 +68,18 @@ def flat(value: Tensor | tuple[Tensor, ...] | list[Tensor]) -> list[Tensor]:
 
 
 def rewrites(
-    rule: RewriteRule, model: nn.Module, shape: tuple[int, ...], sites: int | None = 1
+    rule: RewriteRule,
+    model: nn.Module,
+    shape: tuple[int, ...],
+    sites: int | None = 1,
+    on: str = "",
 ) -> fx.GraphModule:
     """Assert everything that the rule's contract says at each of its sites in ``model``.
 
     Returns:
         The graph rewritten at the first site.
     """
-    gm = graph_of(randomise(model), shape)
+    gm = graph_of(randomise(model), shape, on)
     found = sites_of(rule, gm)
     if sites is not None:
         assert len(found) == sites, list(rule.match(gm))
@@ -135,17 +141,19 @@ def assert_shapes(gm: fx.GraphModule, x: Tensor) -> None:
             assert said == tuple(value.shape), f"{node.name}: {said} != {tuple(value.shape)}"
 
 
-def refuses(rule: RewriteRule, model: nn.Module, reason: str, shape: tuple[int, ...]) -> None:
+def refuses(
+    rule: RewriteRule, model: nn.Module, reason: str, shape: tuple[int, ...], on: str = ""
+) -> None:
     """Assert that the rule has no site in ``model``, but a near miss with this reason."""
-    gm = graph_of(randomise(model), shape)
+    gm = graph_of(randomise(model), shape, on)
     assert not sites_of(rule, gm)
     reasons = [s.blocked for s in rule.match(gm)]
     assert any(reason in r for r in reasons), reasons
 
 
-def ignores(rule: RewriteRule, model: nn.Module, shape: tuple[int, ...]) -> None:
+def ignores(rule: RewriteRule, model: nn.Module, shape: tuple[int, ...], on: str = "") -> None:
     """Assert that the rule sees nothing in ``model``, not even a near miss."""
-    assert not list(rule.match(graph_of(randomise(model), shape)))
+    assert not list(rule.match(graph_of(randomise(model), shape, on)))
 
 
 def layer_count(gm: fx.GraphModule) -> int:

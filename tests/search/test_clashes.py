@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import nn
 
-from rewriter import Plan, Step, find_sites, profile, trace
+from rewriter import Plan, Step, find_sites, profile, target, trace
 from rewriter.errors import RewriteError
 from rewriter.plan import rewrite
 from search.clashes import clashes
@@ -34,10 +34,11 @@ class Blocks(nn.Module):
         return x.mean((2, 3))
 
 
-@pytest.fixture(scope="module")
-def gm() -> Any:
+@pytest.fixture(scope="module", params=["onnxruntime", "qnn"])
+def gm(request: pytest.FixtureRequest) -> Any:
     torch.manual_seed(0)
     gm = trace(Blocks().eval(), torch.randn(2, 3, 12, 12))
+    gm.meta["scheme"] = target(request.param)
     profile(gm, [torch.randn(4, 3, 12, 12)])
     return gm
 
@@ -59,13 +60,15 @@ def test_the_clashes_are_the_pairs_that_cannot_be_carried_out(gm: Any) -> None:
                                                 "densify_depthwise_4", "densify_depthwise_16")]  # fmt: skip
     assert splits
     assert replacing
-    kept = [s for s in steps if s.rule == "keep_float"]
+    kept = [s for s in steps if s.rule in ("keep_float", "keep_int16")]
     pairs = [(a, b) for a in replacing for b in splits]
     pairs += [(a, b) for a in splits for b in kept if a.anchor == b.anchor]
     refused = {frozenset(pair) for pair in pairs if not carried_out(gm, Plan(pair))}
     assert found == refused
     rules = {" ".join(sorted(s.rule for s in pair)) for pair in found}
     assert rules >= {"replace_block split_range_2", "keep_float split_head_2"}
+    # of a split head nothing is stored in int8 any more
+    assert ("keep_int16 split_head_2" in rules) == (gm.meta["scheme"].wide is not None)
 
 
 def test_plans_of_the_space_can_be_carried_out(gm: Any) -> None:
