@@ -1,26 +1,26 @@
-"""Fit one new layer so that the whole network answers as before: natural-gradient steps.
+"""Fit one new layer, and the few after it, so that the whole network answers as before.
 
 The closed form makes the layer's values right in the mean square, but the network does not need
-all of them equally. With w the layer's weights, D the mean damage (KL divergence for class scores,
-relative squared error for other outputs), J the derivatives of random projections of the answers,
-one row for each input and draw (so that J'J is the Gauss-Newton matrix of D), and A = x'x / n of
-the closed form, a step of a few inputs solves
+all of them equally, and one layer in place of two cannot make all of them right. So the layers
+that read what it makes are moved with it: Adam on the mean damage (KL divergence for class scores,
+relative squared error for other outputs) against the original network's answers, at a rate that
+falls to nothing. A layer's rate is a share of its own weights' size, so that networks of any scale
+are fitted alike. The new layer's input and weights are rounded to int8 all the while (the gradient
+passes straight through), and the weights that come out lie on the int8 grid: in float they give
+what they give in int8.
 
-    (J'J + mu A) d = -(grad D + mu A (w - w_closed))        w <- w + rate d
-
-through the rows of J (Woodbury), so that a layer of any size costs one n x n solution. The
-weights' mean over an epoch counts, and the epoch with the least damage on inputs held out wins;
-the closed form stays where none is better. The layer's input is rounded to
-int8 all the while. Its weights are rounded when damage is measured; the gradient is taken once at
-the rounded weights (straight through; better where one scale serves the whole layer) and once
-at the float ones (better where rounding is fine), and the better result is kept.
-Source: Amari, 1998 (doi:10.1162/089976698300017746); Schraudolph, 2002
-(doi:10.1162/08997660260028683); Polyak and Juditsky, 1992.
+What comes before the new layer is computed once for each input, and only what follows it is run
+at each step. How many inputs, views and steps there are follows from the network's
+multiply-accumulates, not from a clock: the same fit comes out on any machine. The epoch with the
+least damage on inputs held out wins; the closed form stays where none is better.
+Source: block-wise distillation, Li et al., 2020 (arXiv:1911.13053); Kingma and Ba, 2015
+(arXiv:1412.6980); straight-through gradients, Bengio et al., 2013 (arXiv:1308.3432).
 """
 
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -29,6 +29,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
+from rewriter.cost import layer_macs
 from rewriter.fidelity import (
     OutputGroups,
     is_class_output,
@@ -36,7 +37,7 @@ from rewriter.fidelity import (
     output_groups,
     relative_error,
 )
-from rewriter.graph import module_of, outputs, run_node
+from rewriter.graph import module_of, outputs, run_node, walk
 from rewriter.int8.scheme import (
     QuantScheme,
     channel_axis,
@@ -44,33 +45,43 @@ from rewriter.int8.scheme import (
     fake_quantize,
     weight_scale,
 )
-from rewriter.least_squares import NormalEquations, unfold
 
 log = logging.getLogger(__name__)
 Batches = Sequence[Tensor | tuple[Tensor, ...]]
 
-EPOCHS = 3
-RATE = 0.3
-ROWS = 400
-# The rows of J are kept in this many numbers at most.
-NUMBERS = 4e7
-DAMPING = 10.0
-# Inputs in one backward pass.
+# Multiply-accumulates that the steps of one fit may cost: about a minute of one core.
+BUDGET = 6e11
+# Inputs that all steps together see at most, and passes over the views that are wanted at least.
+SEEN = 2560
+EPOCHS = 4
+# Each image is seen in this many views at most: as it is, and mirrored or enlarged by up to a half.
+VIEWS = 8
+# What the kept inputs of the new layer may take, in bytes.
+MEMORY = 2**29
+# Step of each weight, as a share of the root mean square of its layer's weights.
+RATE = 1.5e-3
+# Inputs in one step; every fifth input is held out.
 PIECE = 10
-# Each image is seen as it is, and in this many views in all: mirrored and enlarged by up to a
-# half.
-VIEWS = 4
+HELD = 5
 
 
 @dataclass
 class _Student:
-    """The rewritten network around its new layer."""
+    """The rewritten network from its new layer on."""
 
     gm: fx.GraphModule
     node: fx.Node
     scheme: QuantScheme
     input_scale: tuple[float, int]
-    rounded: bool = True
+
+    def __post_init__(self) -> None:
+        self.after: set[fx.Node] = {self.node}
+        for n in self.gm.graph.nodes:
+            if self.after & set(n.all_input_nodes):
+                self.after.add(n)
+        ends = outputs(self.gm)
+        reads = {r for n in self.after if n.op != "output" for r in n.all_input_nodes}
+        self.border = (reads | set(ends)) - self.after
 
     @property
     def layer(self) -> nn.Conv2d:
@@ -78,38 +89,36 @@ class _Student:
         assert isinstance(layer, nn.Conv2d)
         return layer
 
-    def run(
-        self, inputs: tuple[Tensor, ...], differentiate: bool
-    ) -> tuple[list[Tensor], Tensor, Tensor]:
-        """The answers, the layer's input as it reads it, and its output."""
-        values: dict[fx.Node, Any] = {}
-        feed = iter(inputs)
-        x = z = torch.empty(0)
-        with torch.set_grad_enabled(differentiate):
-            for node in self.gm.graph.nodes:
-                if node is self.node:
-                    source = node.args[0]
-                    assert isinstance(source, fx.Node)
-                    with torch.no_grad():
-                        x = fake_quantize(
-                            values[source], *self.input_scale, self.scheme.activations
-                        )
-                        weight = self.layer.weight
-                        if self.rounded:
-                            weight = rounded_weight(self.layer, self.scheme)
-                        z = torch.func.functional_call(self.layer, {"weight": weight}, (x,))
-                    z.requires_grad_(differentiate)
-                    values[node] = z
-                elif node.op != "output":
-                    values[node] = run_node(self.gm, node, values, feed)
-        return [values[n] for n in outputs(self.gm)], x, z
+    def before(self, inputs: tuple[Tensor, ...]) -> dict[fx.Node, Any]:
+        """What the new layer and the nodes after it read."""
+        with torch.no_grad():
+            return {n: v for n, v in walk(self.gm, inputs) if n in self.border}
 
-    def gradients(self, x: Tensor, g: Tensor) -> Tensor:
-        """(N, groups, K, O / groups) derivative of each score by the weights, the bias last."""
-        groups = self.layer.groups
-        patches = unfold(self.layer, x).unflatten(1, (groups, -1))
-        patches = F.pad(patches, (0, 0, 0, 1), value=1.0)
-        return patches @ g.flatten(2).unflatten(1, (groups, -1)).mT
+    def run(self, known: dict[fx.Node, Any]) -> list[Tensor]:
+        """The answers."""
+        values = dict(known)
+        for node in self.gm.graph.nodes:
+            if node is self.node:
+                source = node.args[0]
+                assert isinstance(source, fx.Node)
+                x = fake_quantize(values[source], *self.input_scale, self.scheme.activations)
+                weight = self.layer.weight
+                # rounded, and with the gradient as if it were not
+                weight = weight + (rounded_weight(self.layer, self.scheme) - weight.detach())
+                values[node] = torch.func.functional_call(self.layer, {"weight": weight}, (x,))
+            elif node in self.after and node.op != "output":
+                values[node] = run_node(self.gm, node, values)
+        return [values[n] for n in outputs(self.gm)]
+
+    def macs(self) -> int:
+        """Multiply-accumulates from the new layer on, for one input."""
+        names = {n.name for n in self.after}
+        return sum(m for name, m in layer_macs(self.gm).items() if name in names)
+
+    def numbers(self) -> int:
+        """Size of what is kept of one input."""
+        shapes = [n.meta.get("shape") for n in self.border if n.op != "get_attr"]
+        return sum(math.prod(s) for s in shapes if isinstance(s, tuple))
 
 
 def rounded_weight(layer: nn.Conv2d, scheme: QuantScheme) -> Tensor:
@@ -134,187 +143,153 @@ class _Damage:
             return kl_divergence(answers[0], reference[0])
         return relative_error(answers, reference, self.groups)
 
-    def score(
-        self, answers: list[Tensor], reference: list[Tensor], generator: torch.Generator
-    ) -> Tensor:
-        """A number whose gradient's second moment is the Gauss-Newton matrix of the damage."""
-        if self.classes:
-            log_p = answers[0].log_softmax(1)
-            p = log_p.detach().exp().cpu()  # where the generator is
-            drawn = torch.multinomial(p, 1, generator=generator)
-            return log_p.gather(1, drawn.to(log_p.device)).sum()
-        with torch.enable_grad():
-            moved = [(r + 1).requires_grad_() for r in reference]  # the damage is sum w (a - r)^2
-            twice = torch.autograd.grad(self(moved, reference).sum(), moved)
-        total = answers[0].new_zeros(())
-        for answer, weight in zip(answers, twice, strict=True):
-            drawn = torch.randint(0, 2, answer.shape, generator=generator, device="cpu")
-            signs = drawn.to(answer) * 2 - 1
-            total = total + (answer * signs * weight.sqrt()).sum()
-        return total
+
+@dataclass(frozen=True)
+class _Amounts:
+    """How much of everything one fit takes."""
+
+    images: int
+    views: int
+    epochs: int
+
+
+def amounts(images: int, macs: int, numbers: int) -> _Amounts:
+    """What is affordable.
+
+    Args:
+        images: inputs at hand.
+        macs: of one input from the new layer on.
+        numbers: that are kept of one view of one input.
+    """
+    # forwards, and the gradient back through the same layers twice
+    seen = min(SEEN, int(BUDGET / (3 * max(1, macs))))
+    kept = MEMORY // (4 * max(1, numbers))
+    images = max(min(images, seen, kept), min(images, 2 * PIECE))
+    views = max(1, min(VIEWS, seen // (EPOCHS * images), kept // images))
+    return _Amounts(images, views, max(1, round(seen / (images * views))))
 
 
 def distil(
     teacher: fx.GraphModule,
     rewritten: fx.GraphModule,
     node: fx.Node,
-    equations: NormalEquations,
     batches: Batches,
     scheme: QuantScheme,
     input_scale: tuple[float, int],
+    neighbours: Sequence[fx.Node] = (),
     seed: int = 0,
 ) -> int:
-    """Improve the weights of the new layer ``node`` of ``rewritten``, in place.
+    """Improve the weights of the new layer ``node`` of ``rewritten`` and of its neighbours, in place.
 
     Args:
         teacher: the original network.
         rewritten: the same with the new layer, whose weights are the closed form's.
         node: the new layer.
-        equations: those of the closed form.
         batches: unlabelled inputs; every fifth is held out.
-        scheme: how the weights and the input are rounded.
-        input_scale: scale and zero point of the layer's input.
-        seed: of the projections.
+        scheme: how the new layer's weights and input are rounded.
+        input_scale: scale and zero point of the new layer's input.
+        neighbours: layers after it that are moved with it.
+        seed: of the views and of the order of the inputs.
 
     Returns:
         The number of steps that were kept.
     """
     student = _Student(rewritten, node, scheme, input_scale)
-    pieces = list(_views(_pieces(batches), seed))
-    with torch.no_grad():
-        answers = [_answers(teacher, p) for p in pieces]
+    inputs = _joined(batches)
+    amount = amounts(len(inputs[0]), student.macs(), student.numbers())
+    chosen = range(amount.images)
+    held = [i for i in chosen if i % HELD == 0]
+    used = [i for i in chosen if i % HELD] or held
+    generator = torch.Generator().manual_seed(seed)
+    data = _seen(teacher, student, inputs, used, amount.views, generator)
+    judges = _seen(teacher, student, inputs, held, min(2, amount.views), generator)
+    answers = [a for _, a in (*data, *judges)]
     if not all(a.is_floating_point() for a in answers[0]):
         return 0
     damage = _Damage([torch.cat(a) for a in zip(*answers, strict=True)], teacher.meta.get("kind"))
-    data = list(zip(pieces, answers, strict=True))
-    # all views of an input are on the same side
-    held = [d for i, d in enumerate(data) if i // VIEWS % 5 == 0]
-    used = [d for i, d in enumerate(data) if i // VIEWS % 5] or held
-    solver = _Solver(student, equations, damage, used, seed)
-    closed = equations.weights()
-    best, least, kept = closed, _mean_damage(student, damage, held), 0
+    groups = list(_groups([module_of(rewritten, n) for n in (node, *neighbours)]))
+    weights: list[Tensor] = [w for g in groups for w in g["params"]]
+    optimizer = torch.optim.Adam(groups)
+    total = amount.epochs * len(data)
+    falling = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, total)
+    best, least, kept = [w.detach().clone() for w in weights], _mean(student, damage, judges), 0
     first = least
-    for rounded in (True, False):
-        weights, done = closed, 0
-        for epoch in range(EPOCHS):
-            mean = torch.zeros_like(weights)
-            student.rounded = rounded
-            for piece in used:
-                rate = RATE * (1 - done / (EPOCHS * len(used)))
-                equations.set_weights(weights)
-                gradient = _gradient(student, damage, [piece])
-                weights = weights + rate * solver.step(gradient, weights, DAMPING)
-                mean += weights / len(used)
-                done += 1
-            student.rounded = True
-            equations.set_weights(mean)  # over an epoch the noise of single pieces cancels
-            found = _mean_damage(student, damage, held)
-            log.debug("%s: epoch %d: held-out damage %.4g", node.name, epoch, found)
-            if found < least:
-                best, least, kept = mean, found, done
-    equations.set_weights(best)
-    log.info("%s: held-out damage %.4g -> %.4g in %d steps", node.name, first, least, kept)
+    log.info("%s: %d steps of %d inputs", node.name, total, PIECE)
+    for w in weights:
+        w.requires_grad_(True)
+    for epoch in range(amount.epochs):
+        for i in torch.randperm(len(data), generator=generator, device="cpu").tolist():
+            known, reference = data[i]
+            optimizer.zero_grad()
+            damage(student.run(known), reference).mean().backward()
+            optimizer.step()
+            falling.step()
+        found = _mean(student, damage, judges)
+        log.info(
+            "%s: %d of %d steps: held-out damage %.4g (%.4g before)",
+            node.name,
+            (epoch + 1) * len(data),
+            total,
+            found,
+            first,
+        )
+        if found < least:
+            best, least = [w.detach().clone() for w in weights], found
+            kept = (epoch + 1) * len(data)
+    for w, value in zip(weights, best, strict=True):
+        w.requires_grad_(False).copy_(value)
+        w.grad = None
+    if kept:
+        # biases were fitted to these: what rounding adds to a sum of many inputs has a mean
+        student.layer.weight.copy_(rounded_weight(student.layer, scheme))
     return kept
 
 
-class _Solver:
-    """J and A of a layer, and steps from them."""
-
-    def __init__(
-        self,
-        student: _Student,
-        equations: NormalEquations,
-        damage: _Damage,
-        data: list[tuple[tuple[Tensor, ...], list[Tensor]]],
-        seed: int,
-    ) -> None:
-        generator = torch.Generator().manual_seed(seed)
-        size = equations.xy.numel()
-        images = sum(len(inputs[0]) for inputs, _ in data)
-        rows = max(images, min(ROWS, int(NUMBERS / size)))
-        draws = max(1, rows // images)
-        found: list[Tensor] = []
-        for inputs, reference in data:
-            answers, x, z = student.run(inputs, differentiate=True)
-            for draw in range(draws):
-                score = damage.score(answers, reference, generator)
-                (g,) = torch.autograd.grad(score, z, retain_graph=draw < draws - 1)
-                each = student.gradients(x, g)
-                # an input may be a sequence, whose frames are so many rows of the layer's input
-                found.append(each.unflatten(0, (len(inputs[0]), -1)).sum(1))
-        rows_of = torch.cat(found).double() / (images * draws) ** 0.5  # (n, groups, K, O / groups)
-        total = equations.xx[:, -1:, -1:].clamp_min(1.0)
-        a = equations.xx / total
-        ridge = a.diagonal(dim1=1, dim2=2).mean(1) * 1e-6
-        a = a + ridge[:, None, None] * torch.eye(a.shape[1], dtype=a.dtype, device=a.device)
-        self.factor = torch.linalg.cholesky(a)  # (groups, K, K)
-        self.closed = equations.weights()
-        self.white = self._whiten(rows_of)  # J L^-T
-        self.gram = self.white.flatten(1) @ self.white.flatten(1).mT  # (n, n)
-        # mu = 1: both terms have the same mean eigenvalue in the whitened space
-        self.unit = float(self.gram.trace()) / self.white[0].numel()
-
-    def _whiten(self, v: Tensor) -> Tensor:
-        """L^-1 v along K; v is (..., groups, K, O / groups)."""
-        return torch.linalg.solve_triangular(self.factor, v, upper=False)
-
-    def step(self, gradient: Tensor, weights: Tensor, damping: float) -> Tensor:
-        """The change of the weights (groups, K, O / groups) at this damping."""
-        mu = damping * self.unit
-        pull = self.factor.mT @ (weights - self.closed)  # in the whitened space A is the identity
-        b = -(self._whiten(gradient) + mu * pull)
-        n = len(self.gram)
-        eye = torch.eye(n, dtype=self.gram.dtype, device=self.gram.device)
-        inner = self.gram + mu * eye
-        rows = self.white.flatten(1)
-        solved = torch.linalg.solve(inner, rows @ b.flatten())
-        d = (b.flatten() - rows.mT @ solved) / mu
-        return torch.linalg.solve_triangular(self.factor.mT, d.view_as(b), upper=True)
+def _groups(layers: Sequence[nn.Module]) -> Iterator[dict[str, Any]]:
+    """The weights of each layer with their rate."""
+    for layer in layers:
+        found = [p for p in (layer.weight, layer.bias) if isinstance(p, nn.Parameter)]
+        size = float(found[0].detach().square().mean().sqrt())
+        yield {"params": found, "lr": RATE * size}
 
 
-def _gradient(
-    student: _Student, damage: _Damage, data: list[tuple[tuple[Tensor, ...], list[Tensor]]]
-) -> Tensor:
-    """(groups, K, O / groups) gradient of the mean damage."""
-    total: Tensor | None = None
-    images = 0
-    for inputs, reference in data:
-        answers, x, z = student.run(inputs, differentiate=True)
-        (g,) = torch.autograd.grad(damage(answers, reference).sum(), z)
-        part = student.gradients(x, g).double().sum(0)
-        total = part if total is None else total + part
-        images += len(inputs[0])
-    assert total is not None
-    return total / images
+def _joined(batches: Batches) -> tuple[Tensor, ...]:
+    parts = [b if isinstance(b, tuple) else (b,) for b in batches]
+    return tuple(torch.cat(x) for x in zip(*parts, strict=True))
 
 
-def _mean_damage(
-    student: _Student, damage: _Damage, data: list[tuple[tuple[Tensor, ...], list[Tensor]]]
-) -> float:
-    total, images = 0.0, 0
-    for inputs, reference in data:
-        answers, _, _ = student.run(inputs, differentiate=False)
-        total += float(damage(answers, reference).sum())
-        images += len(inputs[0])
-    return total / images
+_Seen = list[tuple[dict[fx.Node, Any], list[Tensor]]]
 
 
-def _answers(gm: fx.GraphModule, inputs: tuple[Tensor, ...]) -> list[Tensor]:
-    values: dict[fx.Node, Any] = {}
-    feed = iter(inputs)
-    for node in gm.graph.nodes:
-        if node.op != "output":
-            values[node] = run_node(gm, node, values, feed)
-    return [values[n] for n in outputs(gm)]
+def _seen(
+    teacher: fx.GraphModule,
+    student: _Student,
+    inputs: tuple[Tensor, ...],
+    rows: list[int],
+    views: int,
+    generator: torch.Generator,
+) -> _Seen:
+    """Views of some inputs, a few at a time: what the new layer on reads, and the teacher's answers."""
+    found: _Seen = []
+    for view in range(views):
+        order = torch.randperm(len(rows), generator=generator, device="cpu").tolist()
+        for start in range(0, len(rows), PIECE):
+            some = [rows[i] for i in order[start : start + PIECE]]
+            piece = tuple(x[some] for x in inputs)
+            if view:
+                images = [random_view(x[None], view % 2 == 1, generator) for x in piece[0]]
+                piece = (torch.cat(images), *piece[1:])
+            with torch.no_grad():
+                ends = outputs(teacher)
+                values = {n: v for n, v in walk(teacher, piece) if n in ends}
+            found.append((student.before(piece), [values[n] for n in ends]))
+    return found
 
 
-def _views(pieces: Iterator[tuple[Tensor, ...]], seed: int) -> Iterator[tuple[Tensor, ...]]:
-    """Every piece ``VIEWS`` times: as it is, then (if of images) mirrored and cut out."""
-    generator = torch.Generator().manual_seed(seed)
-    for inputs in pieces:
-        yield inputs
-        for view in range(1, VIEWS):
-            yield (random_view(inputs[0], view % 2 == 1, generator), *inputs[1:])
+def _mean(student: _Student, damage: _Damage, data: _Seen) -> float:
+    with torch.no_grad():
+        parts = [damage(student.run(known), reference) for known, reference in data]
+    return float(torch.cat(parts).mean())
 
 
 def random_view(x: Tensor, mirror: bool, generator: torch.Generator) -> Tensor:
@@ -334,9 +309,3 @@ def random_view(x: Tensor, mirror: bool, generator: torch.Generator) -> Tensor:
     window = x[:, :, top : top + height, left : left + width]
     window = window.flip(3) if mirror else window
     return F.interpolate(window, size, mode="bilinear", align_corners=False)
-
-
-def _pieces(batches: Batches) -> Iterator[tuple[Tensor, ...]]:
-    for batch in batches:
-        inputs = batch if isinstance(batch, tuple) else (batch,)
-        yield from zip(*(x.split(PIECE) for x in inputs), strict=True)

@@ -1,12 +1,13 @@
 """Weights for approximate rewrites, without labels, from a few hundred unlabelled inputs.
 
 First in closed form, to give the values that the replaced layers gave
-(``rewriter.least_squares``); then by a few steps of Gauss-Newton so that the *network* gives what
-it gave (``rewriter.distil``).
+(``rewriter.least_squares``); then by gradient steps so that the *network* gives what it gave
+(``rewriter.distil``), which move the few layers after the new one with it.
 
 Each approximate step is fitted alone, against the original network, so that a fit belongs to a
-(site, rule) and
-not to a plan: a plan with ten such steps is assembled from ten fits, in whatever combination.
+(site, rule) and not to a plan: a plan with ten such steps is assembled from ten fits. Where steps
+of a plan are so close that one would move a layer that another replaces or moves too, it takes the
+weights of a second fit, that of its new layer alone.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ from torch import Tensor, fx, nn
 
 from rewriter.distil import distil, rounded_weight
 from rewriter.errors import PlanError, QuantizeError
-from rewriter.graph import layers, module_of, walk
+from rewriter.graph import find, layers, module_of, walk
 from rewriter.int8.scheme import QuantScheme, fake_quantize
 from rewriter.least_squares import NormalEquations
 from rewriter.plan import Plan, Step, copy_graph, rewrite, rule_named
@@ -31,7 +32,9 @@ log = logging.getLogger(__name__)
 Batches = Sequence[Tensor | tuple[Tensor, ...]]
 
 # Raised whenever a fit comes out differently, so that stored ones are not taken for it.
-VERSION = 4
+VERSION = 5
+# Layers after the new one that are fitted with it: about the next block.
+NEIGHBOURS = 3
 RIDGES = (1e-7, 1e-5, 1e-4, 1e-3, 1e-2)
 
 
@@ -45,7 +48,7 @@ class FitReport:
             replaces.
         error_int8: the same with its weights and its input in int8.
         images: number of inputs it was fitted on.
-        steps: steps of Gauss-Newton that were kept, 0 for the closed form alone.
+        steps: gradient steps that were kept, 0 for the closed form alone.
         seconds: what the fit took when it was made.
     """
 
@@ -97,6 +100,7 @@ def fit(
     reports: list[FitReport] = []
     teacher: fx.GraphModule | None = None
     moved: list[tuple[Tensor, ...]] = []
+    near = neighbours(gm, plan) if distilled else {}
     for step in plan.steps:
         rule = rule_named(step.rule)
         if rule.contract != "approximate":
@@ -106,14 +110,16 @@ def fit(
         name, found = "", None
         if store is not None:
             what = (str(step), str(rule.version), str(VERSION), str(distilled), str(seed))
-            name = key([graph_digest(gm), data_digest(batches), scheme.identity, *what])
+            also = near.get(step, ())
+            name = key([graph_digest(gm), data_digest(batches), scheme.identity, *what, *also])
             found = load(store, name)
         if found is None:
             if teacher is None:
                 teacher = gm if device == "cpu" else copy_graph(gm).to(device)
                 moved = [tuple(x.to(device) for x in _tuple(b)) for b in batches]
             alone = rewrite(gm, Plan((step,))).to(device)
-            state, report = _fit_step(teacher, alone, step, moved, scheme, seed, distilled)
+            after = near.get(step, ()) if distilled else None
+            state, report = _fit_step(teacher, alone, step, moved, scheme, seed, after)
             if store is not None:
                 save_to(store, name, state, asdict(report))
         else:
@@ -130,8 +136,9 @@ def _fit_step(
     batches: Sequence[tuple[Tensor, ...]],
     scheme: QuantScheme,
     seed: int,
-    distilled: bool,
+    after: tuple[str, ...] | None,
 ) -> tuple[dict[str, Tensor], FitReport]:
+    """Fit one step; ``after``: the layers to fit with it, or None for the closed form alone."""
     start = time.perf_counter()
     node = fitted_layer(alone, step)
     layer = module_of(alone, node)
@@ -151,19 +158,66 @@ def _fit_step(
             equations.add(fake_quantize(x, *scale, scheme.activations), y)
     _solve(layer, equations, scheme)
     steps = 0
-    if distilled:
-        steps = distil(gm, alone, node, equations, batches, scheme, scale, seed)
+    also = [find(alone, name) for name in after or ()]
+    if after is not None:
+        steps = distil(gm, alone, node, batches, scheme, scale, also, seed)
     error = equations.error()
     seconds = time.perf_counter() - start
     report = FitReport(
         str(step), error, _int8_error(layer, equations, scheme), images, steps, seconds
     )
     log.info("%s: relative error %.4f, %d steps, %.1f s", step, error, steps, seconds)
+    owners = [("", layer), *((f"{n.name}.", module_of(alone, n)) for n in also if steps)]
     state = {
-        "weight": layer.weight.detach().cpu().clone(),
-        "bias": layer.bias.detach().cpu().clone(),
+        owner + name: value.detach().cpu().clone()
+        for owner, module in owners
+        for name, value in module.state_dict().items()
     }
     return state, report
+
+
+def neighbours(gm: fx.GraphModule, plan: Plan) -> dict[Step, tuple[str, ...]]:
+    """The layers that are fitted with each approximate step of a plan, by name.
+
+    They are the next ``NEIGHBOURS`` layers that depend on the new one; none where another step of the plan
+    replaces one of them or has it for a neighbour already.
+
+    Args:
+        gm: canonical graph of the original network.
+        plan: what is to be done to it.
+    """
+    sites: dict[Step, tuple[str, ...]] = {}
+    for step in plan.steps:
+        rule = rule_named(step.rule)
+        if rule.contract != "annotation" and rule.exclusive and rule.stage == "replace":
+            sites |= {step: s.nodes for s in rule.match(gm) if s.anchor == step.anchor}
+    found: dict[Step, tuple[str, ...]] = {}
+    for step, nodes in sites.items():
+        if rule_named(step.rule).contract != "approximate":
+            continue
+        near = _followers(gm, nodes)
+        others = {n for s, other in sites.items() if s != step for n in other}
+        others |= {n for other in found.values() for n in other}
+        found[step] = () if others & set(near) else near
+    return found
+
+
+def _followers(gm: fx.GraphModule, nodes: tuple[str, ...]) -> tuple[str, ...]:
+    """Names of the next layers that depend on the last of some nodes."""
+    after = {find(gm, nodes[-1])}
+    weighted = layers(gm)
+    calls = [n.target for n in weighted]
+    found: list[str] = []
+    for node in gm.graph.nodes:
+        if not after & set(node.all_input_nodes):
+            continue
+        after.add(node)
+        # a layer that is called twice is not the next one alone
+        if node in weighted and node.name not in nodes and calls.count(node.target) == 1:
+            found.append(node.name)
+            if len(found) == NEIGHBOURS:
+                break
+    return tuple(found)
 
 
 def fitted_layer(gm: fx.GraphModule, step: Step) -> fx.Node:

@@ -89,9 +89,10 @@ def rewrite(
     Args:
         gm: canonical graph; it is not touched.
         plan: what to do.
-        weights: fitted tensors of the layer that an approximate step makes, by ``str(step)``. They
-            are put in before the next step is applied, so that an exact rule divides or scales the
-            fitted layer.
+        weights: fitted tensors of the layer that an approximate step makes, by ``str(step)``, and
+            of layers after it that were fitted with it, their names before a dot. They are put in
+            before the next step is applied, so that an exact rule divides or scales the fitted
+            layers.
         facts: what the rules of the whole model may read in the copy's meta ("scheme": the
             target).
 
@@ -120,12 +121,21 @@ def rewrite(
 
 
 def _load(gm: fx.GraphModule, step: Step, state: Mapping[str, Tensor]) -> None:
-    """Put fitted tensors into the layer that ``step`` has just made, in place."""
-    if state:
-        made = [n for n in layers(gm) if n.meta.get("rewritten_by") == str(step)]
-        if len(made) != 1:
-            raise PlanError(f"{step}: {len(made)} layers for the fitted weights, expected 1")
-        module_of(gm, made[0]).load_state_dict(dict(state))
+    """Put fitted tensors into the layer that ``step`` has just made, and those after it, in place."""
+    if not state:
+        return
+    made = [n for n in layers(gm) if n.meta.get("rewritten_by") == str(step)]
+    if len(made) != 1:
+        raise PlanError(f"{step}: {len(made)} layers for the fitted weights, expected 1")
+    owners = {"": made[0]} | {n.name: n for n in layers(gm)}
+    found: dict[str, dict[str, Tensor]] = {}
+    for path, value in state.items():
+        owner, _, name = path.rpartition(".")
+        found.setdefault(owner, {})[name] = value
+    for owner, tensors in found.items():
+        if owner not in owners:
+            raise PlanError(f"{step}: its fitted weights are of {owner!r} too, which is not there")
+        module_of(gm, owners[owner]).load_state_dict(tensors)
 
 
 def _site(

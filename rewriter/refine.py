@@ -67,12 +67,12 @@ def refine(
         for node, twin in twins.items():
             if node.op == "output":
                 break
-            for values, feed in zip(exact, feeds, strict=True):
-                values[node] = run_node(
-                    quantized.gm, node, _clipped(quantized, node, values), feed[0]
-                )
+            clipped = [_clipped(quantized, node, values) for values in exact]
+            for values, reads, feed in zip(exact, clipped, feeds, strict=True):
+                values[node] = run_node(quantized.gm, node, reads, feed[0])
             if is_layer(gm, node) and annotation(node).weight is not None:
-                _repair(result, twin, node, exact, rounded, repairs)
+                wanted = [values[node] for values in exact]
+                _repair(result, twin, node, clipped, wanted, rounded, repairs)
             else:
                 for values, feed in zip(rounded, feeds, strict=True):
                     values[twin] = run_node(gm, twin, _as_read(result, twin, values), feed[1])
@@ -155,11 +155,22 @@ def _repair(
     quantized: Quantized,
     node: fx.Node,
     original: fx.Node,
-    exact: list[dict[fx.Node, Any]],
+    clipped: list[dict[fx.Node, Any]],
+    exact: list[Tensor],
     rounded: list[dict[fx.Node, Any]],
     repairs: frozenset[str],
 ) -> None:
-    """Choose the layer's int8 weights and bias, and run it."""
+    """Choose the layer's int8 weights and bias, and run it.
+
+    Args:
+        quantized: the network under repair; it is edited.
+        node: the layer in it.
+        original: the layer in the network as it was.
+        clipped: what the original reads, for each batch.
+        exact: what it gives.
+        rounded: the values of the network under repair.
+        repairs: what to do.
+    """
     layer: Any = module_of(quantized.gm, node)
     spec = annotation(node).weight
     source = node.args[0]
@@ -169,14 +180,13 @@ def _repair(
     if "rounding" in repairs and is_call(quantized.gm, node, nn.Conv1d, nn.Conv2d, nn.Linear):
         before = original.args[0]
         assert isinstance(before, fx.Node)
-        wanted = [_clipped(quantized, original, values)[before] for values in exact]
-        _round(quantized, node, layer, spec, wanted, inputs)
+        _round(quantized, node, layer, spec, [reads[before] for reads in clipped], inputs)
     scale = quantized.calibration.weights[node.name]
     weight = dequantized_weight(layer.weight, scale, spec, channel_axis(layer, spec))
     made = [torch.func.functional_call(layer, {"weight": weight}, (x,)) for x in inputs]
     if repairs & {"biases", "rounding"}:
         axis = made[0].ndim - 1 if isinstance(layer, nn.Linear) else 1
-        shift = _mean([values[original] for values in exact], axis) - _mean(made, axis)
+        shift = _mean(exact, axis) - _mean(made, axis)
         old = layer.bias.double() if layer.bias is not None else 0.0
         layer.bias = nn.Parameter((old + shift).to(layer.weight.dtype), requires_grad=False)
         wide = shift.to(made[0]).view([-1 if d == axis else 1 for d in range(made[0].ndim)])
