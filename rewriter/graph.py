@@ -168,7 +168,13 @@ def _record_structure(gm: fx.GraphModule) -> None:
 
 def module_of(gm: fx.GraphModule, node: fx.Node) -> Any:
     """The module that a ``call_module`` node calls (Any: its attributes depend on its class)."""
-    return gm.get_submodule(str(node.target))
+    target = str(node.target)
+    found: Any = gm
+    for part in target.split("."):  # get_submodule asks twice for each part, and rules ask often
+        found = found._modules.get(part)
+        if found is None:
+            return gm.get_submodule(target)
+    return found
 
 
 def is_call(gm: fx.GraphModule, node: Any, *kinds: type[nn.Module]) -> bool:

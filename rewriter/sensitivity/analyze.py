@@ -49,7 +49,7 @@ STEADY = 0.985
 SCREEN_PASSES = 5.0
 # Racing: a layer stops when it is sure (by so many standard errors of paired differences) whether
 # it is the first, and whether it is one of the leaders; the order within these is left to chance.
-APART = 2.5
+APART = 2.0
 # With all layers, one stops when it is surely (this many standard errors) below this share of the
 # last of the top.
 SURE = 3.0
