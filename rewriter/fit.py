@@ -190,7 +190,9 @@ def neighbours(gm: fx.GraphModule, plan: Plan) -> dict[Step, tuple[str, ...]]:
     for step in plan.steps:
         rule = rule_named(step.rule)
         if rule.contract != "annotation" and rule.exclusive and rule.stage == "replace":
-            sites |= {step: s.nodes for s in rule.match(gm) if s.anchor == step.anchor}
+            site = next((s for s in rule.match(gm) if s.anchor == step.anchor), None)
+            if site is not None:
+                sites[step] = site.nodes
     found: dict[Step, tuple[str, ...]] = {}
     for step, nodes in sites.items():
         if rule_named(step.rule).contract != "approximate":
