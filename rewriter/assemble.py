@@ -25,7 +25,7 @@ from rewriter.store import Store, data_digest, graph_digest, key, load, save_to
 
 Batches = Sequence[Tensor | tuple[Tensor, ...]]
 # Raised when the result of the repairs changes, so that stored ones are not reused.
-VERSION = 4
+VERSION = 5
 _ENDS: dict[str, tuple[str, ...]] = {
     "channel_range": ("low", "high"),
     "influence": ("",),

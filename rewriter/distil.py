@@ -5,9 +5,9 @@ all of them equally, and one layer in place of two cannot make all of them right
 that read what it makes are moved with it: Adam on the mean damage (KL divergence for class scores,
 relative squared error for other outputs) against the original network's answers, at a rate that
 falls to nothing. A layer's rate is a share of its own weights' size, so that networks of any scale
-are fitted alike. The new layer's input and weights are rounded to int8 all the while (the gradient
-passes straight through), and the weights that come out lie on the int8 grid: in float they give
-what they give in int8.
+are fitted alike. The new layer's input and what the fitted layers give are rounded to int8 all the
+while (the gradient passes straight through), so that no range grows for little; their weights are
+not: rounding those is made good afterwards, by the biases and by the choice of the integers.
 
 What comes before the new layer is computed once for each input, and only what follows it is run
 at each step. How many inputs, views and steps there are follows from the network's
@@ -37,7 +37,7 @@ from rewriter.fidelity import (
     output_groups,
     relative_error,
 )
-from rewriter.graph import module_of, outputs, run_node, walk
+from rewriter.graph import LAYER_TYPES, is_call, module_of, outputs, run_node, walk
 from rewriter.int8.scheme import (
     QuantScheme,
     channel_axis,
@@ -59,7 +59,7 @@ VIEWS = 8
 # What the kept inputs of the new layer may take, in bytes.
 MEMORY = 2**29
 # Step of each weight, as a share of the root mean square of its layer's weights.
-RATE = 1.5e-3
+RATE = 1.2e-3
 # Inputs in one step; every fifth input is held out.
 PIECE = 10
 HELD = 5
@@ -73,12 +73,17 @@ class _Student:
     node: fx.Node
     scheme: QuantScheme
     input_scale: tuple[float, int]
+    neighbours: Sequence[fx.Node] = ()
 
     def __post_init__(self) -> None:
+        self.moving = {self.node}  # what the fitted layers give, up to the layers that read it
         self.after: set[fx.Node] = {self.node}
         for n in self.gm.graph.nodes:
             if self.after & set(n.all_input_nodes):
                 self.after.add(n)
+            weighted = is_call(self.gm, n, *LAYER_TYPES)
+            if n in self.neighbours or (not weighted and self.moving & set(n.all_input_nodes)):
+                self.moving.add(n)
         ends = outputs(self.gm)
         reads = {r for n in self.after if n.op != "output" for r in n.all_input_nodes}
         self.border = (reads | set(ends)) - self.after
@@ -102,13 +107,19 @@ class _Student:
                 source = node.args[0]
                 assert isinstance(source, fx.Node)
                 x = fake_quantize(values[source], *self.input_scale, self.scheme.activations)
-                weight = self.layer.weight
-                # rounded, and with the gradient as if it were not
-                weight = weight + (rounded_weight(self.layer, self.scheme) - weight.detach())
-                values[node] = torch.func.functional_call(self.layer, {"weight": weight}, (x,))
+                values[node] = self.layer(x)
             elif node in self.after and node.op != "output":
-                values[node] = run_node(self.gm, node, values)
+                read = values
+                if is_call(self.gm, node, *LAYER_TYPES) and node.args[0] in self.moving:
+                    read = {n: self._as_read(values[n]) for n in node.all_input_nodes}
+                values[node] = run_node(self.gm, node, read)
         return [values[n] for n in outputs(self.gm)]
+
+    def _as_read(self, x: Tensor) -> Tensor:
+        """A value rounded in its own range, with the gradient as if it were not."""
+        exact, spec = x.detach(), self.scheme.activations
+        ends = spec.params(float(exact.min()), float(exact.max()))
+        return x + (fake_quantize(exact, *ends, spec) - exact)
 
     def macs(self) -> int:
         """Multiply-accumulates from the new layer on, for one input."""
@@ -165,8 +176,9 @@ def amounts(images: int, macs: int, numbers: int) -> _Amounts:
     seen = min(SEEN, int(BUDGET / (3 * max(1, macs))))
     kept = MEMORY // (4 * max(1, numbers))
     images = max(min(images, seen, kept), min(images, 2 * PIECE))
-    views = max(1, min(VIEWS, seen // (EPOCHS * images), kept // images))
-    return _Amounts(images, views, max(1, round(seen / (images * views))))
+    used = max(1, images - images // HELD)
+    views = max(1, min(VIEWS, seen // (EPOCHS * used), kept // used))
+    return _Amounts(images, views, max(1, round(seen / (used * views))))
 
 
 def distil(
@@ -194,7 +206,7 @@ def distil(
     Returns:
         The number of steps that were kept.
     """
-    student = _Student(rewritten, node, scheme, input_scale)
+    student = _Student(rewritten, node, scheme, input_scale, neighbours)
     inputs = _joined(batches)
     amount = amounts(len(inputs[0]), student.macs(), student.numbers())
     chosen = range(amount.images)
@@ -239,9 +251,6 @@ def distil(
     for w, value in zip(weights, best, strict=True):
         w.requires_grad_(False).copy_(value)
         w.grad = None
-    if kept:
-        # biases were fitted to these: what rounding adds to a sum of many inputs has a mean
-        student.layer.weight.copy_(rounded_weight(student.layer, scheme))
     return kept
 
 

@@ -190,7 +190,9 @@ def neighbours(gm: fx.GraphModule, plan: Plan) -> dict[Step, tuple[str, ...]]:
     for step in plan.steps:
         rule = rule_named(step.rule)
         if rule.contract != "annotation" and rule.exclusive and rule.stage == "replace":
-            sites |= {step: s.nodes for s in rule.match(gm) if s.anchor == step.anchor}
+            site = next((s for s in rule.match(gm) if s.anchor == step.anchor), None)
+            if site is not None:
+                sites[step] = site.nodes
     found: dict[Step, tuple[str, ...]] = {}
     for step, nodes in sites.items():
         if rule_named(step.rule).contract != "approximate":
@@ -206,14 +208,16 @@ def _followers(gm: fx.GraphModule, nodes: tuple[str, ...]) -> tuple[str, ...]:
     """Names of the next layers that depend on the last of some nodes."""
     after = {find(gm, nodes[-1])}
     weighted = layers(gm)
-    calls = [n.target for n in weighted]
+    owners = [id(module_of(gm, n).weight) for n in weighted]
     found: list[str] = []
     for node in gm.graph.nodes:
         if not after & set(node.all_input_nodes):
             continue
         after.add(node)
-        # a layer that is called twice is not the next one alone
-        if node in weighted and node.name not in nodes and calls.count(node.target) == 1:
+        if node not in weighted or node.name in nodes:
+            continue
+        # weights that two layers share are not those of the next one alone
+        if owners.count(id(module_of(gm, node).weight)) == 1:
             found.append(node.name)
             if len(found) == NEIGHBOURS:
                 break

@@ -132,7 +132,9 @@ class _Candidates:
         self.width = max(high - low, TINY) / (BINS - 2)
         self.first = math.floor(low / self.width)
         middles = (torch.arange(BINS, dtype=torch.float32) + self.first) * self.width
-        self.errors = torch.stack([fake_quantize(middles, *p, spec) - middles for p in self.params])
+        self.errors = torch.stack(
+            [fake_quantize(middles, *p, spec) - middles for p in self.params]
+        )
 
     def damages(self, x: Tensor, g: Tensor) -> Tensor:
         """(N, candidates) squares of sum(g d) over each input, d the error of each candidate."""
