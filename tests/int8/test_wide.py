@@ -240,15 +240,19 @@ def test_a_sigmoid_of_a_wide_value_has_the_scale_that_qnn_asks_for(act: nn.Modul
     assert rows["act"].differs < 0.02
 
 
-def test_a_departure_of_a_wide_value_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The wider bound at 16 bits hides nothing: a weight scale that is a thousandth off is found."""
+@pytest.mark.parametrize(("fault", "where"), [("8 bits", "act"), ("weight scale", "dw")])
+def test_a_departure_of_a_wide_value_is_seen(
+    fault: str, where: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The wider bounds hide nothing: not a file that forgets the 16 bits, nor a scale that is a thousandth off."""
     _, q, x = made("keep_int16@stem")
     weights = {**q.calibration.weights, "stem": q.calibration.weights["stem"] * 1.001}
     wrong = replace(q, calibration=replace(q.calibration, weights=weights))
-    monkeypatch.setattr("rewriter.int8.compare.to_onnx", lambda _, names: to_onnx(wrong, names))
+    written = made("")[1] if fault == "8 bits" else wrong
+    monkeypatch.setattr("rewriter.int8.compare.to_onnx", lambda _, names: to_onnx(written, names))
     found = first_departure(compare(q, x, threads=1), q)
     assert found is not None
-    assert found.node == "act"
+    assert found.node == where
 
 
 def test_all_that_an_operation_reads_and_writes_is_of_one_width() -> None:
