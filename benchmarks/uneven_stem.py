@@ -98,6 +98,8 @@ def plans(gm: fx.GraphModule) -> Iterator[tuple[str, str]]:
         yield f"+ {word}", " ".join(words)
     for k in (2, 3, 4):
         yield f"split_range_{k} alone", f"split_range_{k}@{stem}"
+    if any(s.rule == "keep_int16" for s in find_sites(gm)):
+        yield "keep_int16 alone", f"keep_int16@{stem}"
     yield "split_range_3 + all free", " ".join([f"split_range_3@{stem}", *words])
 
 
@@ -118,6 +120,7 @@ def main() -> None:
     calibration = x[:CALIBRATION]
     x, y = images(given.data, "test", given.evaluation)
     gm = trace(net, calibration[:2])
+    gm.meta["scheme"] = target(given.target)
     profile(gm, [calibration])
     low, high = layers(gm)[0].meta["channel_range"]
     width = (high - low).sort().values

@@ -101,7 +101,9 @@ def export(
     # no difference at all is an infinite ratio, which JSON cannot hold
     values = [{**asdict(r), "sqnr_db": r.sqnr_db if r.differs else None} for r in rows]
     write_json(files[-1], {"format": 1, "samples": COMPARED, "values": values})
-    return Exported(folder, tuple(files), score, findings, first_departure(rows), quantized)
+    return Exported(
+        folder, tuple(files), score, findings, first_departure(rows, quantized), quantized
+    )
 
 
 def linted(findings: Sequence[Finding]) -> str:

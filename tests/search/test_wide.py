@@ -11,6 +11,7 @@ import pytest
 
 from rewriter import Plan
 from search.config import load_config
+from search.export import ranges
 from search.job import open_job
 from search.run import sensitivity_of, space_of
 from search.space import KEEP
@@ -86,3 +87,16 @@ def test_other_targets_have_no_such_site_answer_or_choice(
     assert refused.error is not None
     assert f"target {name}: no 16-bit activations" in refused.error
     assert np.isfinite(job.evaluator(Plan(())).damage or 0)
+
+
+def test_a_stored_plan_with_16_bits_comes_back_as_it_was(tmp_path: Path) -> None:
+    cfg = load_config(write_config(tmp_path, target="qnn", model=LARGE))
+    plan = Plan.parse("keep_int16@dw_0 refine_ranges@model round_weights@model")
+    first, again = (
+        open_job(cfg, tmp_path / name).evaluator.assembled(plan).quantized for name in ("a", "a")
+    )
+    for made in (first, again):
+        specs = {n.name: n.meta["int8"].output for n in made.gm.graph.nodes}
+        assert {name for name, s in specs.items() if s is not None and s.bits == 16} == {"dw_1"}
+    assert first.calibration.values == again.calibration.values
+    assert ranges(first) == ranges(again)
