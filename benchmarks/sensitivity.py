@@ -14,6 +14,7 @@ from __future__ import annotations
 import argparse
 import copy
 import json
+import multiprocessing
 import os
 import resource
 import subprocess
@@ -22,7 +23,9 @@ import tempfile
 import time
 import venv
 from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -43,6 +46,7 @@ from rewriter.sensitivity.forks import Forks, only  # noqa: E402
 from rewriter.sensitivity.objective import Objective  # noqa: E402
 from rewriter.sensitivity.parts import parts_of  # noqa: E402
 from rewriter.sensitivity.screen import Screener, Screening  # noqa: E402
+from rewriter.sensitivity.steady import rank_correlation  # noqa: E402
 
 PEERS = ROOT / "benchmarks" / "peers"
 BUILD = ROOT / "build" / "peers"
@@ -80,14 +84,25 @@ class Setting:
         return getattr(zoo, self.factory)()
 
 
+def alone(name: str, run: Callable[[Setting], dict[str, float]], s: Setting) -> Result:
+    """Run once in a process of its own: what a method before it has left of the heap spares page faults."""
+    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
+        return pool.submit(_warm, name, run, s).result()
+
+
+def _warm(name: str, run: Callable[[Setting], dict[str, float]], s: Setting) -> Result:
+    """Timed after a small screening, so that what torch loads at first use is there."""
+    torch.set_num_threads(s.threads)
+    sys.path.insert(0, str(assets()))
+    ours_screen(Setting(s.factory, s.scheme, s.calibration[:16], s.images[:16], s.threads))
+    return timed(name, lambda: run(s))
+
+
 def timed(name: str, run: Callable[[], dict[str, float]]) -> Result:
     """Run once and take both clocks."""
     cpu, wall = time.process_time(), time.perf_counter()
     damage = run()
     return Result(name, time.process_time() - cpu, time.perf_counter() - wall, damage)
-
-
-# ----------------------------------------------------------------------------------------- ours
 
 
 def forward(s: Setting) -> dict[str, float]:
@@ -235,9 +250,6 @@ def peer(name: str, s: Setting) -> Result | None:
     return Result(found["name"], found["cpu"], found["wall"], found["damage"])
 
 
-# -------------------------------------------------------------------------------------- reports
-
-
 def report_time(r: Result) -> None:
     print(f"{r.name:44s} {r.cpu:8.2f} CPU s {r.wall:8.2f} s")
 
@@ -252,7 +264,7 @@ def report(results: list[Result], exact: Result) -> None:
         rho, top = float("nan"), "-"
         if len(shared) > 2:
             a, b = ([d[n] for n in shared] for d in (exact.damage, r.damage))
-            rho = spearman(a, b)
+            rho = rank_correlation(torch.tensor(a), torch.tensor(b))
             top = str(len(leaders(exact.damage, shared) & leaders(r.damage, shared)))
         ratio = slowest.cpu / r.cpu
         print(f"{r.name:44s} {r.cpu:8.2f} {r.wall:8.2f} {ratio:9.1f} {rho:9.3f} {top:>6s}")
@@ -263,11 +275,6 @@ def report(results: list[Result], exact: Result) -> None:
 
 def leaders(damage: dict[str, float], among: list[str]) -> set[str]:
     return set(sorted(among, key=lambda n: -damage[n])[:5])
-
-
-def spearman(a: list[float], b: list[float]) -> float:
-    ranks = [np.argsort(np.argsort(v)).astype(float) for v in (a, b)]
-    return float(np.corrcoef(ranks)[0, 1])
 
 
 def growth() -> None:
@@ -371,25 +378,19 @@ def main() -> None:
     if options.memory:
         memory(s)
         return
-    print(
-        f"{options.network}, {options.target}, {options.images} images, {options.threads} threads"
-    )
-    ours_screen(
-        Setting(s.factory, s.scheme, s.calibration[:16], s.images[:16], s.threads)
-    )  # warm up
+    print(f"{s.factory}, {s.scheme.name}, {options.images} images, {s.threads} threads")
     forward(s)
-    exact = timed("ours, exact, all layers", lambda: ours_exact(s))
+    exact = alone("ours, exact, all layers", ours_exact, s)
     results = [
-        timed("ours, screening, 1 direction", lambda: ours_screen(s, 1)),
-        timed("ours, screening, 2 directions", lambda: ours_screen(s, 2)),
-        timed("ours, default (screen + measure + causes)", lambda: ours_default(s)),
+        alone("ours, screening, 1 direction", partial(ours_screen, directions=1), s),
+        alone("ours, screening, 2 directions", ours_screen, s),
+        alone("ours, default (screen + measure + causes)", ours_default, s),
         exact,
     ]
-    for name in ("aimet", "modelopt"):
-        found = peer(name, s) if getattr(options, name) else None
-        results += [found] if found else []
+    found = [peer(n, s) for n in ("aimet", "modelopt") if getattr(options, n)]
+    results += [r for r in found if r is not None]
     if not options.no_naive:
-        results.append(timed("naive loop, for each layer", lambda: naive(s)))
+        results.append(alone("naive loop, for each layer", naive, s))
     report(results, exact)
 
 
