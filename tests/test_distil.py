@@ -61,7 +61,7 @@ def batches(count: int = 4, size: int = 10) -> list[Tensor]:
 
 @pytest.fixture
 def few_steps(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("rewriter.distil.SEEN", 480)
+    monkeypatch.setattr("rewriter.distil.SEEN", 320)
 
 
 @pytest.mark.parametrize("with_others", [False, True])

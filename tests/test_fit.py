@@ -21,6 +21,11 @@ PLAN = Plan.parse("merge_separable@_2")
 SCHEME = target("onnxruntime")
 
 
+@pytest.fixture(autouse=True)
+def few_steps(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("rewriter.distil.SEEN", 320)
+
+
 def network() -> nn.Module:
     return check.randomise(
         nn.Sequential(
