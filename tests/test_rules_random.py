@@ -129,6 +129,8 @@ def assert_contracts(gm: fx.GraphModule, chosen: Sequence[float] = ()) -> None:
         assert all(isinstance(site, Site) and site.rule == rule.name for site in found)
         assert [rule.site_at(gm, site.anchor) for site in found] == found
         assert rule.site_at(gm, "nowhere") is None
+        names = {n for site in found[:1] for n in (*site.nodes, *site.readers)}
+        assert list(rule.near(gm, names)) == [s for s in found if names & {*s.nodes, *s.readers}]
         sites = [s for s in found if not s.blocked]
         if chosen and sites:
             sites = [sites[min(int(next(shares) * len(sites)), len(sites) - 1)]]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Set
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
@@ -70,6 +70,10 @@ class RewriteRule(ABC):
         Rules whose sites cost something to judge find it without judging all others.
         """
         return next((site for site in self.match(gm) if site.anchor == anchor), None)
+
+    def near(self, gm: fx.GraphModule, names: Set[str]) -> Iterator[Site]:
+        """The sites of ``match`` that these nodes take part in, as nodes or as readers."""
+        return (site for site in self.match(gm) if names & {*site.nodes, *site.readers})
 
     @abstractmethod
     def apply(self, gm: fx.GraphModule, site: Site) -> None:

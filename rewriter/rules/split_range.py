@@ -25,7 +25,7 @@ it was trained to see.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Set
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
@@ -76,6 +76,12 @@ class SplitRange(RewriteRule):
         groups = self._groups(gm, component)
         joined = self._joined(gm, component)
         split_component(gm, component, groups, f"{site.rule}@{site.anchor}", joined)
+
+    def near(self, gm: fx.GraphModule, names: Set[str]) -> Iterator[Site]:
+        for component in components(gm):
+            nodes = (*component.entries, *component.inside, *self._readers(component))
+            if any(n.name in names for n in nodes):
+                yield self._site(gm, component)
 
     def _site(self, gm: fx.GraphModule, component: Component) -> Site:
         nodes = (*component.entries, *component.inside)

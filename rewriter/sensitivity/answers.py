@@ -9,8 +9,9 @@ from torch import fx
 from rewriter.cost import layer_macs
 from rewriter.errors import RewriteError
 from rewriter.int8.simulate import Quantized
-from rewriter.plan import Plan, Step, find_sites, rewrite, rule_named
-from rewriter.rules import Site
+from rewriter.plan import Plan, Step, rewrite, rule_named
+from rewriter.rules import RULES, Site
+from rewriter.rules._whole import MODEL
 
 # A layer's answers: each step and the MACs it adds.
 Answers = tuple[tuple[str, int], ...]
@@ -27,12 +28,7 @@ def find_answers(quantized: Quantized, harmful: Sequence[fx.Node]) -> dict[str, 
     lent = _lend_ranges(quantized)
     try:
         names = {n.name for n in harmful}
-        sites = [
-            s
-            for s in find_sites(gm)
-            if not s.blocked
-            and (s.anchor == "model" or names.intersection((*s.nodes, *s.readers)))
-        ]
+        sites = [s for rule in RULES for s in rule.near(gm, names | {MODEL}) if not s.blocked]
         added = _added_macs(gm, sites)
     finally:
         for node in lent:
@@ -45,7 +41,7 @@ def find_answers(quantized: Quantized, harmful: Sequence[fx.Node]) -> dict[str, 
         name: tuple(
             (str(_step(s)), added[_step(s)])
             for s in sorted(sites, key=rank)
-            if s.anchor == "model" or name in s.nodes or name in s.readers
+            if s.anchor == MODEL or name in s.nodes or name in s.readers
         )
         for name in (n.name for n in harmful)
     }
