@@ -21,6 +21,8 @@ REMEDIES: tuple[tuple[str, str], ...] = (
     ("bias correction", "correct_bias"),
     ("rounding", "round_weights"),
 )
+# The first so many are what the others start from.
+STARTS = 2
 # A split adds kernel calls, which MACs do not show: a rung of them is kept if it takes away this
 # share of the damage.
 LEAST_OF_A_SPLIT = 0.2
@@ -69,6 +71,7 @@ def climb(
 ) -> tuple[Rung, ...]:
     """Measure plain int8, then every free remedy on top of those that helped.
 
+    At last the ranges and scales that the later remedies started from are tried without.
     Exact splits come first: while one range for boxes and scores, or for very uneven channels,
     leaves nothing of the answers, no other remedy can show what it is worth.
 
@@ -94,6 +97,12 @@ def climb(
         if not rung.kept and not rung.note and rung.name in dict(REMEDIES):
             word = dict(REMEDIES)[rung.name]
             rungs.append(_rung(gm, score, best(rungs), f"{rung.name}, at last", word))
+    # what helped early may do harm beside what came later
+    for name, word in REMEDIES[:STARTS]:
+        below = best(rungs)
+        plan = Plan(tuple(s for s in below.plan.steps if s.rule != word or s in base.steps))
+        if plan not in [r.plan for r in rungs]:
+            rungs.append(_measured(score, below, f"without {name}", plan, below.damage))
     return tuple(rungs)
 
 

@@ -50,6 +50,8 @@ def test_each_remedy_stands_on_those_that_helped() -> None:
         "equalization",
         "bias correction",
         "rounding",
+        "without better ranges",
+        "without equalization",
     ]
     assert asked == [
         str(Plan.parse(" ".join(p)))
@@ -59,21 +61,43 @@ def test_each_remedy_stands_on_those_that_helped() -> None:
             [RANGES, SCALES],
             [RANGES, SCALES, BIASES],
             [RANGES, SCALES, BIASES, ROUNDING],
+            [SCALES, BIASES, ROUNDING],
+            [RANGES, BIASES, ROUNDING],
         )
     ]
-    assert all(r.kept for r in rungs)
-    assert best(rungs) is rungs[-1]
-    assert rungs[-1].damage < rungs[-2].damage
-    assert rungs[-1].metric == 1 - rungs[-1].damage
+    assert [r.kept for r in rungs] == [True] * 5 + [False] * 2
+    assert best(rungs) is rungs[4]
+    assert rungs[4].damage < rungs[3].damage
+    assert rungs[4].metric == 1 - rungs[4].damage
+
+
+def test_what_helped_early_and_hurts_beside_the_others_is_dropped() -> None:
+    def score(plan: Plan) -> Score:
+        rules = {s.rule for s in plan.steps}
+        rounding = 0.8 if "equalize" in rules else 0.3
+        return Score(0.9 ** len(rules) * (rounding if "round_weights" in rules else 1.0))
+
+    rungs = climb(graph(), score)
+    assert best(rungs).name == "without equalization"
+    assert str(best(rungs).plan) == str(Plan.parse(f"{RANGES} {BIASES} {ROUNDING}"))
+
+
+def test_the_steps_of_the_base_are_never_dropped() -> None:
+    def score(plan: Plan) -> Score:
+        return Score(2.0 if "equalize" in str(plan) else 1.0)
+
+    base = Plan.parse(SCALES)
+    assert all("equalize" in str(r.plan) for r in climb(graph(), score, base))
 
 
 def test_what_hurts_is_left_out_and_tried_once_more_at_the_end() -> None:
     asked, score = formula(refine_ranges=1.1, equalize=0.5, correct_bias=1.0, round_weights=0.3)
     rungs = climb(graph(), score)  # type: ignore[arg-type]
-    assert [r.kept for r in rungs] == [True, False, True, False, True, False, False]
+    assert [r.kept for r in rungs] == [True, False, True, False, True] + [False] * 3
     assert str(best(rungs).plan) == str(Plan.parse(f"{SCALES} {ROUNDING}"))
-    assert rungs[-2].name == "better ranges, at last"
-    assert len(set(asked)) == len(asked) == 7
+    assert rungs[-3].name == "better ranges, at last"
+    assert rungs[-1].name == "without equalization"
+    assert len(set(asked)) == len(asked) == 8
 
 
 def test_a_remedy_that_helps_only_on_top_of_another_is_kept_at_last() -> None:
