@@ -18,7 +18,10 @@ Scale = Callable[[float], float]
 
 def front_svg(results: Results) -> str:
     """An SVG element: MACs to the right, the metric (or the damage) upwards."""
-    shown = [s for s in results.scores if s.error is None and _value(results, s) is not None]
+    # with some images held back, what the front shows was scored once more, on all of them
+    chosen = {s.plan: s for s in (*results.references, *results.front.all())}
+    scored = (chosen.get(s.plan, s) for s in results.scores if s.error is None and not s.stopped)
+    shown = [s for s in scored if _value(results, s) is not None]
     if not shown:
         return "<p>No plan is scored yet.</p>"
     kinds = {s.plan: _kind(results, s) for s in shown}

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
 
 import pytest
 
+from search.picture import front_svg
 from search.records import Records, RunError, fingerprint, write_json
 from search.results import load_results
 from tests.search.test_report import PARTS, PLANS, make
@@ -37,6 +39,18 @@ def test_results_show_the_advice_the_front_and_its_numbers(tmp_path: Path) -> No
     assert "<svg" in shown
     assert all(f"{s.metric:.2%}" in shown for s in results.front.points)
     assert len(results.plot().data) >= 4
+
+
+def test_points_that_were_scored_again_on_all_samples_are_drawn_as_points(tmp_path: Path) -> None:
+    results = make(tmp_path, PLANS)
+    again = replace(
+        results.front, points=tuple(replace(s, samples=999) for s in results.front.points)
+    )
+    results = replace(results, front=again)
+    assert front_svg(results).count('class="point"') == len(again.points)
+    stopped = tuple(replace(s, stopped=True) for s in results.scores)
+    drawn = front_svg(replace(results, scores=(*results.scores, *stopped)))
+    assert drawn == front_svg(results)
 
 
 def test_layers_show_their_causes(tmp_path: Path) -> None:
