@@ -292,7 +292,8 @@ def _reached(found: Any, curves: Any, name: str) -> Iterator[tuple[float, float]
 def speedup(options: argparse.Namespace) -> None:
     """Plans per minute of two worker processes against one, each with one thread, fits stored."""
     rates: dict[int, float] = {}
-    for workers in (1, 1, 2):  # the first run makes the fits that both others find
+    # the first run of each makes what the second finds stored: two workers try other plans than one
+    for workers in (1, 2, 1, 2):
         folder = options.out / "speedup"
         for name in ("scores.jsonl", "journal.log"):
             (folder / name).unlink(missing_ok=True)
