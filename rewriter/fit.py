@@ -190,7 +190,7 @@ def neighbours(gm: fx.GraphModule, plan: Plan) -> dict[Step, tuple[str, ...]]:
     for step in plan.steps:
         rule = rule_named(step.rule)
         if rule.contract != "annotation" and rule.exclusive and rule.stage == "replace":
-            site = next((s for s in rule.match(gm) if s.anchor == step.anchor), None)
+            site = rule.site_at(gm, step.anchor)
             if site is not None:
                 sites[step] = site.nodes
     found: dict[Step, tuple[str, ...]] = {}

@@ -337,15 +337,13 @@ class RewriteEvaluator:
         return self.measured.metric([o[slice(*part)] for o in outputs], part)
 
 
-def extra_macs(gm: fx.GraphModule, plans: Sequence[Plan]) -> dict[str, int]:
-    """MACs that each plan adds, by its text; plans that do not apply are left out."""
-    before: int | None = None
+def extra_macs(gm: fx.GraphModule, plans: Sequence[Plan], before: int) -> dict[str, int]:
+    """MACs that each plan adds to those ``before``, by its text; plans that do not apply are left out."""
     found: dict[str, int] = {}
     for plan in plans:
         if all(rule_named(step.rule).free for step in plan.steps):
             found[str(plan)] = 0
             continue
-        before = cost(gm).macs if before is None else before
         try:
             found[str(plan)] = cost(rewrite(gm, plan)).macs - before
         except RewriteError as cause:

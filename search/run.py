@@ -94,7 +94,7 @@ def space_of(job: Job, sensitivity: Sensitivity) -> Space:
     macs = job.evaluator.baseline().macs
 
     def price(step: Step) -> int | None:
-        return extra_macs(job.gm, [Plan((step,))]).get(str(step))
+        return extra_macs(job.gm, [Plan((step,))], macs).get(str(step))
 
     damage = sensitivity.damage_by_node()
     limits = limits_of(job)

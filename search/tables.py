@@ -230,7 +230,8 @@ def percent(value: float | None) -> str:
 def sites_table(gm: fx.GraphModule, sites: Sequence[Site]) -> Table:
     """Where rules may act and what that costs; near misses last, with the reason."""
     base = cost(gm).macs
-    added = extra_macs(gm, [Plan.parse(f"{s.rule}@{s.nodes[0]}") for s in sites if not s.blocked])
+    plans = [Plan.parse(f"{s.rule}@{s.nodes[0]}") for s in sites if not s.blocked]
+    added = extra_macs(gm, plans, base)
     table = Table("step", "nodes", "MACs", "near miss, because")
     for site in sorted(sites, key=lambda s: bool(s.blocked)):
         step = f"{site.rule}@{site.nodes[0]}"

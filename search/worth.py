@@ -21,14 +21,13 @@ from search.prediction import refitted
 from search.records import Score
 from search.rungs import rungs, start
 from search.space import KEEP_FLOAT, Space, predicted_front, reference_plans, single_plans
+from search.study import Worth
 
 LEAST_LEFT = 0.02  # no step is trusted to take away more than 98 % of the damage
 # A rule that left more than this times the damage, at each of so many places, is asked at no more
 # places: those that were asked are the most harmful ones, where it has most to gain.
 HARM, STRIKES = 1.5, 2
 BETWEEN = 2  # single answers from one reference to the next
-
-Worth = Callable[[Mapping[str, Score]], list[Plan]]
 
 
 def worth_trying(

@@ -9,6 +9,8 @@ from typing import ClassVar, Literal
 
 from torch import fx
 
+from rewriter.graph import find, layer_name, layers
+
 # exact: the float function is kept; approximate: it is kept only after fitting; annotation: only
 # int8 changes.
 Contract = Literal["exact", "approximate", "annotation"]
@@ -88,3 +90,12 @@ class RewriteRule(ABC):
 def mark(node: fx.Node, site: Site) -> None:
     """Write into a node's meta which step made or changed it."""
     node.meta["rewritten_by"] = f"{site.rule}@{site.anchor}"
+
+
+def mark_layer(gm: fx.GraphModule, site: Site, word: str) -> None:
+    """Write ``word`` into the meta of the layer at a site; one that an earlier step split is several nodes now, and all get it."""
+    name = layer_name(find(gm, site.anchor))
+    for node in layers(gm):
+        if layer_name(node) == name:
+            node.meta[word] = True
+            mark(node, site)

@@ -15,8 +15,8 @@ from typing import ClassVar
 
 from torch import fx
 
-from rewriter.graph import find, layer_name, layers
-from rewriter.rules._rule import Contract, RewriteRule, Site, mark
+from rewriter.graph import layers
+from rewriter.rules._rule import Contract, RewriteRule, Site, mark_layer
 
 
 class KeepFloat(RewriteRule):
@@ -31,9 +31,4 @@ class KeepFloat(RewriteRule):
             yield self.site(node)
 
     def apply(self, gm: fx.GraphModule, site: Site) -> None:
-        # a layer that an earlier step split is several nodes now, all of the same layer
-        name = layer_name(find(gm, site.anchor))
-        for node in layers(gm):
-            if layer_name(node) == name:
-                node.meta["keep_float"] = True
-                mark(node, site)
+        mark_layer(gm, site, "keep_float")

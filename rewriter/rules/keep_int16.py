@@ -22,10 +22,10 @@ from typing import ClassVar
 
 from torch import fx
 
-from rewriter.graph import find, layer_name, layers
+from rewriter.graph import layers
 from rewriter.int8.annotate import Annotation, is_layer, notes_of
 from rewriter.int8.scheme import QuantScheme
-from rewriter.rules._rule import Contract, RewriteRule, Site, mark
+from rewriter.rules._rule import Contract, RewriteRule, Site, mark_layer
 
 
 class KeepInt16(RewriteRule):
@@ -55,12 +55,7 @@ class KeepInt16(RewriteRule):
         return self.site(node, blocked=f"{which}: no 16-bit activations")
 
     def apply(self, gm: fx.GraphModule, site: Site) -> None:
-        # a layer that an earlier step split is several nodes now, all of the same layer
-        name = layer_name(find(gm, site.anchor))
-        for node in layers(gm):
-            if layer_name(node) == name:
-                node.meta["keep_int16"] = True
-                mark(node, site)
+        mark_layer(gm, site, "keep_int16")
 
     def _site(
         self,

@@ -14,7 +14,6 @@ Source: Zhao et al., 2019, outlier channel splitting (arXiv:1901.09504).
 from __future__ import annotations
 
 import operator
-from collections.abc import Iterator
 from typing import ClassVar
 
 import torch
@@ -22,15 +21,14 @@ from torch import Tensor, fx, nn
 
 from rewriter.component import (
     Component,
-    component_at,
     component_of,
-    components,
     int8_values,
     is_dense,
 )
 from rewriter.graph import find, is_call, module_of
 from rewriter.ranges import width
-from rewriter.rules._rule import Contract, RewriteRule, Site
+from rewriter.rules._component import ComponentRule
+from rewriter.rules._rule import Contract, Site
 from rewriter.split import split_component
 
 _HOMOGENEOUS = (
@@ -49,23 +47,11 @@ _HOMOGENEOUS = (
 LARGEST_SHARE = 1 / 8
 
 
-class SplitChannels(RewriteRule):
+class SplitChannels(ComponentRule):
     """One site for each component, at its first dense layer."""
 
     name: ClassVar[str] = "split_channels"
     contract: ClassVar[Contract] = "exact"
-    stage = "split"
-
-    def match(self, gm: fx.GraphModule) -> Iterator[Site]:
-        return (self._site(gm, component) for component in components(gm))
-
-    def site_at(self, gm: fx.GraphModule, anchor: str) -> Site | None:
-        component = component_at(gm, anchor)
-        return None if component is None else self._site(gm, component)
-
-    def _site(self, gm: fx.GraphModule, component: Component) -> Site:
-        nodes = (*component.entries, *component.inside)
-        return self.site(*nodes, blocked=_problem(gm, component))
 
     def apply(self, gm: fx.GraphModule, site: Site) -> None:
         component = component_of(gm, find(gm, site.anchor))
@@ -85,31 +71,32 @@ class SplitChannels(RewriteRule):
                     r * half.to(r) for r in node.meta["channel_range"]
                 )
 
-
-def _problem(gm: fx.GraphModule, component: Component) -> str:
-    if component.blocked:
-        return component.blocked
-    for node in component.inside:
-        sums = node.target in (operator.add, operator.sub) and all(
-            n in component.entries or n in component.inside for n in node.all_input_nodes
-        )
-        moves = node.target in (torch.mean, torch.flatten)
-        if not (
-            (sums and len(node.all_input_nodes) == 2) or moves or is_call(gm, node, *_HOMOGENEOUS)
-        ):
-            return f"half of {node.name}'s input does not give half of its output"
-    for user, _ in component.exits:
-        if not is_dense(gm, user):
-            return f"{user.name}, which reads the channels, is no dense layer"
-    widths = _widths(gm, component)
-    if widths is None:
-        return "no calibrated channel ranges"
-    count, most = len(_outliers(gm, component)), int(component.channels * LARGEST_SHARE)
-    if count == 0:
-        return "all channels are zero"
-    if count > most:
-        return f"{count} of {component.channels} channels are wider than half the range"
-    return ""
+    def _problem(self, gm: fx.GraphModule, component: Component) -> str:
+        if component.blocked:
+            return component.blocked
+        for node in component.inside:
+            sums = node.target in (operator.add, operator.sub) and all(
+                n in component.entries or n in component.inside for n in node.all_input_nodes
+            )
+            moves = node.target in (torch.mean, torch.flatten)
+            if not (
+                (sums and len(node.all_input_nodes) == 2)
+                or moves
+                or is_call(gm, node, *_HOMOGENEOUS)
+            ):
+                return f"half of {node.name}'s input does not give half of its output"
+        for user, _ in component.exits:
+            if not is_dense(gm, user):
+                return f"{user.name}, which reads the channels, is no dense layer"
+        widths = _widths(gm, component)
+        if widths is None:
+            return "no calibrated channel ranges"
+        count, most = len(_outliers(gm, component)), int(component.channels * LARGEST_SHARE)
+        if count == 0:
+            return "all channels are zero"
+        if count > most:
+            return f"{count} of {component.channels} channels are wider than half the range"
+        return ""
 
 
 def _widths(gm: fx.GraphModule, component: Component) -> Tensor | None:

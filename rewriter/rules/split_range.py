@@ -25,18 +25,16 @@ it was trained to see.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Set
+from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import ClassVar, Literal
+from typing import ClassVar
 
 import torch
 from torch import Tensor, fx, nn
 
 from rewriter.component import (
     Component,
-    component_at,
     component_of,
-    components,
     importance,
     int8_values,
     is_dense,
@@ -44,7 +42,8 @@ from rewriter.component import (
 )
 from rewriter.graph import find, is_call, module_of
 from rewriter.ranges import group_by_range, rounding_error
-from rewriter.rules._rule import Contract, RewriteRule, Site
+from rewriter.rules._component import ComponentRule
+from rewriter.rules._rule import Contract, Site
 from rewriter.split import Groups, split_component
 
 # A split must take away at least this share of the rounding error; each group costs a kernel call.
@@ -52,41 +51,22 @@ LEAST_GAIN = 0.5
 
 
 @dataclass(frozen=True)
-class SplitRange(RewriteRule):
+class SplitRange(ComponentRule):
     """Split a component by the range of its values; one site, at its first dense layer."""
 
     groups: int = 2
     contract: ClassVar[Contract] = "exact"
     free: ClassVar[bool] = True
-    stage: ClassVar[Literal["replace", "split"]] = "split"
 
     @property
     def name(self) -> str:  # type: ignore[override]
         return f"split_range_{self.groups}"
-
-    def match(self, gm: fx.GraphModule) -> Iterator[Site]:
-        return (self._site(gm, component) for component in components(gm))
-
-    def site_at(self, gm: fx.GraphModule, anchor: str) -> Site | None:
-        component = component_at(gm, anchor)
-        return None if component is None else self._site(gm, component)
 
     def apply(self, gm: fx.GraphModule, site: Site) -> None:
         component = component_of(gm, find(gm, site.anchor))
         groups = self._groups(gm, component)
         joined = self._joined(gm, component)
         split_component(gm, component, groups, f"{site.rule}@{site.anchor}", joined)
-
-    def near(self, gm: fx.GraphModule, names: Set[str]) -> Iterator[Site]:
-        for component in components(gm):
-            nodes = (*component.entries, *component.inside, *self._readers(component))
-            if any(n.name in names for n in nodes):
-                yield self._site(gm, component)
-
-    def _site(self, gm: fx.GraphModule, component: Component) -> Site:
-        nodes = (*component.entries, *component.inside)
-        blocked = self._problem(gm, component)
-        return self.site(*nodes, blocked=blocked, readers=self._readers(component))
 
     def _readers(self, component: Component) -> Iterator[fx.Node]:
         return (user for user, _ in component.exits if user.op != "output")

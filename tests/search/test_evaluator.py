@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from rewriter import Plan, profile, target, trace
+from rewriter import Plan, cost, profile, target, trace
 from rewriter.errors import RewriteError
 from search import evaluator as evaluator_file
 from search.config import ConfigError
@@ -95,7 +95,9 @@ def test_a_rewritten_network_costs_and_measures_what_it_is(network: Any, tmp_pat
     extra = 8 * 8 * (9 * 8 * 12 - 9 * 8 - 8 * 12)  # 8 x 8 places; one dense 3x3 for both
     assert score.macs - evaluate.baseline().macs == extra
     found = extra_macs(
-        network[0], [Plan.parse("merge_separable@dw_0"), Plan.parse("keep_float@fc")]
+        network[0],
+        [Plan.parse("merge_separable@dw_0"), Plan.parse("keep_float@fc")],
+        cost(network[0]).macs,
     )
     assert found == {"merge_separable@dw_0": extra, "keep_float@fc": 0}
     assert score.metric_float is not None
