@@ -2,7 +2,6 @@
 
     python benchmarks/search_methods.py configs/digits.yaml --trials 100 --seeds 5
     python benchmarks/search_methods.py ../shared/assets/mcunet.yaml --images 150
-    python benchmarks/search_methods.py configs/digits.yaml --speedup 40
 
 All methods choose from the same space under the same limits, and their plans are scored by the same
 evaluator: int8 kernels, no racing, all images choose. A plan that one method has had scored is known
@@ -23,7 +22,6 @@ import argparse
 import json
 import logging
 import statistics
-import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -148,6 +146,7 @@ def run(name: str, job: Job, space: Space, sensitivity: Any, settings: Settings)
         if text not in order:
             if len(order) == settings.trials:
                 raise EnoughError
+            evaluator.records.refresh()  # what another process of this benchmark has scored
             order[text] = evaluator(plan)
         return order[text]
 
@@ -208,9 +207,6 @@ def main() -> None:
     )
     parser.add_argument("--objective", choices=["damage", "metric"], default="damage")
     parser.add_argument("--log", action="store_true")
-    parser.add_argument(
-        "--speedup", type=int, metavar="N", help="two workers against one, N plans"
-    )
     options = parser.parse_args()
     climbed = sorted({*options.without} & {*dict(REMEDIES).values()})
     if climbed:
@@ -219,9 +215,6 @@ def main() -> None:
     torch.set_num_threads(1)
     optuna.logging.set_verbosity(optuna.logging.ERROR)
     logging.disable(logging.WARNING)  # of each plan that cannot be carried out
-    if options.speedup:
-        speedup(options)
-        return
     job, space, sensitivity = prepared(options)
     print(f"{len(space.choices)} choices, {space.product:.3g} combinations", flush=True)
     settings = Settings(
@@ -287,39 +280,6 @@ def _reached(found: Any, curves: Any, name: str) -> Iterator[tuple[float, float]
             yield float("inf"), float("inf")
         else:
             yield first + 1, sum(s.seconds for s in found["ours", seed][: first + 1]) / taken
-
-
-def speedup(options: argparse.Namespace) -> None:
-    """Plans per minute of two worker processes against one, each with one thread, fits stored."""
-    rates: dict[int, float] = {}
-    # the first run of each makes what the second finds stored: two workers try other plans than one
-    for workers in (1, 2, 1, 2):
-        folder = options.out / "speedup"
-        for name in ("scores.jsonl", "journal.log"):
-            (folder / name).unlink(missing_ok=True)
-        words = ["run", str(options.config), "--out", str(folder), "-q"]
-        words += ["--trials", str(options.speedup), "--workers", str(workers)]
-        subprocess.run([sys.executable, "-m", "search.cli", *words], check=True)
-        place = journal(folder / "journal.log")
-        (summary,) = optuna.get_all_study_summaries(place)
-        trials = [
-            t
-            for t in optuna.load_study(study_name=summary.study_name, storage=place).trials
-            if t.datetime_start and t.datetime_complete and "counts" in t.user_attrs
-        ]
-        owners = {t.user_attrs["worker"] for t in trials}
-        began = max(
-            min(t.datetime_start for t in trials if t.user_attrs["worker"] == w) for w in owners
-        )  # type: ignore[type-var]
-        last = min(
-            max(t.datetime_complete for t in trials if t.user_attrs["worker"] == w) for w in owners
-        )  # type: ignore[type-var]
-        count = sum(t.datetime_start >= began and t.datetime_complete <= last for t in trials)  # type: ignore[operator]
-        rates[workers] = 60 * count / (last - began).total_seconds()  # type: ignore[operator]
-        print(
-            f"{len(owners)} of {workers} workers: {rates[workers]:.1f} plans a minute", flush=True
-        )
-    print(f"2 workers to 1: {rates[2] / rates[1]:.2f} x")
 
 
 if __name__ == "__main__":

@@ -18,9 +18,10 @@ import optuna
 from optuna.exceptions import OptunaError
 from optuna.storages import BaseStorage, JournalStorage, get_storage
 from optuna.storages.journal import JournalFileBackend, JournalFileOpenLock
-from optuna.trial import TrialState
+from optuna.trial import FrozenTrial, TrialState
 from sqlalchemy.exc import SQLAlchemyError
 
+from search.claims import give_back, is_users, wish_of
 from search.files import REMEDY, RunError, append, mend
 
 log = logging.getLogger(__name__)
@@ -98,7 +99,8 @@ def is_held(path: Path) -> bool:
 def recover(study: optuna.Study, folder: Path, me: str, elsewhere_s: float | None = None) -> None:
     """End the trials of dead workers, and, where nobody else is at work, the queue they left.
 
-    Their plans are proposed again, in the order of an undisturbed run.
+    Their plans are proposed again, in the order of an undisturbed run. What a user has enqueued
+    stays in the queue, or comes back to it.
 
     Args:
         study: In a storage that all its workers share.
@@ -107,6 +109,10 @@ def recover(study: optuna.Study, folder: Path, me: str, elsewhere_s: float | Non
         elsewhere_s: Seconds after which a trial of a worker that has no lock here is one of a dead
             worker; None: at once.
     """
+
+    def waiting() -> list[FrozenTrial]:
+        return study.get_trials(deepcopy=False, states=(TrialState.WAITING,))
+
     known = workers(folder)
     living = {name for name in known if name == me or is_held(folder / name)}
     elsewhere = False
@@ -114,17 +120,20 @@ def recover(study: optuna.Study, folder: Path, me: str, elsewhere_s: float | Non
         owner = trial.user_attrs.get("worker")
         if owner in living:
             continue
-        if elsewhere_s is not None and owner is not None and owner not in known:
+        if elsewhere_s is not None and owner not in known:
             began = trial.datetime_start
             if began is None or (datetime.now() - began).total_seconds() < elsewhere_s:
                 elsewhere = True
                 continue
         log.info("trial %d of a worker that is gone: to be tried again", trial.number)
-        study.tell(trial.number, state=TrialState.FAIL)
+        give_back(study, trial.number)
     for name in known - living:
         (folder / name).unlink(missing_ok=True)
     if living <= {me} and not elsewhere:
-        while study.get_trials(deepcopy=False, states=(TrialState.WAITING,)):
+        while not all(map(is_users, waiting())):
+            first = next(iter(waiting()))
+            if is_users(first):  # to the end of the queue
+                study.enqueue_trial(wish_of(first))
             study.tell(study.ask(), state=TrialState.FAIL)
 
 

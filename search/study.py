@@ -1,7 +1,8 @@
 """The search: an Optuna study in which no plan is scored twice and no kill loses anything.
 
-One loop, the same for one worker or many: take the first plan that is worth trying and not yet
-known, else let TPE propose one; claim it as a running trial; score it; tell. The next proposal
+One loop, the same for one worker or many: take what a user has enqueued, else the first plan that
+is worth trying and not yet known, else let TPE propose one; claim it as a running trial; score it;
+tell. The next proposal
 depends only on the seed and on what has been scored, so a run that was interrupted and resumed
 goes the way of one that was not.
 """
@@ -18,16 +19,16 @@ from typing import Literal
 
 import numpy as np
 import optuna
-from optuna.distributions import BaseDistribution, CategoricalDistribution
-from optuna.samplers import TPESampler
 from optuna.storages import BaseStorage
 from optuna.trial import FrozenTrial, TrialState
 
 from rewriter.plan import Plan
+from search.claims import are_wishes, claim, give_back, keeping
 from search.constraints import Limits
-from search.front import Cost, cost_named, pareto
+from search.front import Cost, cost_named
+from search.proposals import Direction, propose
 from search.records import Records, Score
-from search.space import KEEP, Space
+from search.space import Space
 from search.storage import recover, working
 
 log = logging.getLogger(__name__)
@@ -36,12 +37,7 @@ Evaluator = Callable[[Plan], Score]
 Worth = Callable[[Mapping[str, Score]], Sequence[Plan]]
 """Plans worth trying before any search, best first, given the scores by plan text so far."""
 
-Direction = optuna.study.StudyDirection | Literal["minimize", "maximize"]
-
-ATTEMPTS = 24
-ENUMERABLE = 20_000
 REFUSALS = 500
-CHANGED = 4  # slots in which a proposal differs from a good plan, on average
 FAILED, DONE, CLAIMED = TrialState.FAIL, TrialState.COMPLETE, TrialState.RUNNING
 STOPPED, WAITING = TrialState.PRUNED, TrialState.WAITING
 SHOWN = (
@@ -136,14 +132,15 @@ def search(
     began = time.monotonic()
     judged: set[str] = set()
     with _quiet_optuna(), working(records.folder / "workers") as worker:
-        study = optuna.create_study(
-            study_name=settings.name,
-            storage=storage,
-            directions=settings.directions(),
-            load_if_exists=True,
-        )
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
+            study = optuna.create_study(
+                study_name=settings.name,
+                storage=storage,
+                directions=settings.directions(),
+                sampler=keeping(space),
+                load_if_exists=True,
+            )
             study.set_metric_names(
                 [settings.cost, settings.objective]
             )  # what optuna-dashboard writes on the axes
@@ -167,12 +164,14 @@ def search(
             # Only of trials that have ended: a score whose trial was killed before it was told, or
             # one from elsewhere, must not change which plan comes next.
             scores = {s.plan: s for s in records.scores() if s.plan in ended}
-            waiting = [Plan.parse(text) for text in again if text not in claimed]
-            plan = next(iter(waiting), None) or _next(
-                space, worth, scores, trials, claimed | set(ended), settings, seed
-            )
-            if plan is None:
-                return Outcome("exhausted", count)
+            plan: Plan | None = None
+            if not are_wishes(trials):
+                waiting = [Plan.parse(text) for text in again if text not in claimed]
+                plan = next(iter(waiting), None) or _next(
+                    space, worth, scores, trials, claimed | set(ended), settings, seed
+                )
+                if plan is None:
+                    return Outcome("exhausted", count)
             tried = _try(study, plan, evaluate, records, space, settings, worker)
             if tried is not None:
                 score, counts = tried
@@ -193,7 +192,8 @@ def _next(
         if str(plan) not in seen and space.choice(plan) is not None:
             return plan
     refused: set[str] = set()
-    while (plan := _propose(space, trials, seen | refused, settings, seed)) is not None:
+    directions = settings.directions()
+    while (plan := propose(space, trials, seen | refused, directions, seed)) is not None:
         if settings.admits(plan):
             return plan
         refused.add(str(plan))
@@ -203,103 +203,24 @@ def _next(
     return None
 
 
-def _propose(
-    space: Space,
-    trials: Sequence[FrozenTrial],
-    seen: set[str],
-    settings: Settings,
-    seed: int,
-) -> Plan | None:
-    """A plan that nobody has tried: from TPE, else a random one, else None.
-
-    TPE's prior gives each slot its share of change, so that in a space of dozens of slots a sample
-    would differ from every good plan in a third of them. Of a sample, therefore, only a few slots
-    are taken; the others are those of a plan on the front.
-
-    TPE works on a copy of the study in memory, in which proposals that are known already leave no
-    trace. Trials that other workers have claimed are in the copy as running, and so repel it
-    (constant liar).
-
-    Source: Watanabe 2023, Tree-structured Parzen estimator, arXiv:2304.11127.
-    """
-    distributions = _distributions(space)
-    if not distributions:
-        return None if "" in seen else Plan(())
-    running = [t for t in trials if t.state == CLAIMED and t.params]
-    done = [t for t in trials if t.state == DONE and t.params]
-    # Optuna ranks a pruned trial without a value behind all complete ones: never as if it had been
-    # scored in full, and never forgotten.
-    stopped = [t for t in trials if t.state == STOPPED and t.params]
-    sampler = TPESampler(
-        multivariate=True, seed=seed, n_startup_trials=5, constant_liar=bool(running)
-    )
-    copy = optuna.create_study(directions=settings.directions(), sampler=sampler)
-    copy.add_trials(done + stopped + running)
-    random = np.random.default_rng(seed)
-    parents = _parents(done, settings) or [dict.fromkeys(space.choices, KEEP)]
-    share = min(1.0, CHANGED / len(distributions))
-    for _ in range(ATTEMPTS):
-        trial = copy.ask(distributions)
-        parent = parents[random.integers(len(parents))]
-        taken = {slot: v for slot, v in trial.params.items() if random.random() < share}
-        plan = space.plan({**parent, **taken})
-        if str(plan) not in seen:
-            return plan
-        copy.tell(trial, state=FAILED)
-
-    everything = space.all_plans(ENUMERABLE)
-    if everything is not None:
-        unseen = [p for p in everything if str(p) not in seen]
-        return unseen[random.integers(len(unseen))] if unseen else None
-    for _ in range(1000):
-        choice = dict(parents[random.integers(len(parents))])
-        for slot in random.choice(list(space.choices), CHANGED, replace=True).tolist():
-            choice[slot] = str(random.choice(space.choices[slot]))
-        plan = space.plan(choice)
-        if str(plan) not in seen:
-            return plan
-    return None
-
-
-def _parents(done: Sequence[FrozenTrial], settings: Settings) -> list[dict[str, str]]:
-    """Choices of the feasible trials that no other beats."""
-    feasible = [t for t in done if all(v <= 0 for v in t.constraints.values())]
-    up = settings.directions()[1] == "maximize"
-    macs = np.array([t.values[0] for t in feasible])
-    value = np.array([t.values[1] if up else -t.values[1] for t in feasible])
-    return [dict(feasible[i].params) for i in pareto(macs, value).tolist()]
-
-
 def _try(
     study: optuna.Study,
-    plan: Plan,
+    plan: Plan | None,
     evaluate: Evaluator,
     records: Records,
     space: Space,
     settings: Settings,
     worker: str,
 ) -> tuple[Score, bool] | None:
-    """Claim a plan, score it and tell.
+    """Claim a plan, or what a user has enqueued where it is None; score it and tell.
 
     Returns:
-        The score and whether it counts, None where another worker was faster.
+        The score and whether it counts, None where another worker was faster or the plan is none.
     """
-    choice = space.choice(plan)
-    entry = {"plan": str(plan), "worker": worker}
-    study.enqueue_trial(choice or {}, user_attrs=entry)
-    trial = study.ask(_distributions(space))
-    # A faster worker can take all that we saw waiting; Optuna then makes a trial of its own, which has no plan. What that
-    # worker left in exchange for ours waits now.
-    while "plan" not in trial.user_attrs:
-        study.tell(trial, state=FAILED)
-        if not study.get_trials(deepcopy=False, states=(WAITING,)):
-            study.enqueue_trial(choice or {}, user_attrs=entry)
-        trial = study.ask(_distributions(space))
-    # Another worker may have popped our entry of the queue and left us its own: the trial says
-    # what to score.
-    if trial.user_attrs["worker"] != worker:
-        trial.set_user_attr("worker", worker)
-    plan = Plan.parse(trial.user_attrs["plan"])
+    taken = claim(study, plan, space, worker)
+    if taken is None:
+        return None
+    trial, plan = taken
     text = str(plan)
     everyone = study.get_trials(deepcopy=False)
     others = [t for t in everyone if t.user_attrs.get("plan") == text]
@@ -326,7 +247,7 @@ def _try(
         score = evaluate(plan)
     except BaseException:
         with suppress(OSError):  # a full disk takes nothing; the next run ends the trial
-            study.tell(trial, state=FAILED)
+            give_back(study, trial.number)
         raise
     for name in SHOWN:
         trial.set_user_attr(name, getattr(score, name))
@@ -377,10 +298,6 @@ def _quiet_optuna() -> Generator[None]:
         yield
     finally:
         optuna.logging.set_verbosity(level)
-
-
-def _distributions(space: Space) -> dict[str, BaseDistribution]:
-    return {a: CategoricalDistribution(rules) for a, rules in space.choices.items()}
 
 
 def _seed(*parts: int) -> int:
