@@ -315,7 +315,7 @@ def _run(
             say(line)
     with reported(job, bars):
         with (
-            nullcontext() if ray else helpers(cfg, folder, storage, goal),
+            nullcontext() if ray else helpers(job, storage, goal),
             bars("scoring plans") as tick,
         ):
             if ray is not None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import os
 import platform
 from collections.abc import Callable, Generator
 from contextlib import AbstractContextManager, contextmanager
@@ -218,7 +217,7 @@ def open_job(
         device=device,
         store=_fits(folder, place),
         seed=cfg.search.seed,
-        threads=threads or min(2, os.cpu_count() or 1),
+        threads=threads or torch.get_num_threads(),
         confirmations=Confirmations.of(records, chosen) if chosen < samples.count else None,
         timed=cfg.search.cost == "latency" or cfg.search.max_latency_ms is not None,
     )
