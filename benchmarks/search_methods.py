@@ -26,6 +26,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +37,7 @@ from optuna.samplers import BaseSampler, NSGAIISampler, RandomSampler, TPESample
 
 from rewriter import Plan, Step
 from rewriter.ladder import REMEDIES
+from search.analysis import float_gains_on
 from search.config import load_config
 from search.evaluator import RewriteEvaluator
 from search.front import hypervolume
@@ -93,7 +95,8 @@ def ours(job: Job, space: Space, sensitivity: Any, settings: Settings, scored: S
         records.add(score)
         return score
 
-    worth = worth_trying(job.gm, space, sensitivity, settings.trials, settings.admits)
+    gains_on = partial(float_gains_on, job.evaluator)
+    worth = worth_trying(job.gm, space, sensitivity, settings.trials, settings.admits, gains_on)
     place = journal(folder / f"{time.time_ns()}.log")
     search(evaluate, records, space, worth, settings, place)
 

@@ -14,8 +14,9 @@ import torch
 from torch import Tensor, fx
 
 from rewriter.graph import layers
-from rewriter.plan import copy_graph
+from rewriter.plan import Plan, copy_graph
 from rewriter.sensitivity import analyze as analyze_layers
+from rewriter.sensitivity import float_gains
 from search.evaluator import RewriteEvaluator, Tick
 from search.notebook import ShownSensitivity
 from search.records import Baseline, RunError, read_json, write_json
@@ -27,6 +28,7 @@ log = logging.getLogger(__name__)
 
 # Samples on which layers are measured: the order is settled long before. With --exact, all of them.
 ENOUGH = 256
+FEW = 128  # for what each worker of a search does anew: more is not worth its time
 # Of the damage of plain int8: what does less is not shown as harmful.
 LEAST = 0.01
 
@@ -150,6 +152,13 @@ def analyze(
     known = read_sensitivity(folder)
     assert known is not None
     return known
+
+
+def float_gains_on(evaluator: RewriteEvaluator, plan: Plan) -> dict[str, float]:
+    """What each layer in float takes off the damage that is left with a plan, by layer name; see `rewriter.sensitivity.float_gains`."""
+    quantized = evaluator.assembled(plan).quantized
+    inputs = _first_inputs(evaluator, min(evaluator.samples.count, FEW))
+    return float_gains(quantized, inputs, kind=evaluator.gm.meta.get("kind"), seed=evaluator.seed)
 
 
 def read_sensitivity(

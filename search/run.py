@@ -14,7 +14,7 @@ from pydantic import ValidationError
 from rewriter import Plan, Step, cost, find_sites
 from rewriter.graph import layers
 from rewriter.splits import HEAD, RANGES, TAIL, exact_splits
-from search.analysis import Sensitivity, analyze, read_sensitivity
+from search.analysis import Sensitivity, analyze, float_gains_on, read_sensitivity
 from search.apart import possible
 from search.clashes import clashes
 from search.config import Config, ConfigError, SearchConfig
@@ -190,7 +190,8 @@ def run_search(
     job.evaluator.race = race_of(job)
     job.evaluator.limit_s = _time_limit(job)
     place = storage_at(storage or str(job.folder / "journal.log"))
-    worth = worth_trying(job.gm, space, sensitivity, options.trials, settings.admits)
+    gains_on = partial(float_gains_on, job.evaluator)
+    worth = worth_trying(job.gm, space, sensitivity, options.trials, settings.admits, gains_on)
     enough = _meets(job, goal)
     return search(job.evaluator, job.records, space, worth, settings, place, told, enough)
 

@@ -36,12 +36,13 @@ def worth_trying(
     sensitivity: Sensitivity,
     trials: int,
     admits: Callable[[Plan], bool] = lambda plan: True,
+    gains_on: Callable[[Plan], Mapping[str, float]] | None = None,
 ) -> Worth:
     """What to score before TPE is asked, given the scores so far by plan text.
 
     A step is taken to multiply the damage by the factor that it has alone: so the prediction never
     falls below zero, and the logarithm is additive. A layer in float that was not scored takes
-    away the share of the damage that it does alone.
+    away the share of the damage that a screening of the best rung says.
 
     Args:
         gm: Profiled canonical graph.
@@ -49,11 +50,29 @@ def worth_trying(
         sensitivity: Damage of each layer.
         trials: Plans that will be scored in all; a third of them are single answers.
         admits: Whether a plan can be carried out within the limits; others are left out.
+        gains_on: The share of the damage of a plan that each layer in float takes away, by layer
+            name; asked of the ladder's best rung, where other layers hurt than in plain int8. None:
+            the shares of plain int8 stand for it.
     """
     first = reference_plans([d.node for d in sensitivity.layers], space)
     singles = [p for p in single_plans(space, max(6, trials // 3)) if not of_the_ladder(p)]
     alone = {Step(KEEP_FLOAT, d.node): d.damage for d in sensitivity.layers}
     splits = splits_of(gm, space, sensitivity)
+    nodes = {d.layer: d.node for d in sensitivity.layers}
+    asked_of: dict[Plan, dict[Step, float]] = {}
+
+    def shares(base: Plan, empty: float) -> dict[Step, float]:
+        """Of the damage of a plan, by layer in float."""
+        if gains_on is None:
+            return {step: damage / empty for step, damage in alone.items()}
+        if base not in asked_of:
+            found = gains_on(base)
+            asked_of[base] = {
+                Step(KEEP_FLOAT, nodes[name]): share
+                for name, share in found.items()
+                if name in nodes
+            }
+        return asked_of[base]
 
     def on_top(base: Plan, plans: Iterable[Plan]) -> list[Plan]:
         """Each plan together with the steps of the base, where that can be carried out."""
@@ -73,8 +92,9 @@ def worth_trying(
             return [*plans, *first[1:], *on_top(base, singles)]
 
         total = math.log(bottom)
+        share = shares(base, empty)
         gain = {
-            step: -math.log(max(1 - alone.get(step, 0.0) / empty, LEAST_LEFT))
+            step: -math.log(max(1 - share.get(step, 0.0), LEAST_LEFT))
             for step in space.steps()
             if step not in base.steps
         }

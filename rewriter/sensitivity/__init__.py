@@ -1,6 +1,7 @@
 """Which layers int8 harms, how much, why, and what answers it."""
 
 from rewriter.sensitivity.analyze import analyze as analyze
+from rewriter.sensitivity.analyze import float_gains as float_gains
 from rewriter.sensitivity.causes import THRESHOLDS as THRESHOLDS
 from rewriter.sensitivity.causes import Cause as Cause
 from rewriter.sensitivity.records import Analysis as Analysis

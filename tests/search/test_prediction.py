@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import math
 from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -84,17 +85,45 @@ def test_a_plan_without_the_base_does_not_count() -> None:
     assert refitted(believed, frozenset(), BASE, by_plan(plan)).mean == believed
 
 
-def test_a_search_predicts_anew_every_other_time_and_believes_what_it_saw(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    """Two merges that are worthless beside each other are not predicted together again."""
+@pytest.fixture
+def no_ladder(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The network as it is is the best rung."""
     monkeypatch.setattr(worth, "find_sites", lambda gm: [])
     monkeypatch.setattr(worth, "exact_splits", lambda gm, sites, damage: [])
     monkeypatch.setattr(worth, "rungs", lambda gm, scores, splits: ())
     monkeypatch.setattr(worth, "start", lambda ladder: Plan())
+
+
+def ranked() -> SimpleNamespace:
+    layers = [SimpleNamespace(node=n, layer=f"net.{n}", damage=d) for n, d in fake.DAMAGE.items()]
+    return SimpleNamespace(layers=layers, damage_by_node=lambda: fake.DAMAGE)
+
+
+@pytest.mark.usefixtures("no_ladder")
+def test_the_layers_in_float_are_those_that_hurt_the_best_rung() -> None:
+    """Not those that hurt plain int8; and the rung is screened once."""
+    space = fake.space(Budget(macs=1.3 * fake.MACS, float_layers=1))
+    asked: list[Plan] = []
+
+    def gains_on(plan: Plan) -> dict[str, float]:
+        asked.append(plan)
+        return {"net.head": 0.6, "net.dw0": 0.1, "net.pw0": -0.2, "net.gone": 0.9}
+
+    scores = {"": Score(plan="", macs=fake.MACS, damage=fake.TOTAL)}
+    found: Any = ranked()
+    for gains, layer in ((gains_on, "head"), (None, "dw0")):
+        following = worth.worth_trying(None, space, found, 30, gains_on=gains)  # type: ignore[arg-type]
+        first = next(p for p in following(scores) if str(p) not in scores)
+        assert str(first) == f"keep_float@{layer}"
+        assert following(scores) == following(scores)
+    assert asked == [Plan()]
+
+
+@pytest.mark.usefixtures("no_ladder")
+def test_a_search_predicts_anew_every_other_time_and_believes_what_it_saw() -> None:
+    """Two merges that are worthless beside each other are not predicted together again."""
     space = fake.space(Budget(macs=1.3 * fake.MACS, float_layers=0))
-    layers = [SimpleNamespace(node=n, damage=d) for n, d in fake.DAMAGE.items()]
-    found = SimpleNamespace(layers=layers, damage_by_node=lambda: fake.DAMAGE)
+    found: Any = ranked()
     following = worth.worth_trying(None, space, found, 30)  # type: ignore[arg-type]
     merges = {Step("merge_separable", "dw0"), Step("merge_separable", "dw1")}
     scores: dict[str, Score] = {}
