@@ -1,15 +1,17 @@
 """Which plans to score next, from what the analysis says and from what is scored.
 
 In this order: the ladder of free remedies (it may be all that a small budget reaches); on top of
-its best rung the layers in float that should gain most; single answers on top of it, and between
-them the references, a curve of layers in float to compare with; what all these predict to be best;
-and from then on, every other time, what is predicted anew, while TPE proposes the others.
+its best rung the layers in float that should gain most; on top of both single answers, a few at a
+time, and after each few the best of them together; between them the references, a curve of layers
+in float to compare with; the front that all these predict; and from then on, every other time, what
+is predicted anew, while TPE proposes the others.
 """
 
 from __future__ import annotations
 
+import itertools
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 
 from torch import fx
 
@@ -28,6 +30,9 @@ LEAST_LEFT = 0.02  # no step is trusted to take away more than 98 % of the damag
 # places: those that were asked are the most harmful ones, where it has most to gain.
 HARM, STRIKES = 1.5, 2
 BETWEEN = 2  # single answers from one reference to the next
+TOGETHER = 6  # single answers after which the best of those known are tried together
+# Of a layer in float, of the damage that is left: less is within what a screening is wrong by.
+LEAST_SHARE = 0.02
 
 
 def worth_trying(
@@ -74,6 +79,10 @@ def worth_trying(
             }
         return asked_of[base]
 
+    def best_of(gain: Mapping[Step, float], bottom: float) -> list[Plan]:
+        """What is predicted to leave the least damage."""
+        return [plan for plan, _ in predicted_front(space, gain, math.log(bottom))[-1:]]
+
     def on_top(base: Plan, plans: Iterable[Plan]) -> list[Plan]:
         """Each plan together with the steps of the base, where that can be carried out."""
         both = dict.fromkeys(space.repair([*base.steps, *p.steps]) for p in plans)
@@ -91,26 +100,35 @@ def worth_trying(
         if not empty or not bottom:
             return [*plans, *first[1:], *on_top(base, singles)]
 
-        total = math.log(bottom)
         share = shares(base, empty)
-        gain = {
-            step: -math.log(max(1 - share.get(step, 0.0), LEAST_LEFT))
-            for step in space.steps()
-            if step not in base.steps
-        }
-        plans += on_top(base, [p for p, _ in predicted_front(space, gain, total)[-1:]])
+        floats = {step: _gain(1 - s) for step, s in share.items() if s >= LEAST_SHARE}
+        plans += on_top(base, best_of(floats, bottom))
+        if any(str(p) not in scores for p in plans):
+            return plans
+        base, bottom = _least([base, *plans[-1:]], scores)
+
+        steps = [step for step in space.steps() if step not in base.steps]
+        gain = dict.fromkeys(steps, 0.0)
+        measured: set[Step] = set()
         asked = [p for p in on_top(base, singles) if p != base]
         asked = _without_harmful(asked, base, HARM * bottom, scores)
-        plans += _interleaved(asked, first[1:])
+        references = iter(first[1:])
+        for at in range(0, len(asked), TOGETHER):
+            answers = asked[at : at + TOGETHER]
+            plans += _interleaved(answers, references)
+            if any(str(p) not in scores for p in plans):
+                return plans
+            for step in steps:
+                plan = space.repair([*base.steps, step])
+                if plan in answers and (damage := scores[str(plan)].damage) is not None:
+                    gain[step] = _gain(damage / bottom)
+                    measured.add(step)
+            plans += on_top(base, best_of(gain, bottom))
+        plans += references
         if any(str(p) not in scores for p in plans):
             return plans
 
-        measured: set[Step] = set()
-        for step in gain:
-            score = scores.get(str(space.repair([*base.steps, step])))
-            if score is not None and score.damage is not None:
-                gain[step] = -math.log(max(score.damage / bottom, LEAST_LEFT))
-                measured.add(step)
+        total = math.log(bottom)
         plans += on_top(base, [p for p, _ in predicted_front(space, gain, total)])
         if len(scores) % 2 == 0 and all(str(p) in scores for p in plans):
             gains = refitted(gain, frozenset(measured), base, scores)
@@ -120,6 +138,18 @@ def worth_trying(
         return plans
 
     return worth
+
+
+def _gain(left: float) -> float:
+    """What a step takes off the logarithm of the damage, of which it leaves such a share."""
+    return -math.log(max(left, LEAST_LEFT))
+
+
+def _least(plans: Sequence[Plan], scores: Mapping[str, Score]) -> tuple[Plan, float]:
+    """The plan with the least damage of some, of which the first has one; and that damage."""
+    known = [(damage, p) for p in plans if (damage := scores[str(p)].damage) is not None]
+    damage, plan = min(known, key=lambda pair: pair[0])
+    return plan, max(damage, 1e-12)  # of which there is a logarithm
 
 
 def splits_of(gm: fx.GraphModule, space: Space, sensitivity: Sensitivity) -> Splits:
@@ -167,12 +197,11 @@ def _without_harmful(
     return kept
 
 
-def _interleaved(plans: Sequence[Plan], others: Sequence[Plan]) -> list[Plan]:
-    """Of the other plans one after every few."""
+def _interleaved(plans: Sequence[Plan], others: Iterator[Plan]) -> list[Plan]:
+    """Before every few plans the next of the others."""
     found: list[Plan] = []
-    rest = iter(others)
     for i, plan in enumerate(plans):
         if i % BETWEEN == 0:
-            found += [other for other in [next(rest, None)] if other is not None]
+            found += itertools.islice(others, 1)
         found.append(plan)
-    return [*found, *rest]
+    return found

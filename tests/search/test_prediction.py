@@ -120,8 +120,10 @@ def test_the_layers_in_float_are_those_that_hurt_the_best_rung() -> None:
 
 
 @pytest.mark.usefixtures("no_ladder")
-def test_a_search_predicts_anew_every_other_time_and_believes_what_it_saw() -> None:
-    """Two merges that are worthless beside each other are not predicted together again."""
+def test_a_search_predicts_anew_every_other_time_and_believes_what_it_saw(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """What is worthless beside each other is not predicted together again."""
     space = fake.space(Budget(macs=1.3 * fake.MACS, float_layers=0))
     found: Any = ranked()
     following = worth.worth_trying(None, space, found, 30)  # type: ignore[arg-type]
@@ -137,14 +139,56 @@ def test_a_search_predicts_anew_every_other_time_and_believes_what_it_saw() -> N
         macs = space.predicted_macs(plan)
         scores[str(plan)] = Score(plan=str(plan), macs=macs, damage=damage)
 
-    asked: list[tuple[int, Plan]] = []
-    for turn in range(16):
+    anew: list[int] = []
+
+    def counting(*words: Any) -> Any:
+        anew.append(len(scores))
+        return refitted(*words)
+
+    monkeypatch.setattr(worth, "refitted", counting)
+    asked: list[Plan] = []
+    for turn in range(20):
         wanted = [p for p in following(scores) if str(p) not in scores]  # type: ignore[arg-type]
-        if wanted:
-            asked.append((len(scores), wanted[0]))
+        asked += wanted[:1]
         # where nothing is predicted, TPE tries something
         score(wanted[0] if wanted else Plan((Step("keep_float", f"other{turn}"),)))
-    (both,) = (i for i, (_, plan) in enumerate(asked) if merges <= set(plan.steps))
-    again = asked[both + 1 :]
-    assert again
-    assert all(count % 2 == 0 for count, _ in again)
+    assert sum(merges <= set(plan.steps) for plan in asked) == 1
+    assert anew == list(range(min(anew), 20, 2))
+    assert min(anew) % 2 == 0
+
+
+@pytest.mark.usefixtures("no_ladder")
+def test_the_best_answers_are_tried_together_before_all_are_known() -> None:
+    """On top of the layers in float that help; and what an answer added alone decides."""
+    space = fake.space(Budget(macs=1.3 * fake.MACS, float_layers=1))
+    found: Any = ranked()
+
+    def gains_on(plan: Plan) -> dict[str, float]:
+        return {"net.head": 0.5}
+
+    helps = {
+        Step("keep_float", "head"): 0.5,
+        Step("merge_separable", "dw0"): 0.5,
+        Step("merge_separable", "dw1"): 0.8,
+        Step("replace_block", "stem"): 1.2,
+    }
+    following = worth.worth_trying(None, space, found, 30, gains_on=gains_on)  # type: ignore[arg-type]
+    scores: dict[str, Score] = {}
+    order: list[Plan] = []
+    while wanted := [p for p in following(scores) if str(p) not in scores][:1]:  # type: ignore[arg-type]
+        (plan,) = wanted
+        order.append(plan)
+        damage = fake.TOTAL * math.prod(helps.get(step, 1.0) for step in plan.steps)
+        macs = space.predicted_macs(plan)
+        scores[str(plan)] = Score(plan=str(plan), macs=macs, damage=damage)
+        if len(order) > 12:
+            break
+    texts = [" ".join(sorted(str(plan).split())) for plan in order]
+    alone = [text for text in texts if "keep_float@head" in text and text.count("@") == 2]
+    assert set(alone) == {
+        f"keep_float@head {answer}"
+        for answer in ("merge_separable@dw0", "merge_separable@dw1", "replace_block@stem")
+    }
+    together = "keep_float@head merge_separable@dw0 merge_separable@dw1"
+    assert texts[1] == "keep_float@head"
+    assert 0 < texts.index(together) - max(map(texts.index, alone)) <= 2
