@@ -22,6 +22,11 @@ class Step:
     rule: str
     anchor: str
 
+    @classmethod
+    def at(cls, site: Site) -> Step:
+        """The step of a site's rule there."""
+        return cls(site.rule, site.anchor)
+
     def __str__(self) -> str:
         return f"{self.rule}@{self.anchor}"
 

@@ -36,7 +36,7 @@ def exact_splits(
     free = [s for s in sites if not s.blocked]
     ends = [] if _classes(gm) else [s for s in free if s.rule in (TAIL, HEAD)]
     found = [
-        ("outputs split", tuple(Step(s.rule, s.anchor) for s in ends)),
+        ("outputs split", tuple(Step.at(s) for s in ends)),
         ("channels split by range", tuple(_by_range(free, damage))),
     ]
     return tuple((name, steps) for name, steps in found if steps)

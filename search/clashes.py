@@ -49,17 +49,13 @@ def _lost(
     if not later:
         return
     try:
-        made = rewrite(gm, Plan((_step(alike[0]),)))
+        made = rewrite(gm, Plan((Step.at(alike[0]),)))
     except RewriteError:
         return
     for other in later:
         found = rule_named(other.rule).site_at(made, other.anchor)
         if found is None or found.blocked:
-            yield from ((_step(site), _step(other)) for site in alike)
-
-
-def _step(site: Site) -> Step:
-    return Step(site.rule, site.anchor)
+            yield from ((Step.at(site), Step.at(other)) for site in alike)
 
 
 def _stage(site: Site) -> str:

@@ -6,7 +6,7 @@ import logging
 import platform
 from collections.abc import Callable, Generator
 from contextlib import AbstractContextManager, contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -28,6 +28,7 @@ from search.fingerprint import Digest, model_digest, rules_digest, source_digest
 from search.overlap import mark, warn_of_overlap
 from search.records import Confirmations, Records, Score, fingerprint, open_run
 from search.samples import Tick, check_outputs, chosen_on, load_samples, shuffled
+from search.space import Space
 from search.tasks import Task, task
 from search.tasks.detection import Detection
 from search.tasks.video import Video
@@ -64,6 +65,9 @@ class Job:
     folder: Path
     evaluator: RewriteEvaluator
     data: Data
+    spaces: list[tuple[Any, Space]] = field(
+        default_factory=list
+    )  # laid out, each with its ranking
 
     @property
     def gm(self) -> fx.GraphModule:

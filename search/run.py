@@ -90,7 +90,10 @@ def limits_of(job: Job) -> Limits:
 
 
 def space_of(job: Job, sensitivity: Sensitivity) -> Space:
-    """The search space of a run."""
+    """The search space of a run, laid out once for each ranking."""
+    for ranking, known in job.spaces:
+        if ranking == sensitivity:
+            return known
     macs = job.evaluator.baseline().macs
 
     def price(step: Step) -> int | None:
@@ -101,9 +104,11 @@ def space_of(job: Job, sensitivity: Sensitivity) -> Space:
     budget = Budget(macs=limits.macs, float_layers=limits.float_layers)
     sites = find_sites(job.gm)
     split = [s.anchor for _, steps in exact_splits(job.gm, sites, damage) for s in steps]
-    return make_space(
+    space = make_space(
         sites, damage, price, macs, budget, always=split, clashes=partial(clashes, job.gm)
     )
+    job.spaces.append((sensitivity, space))
+    return space
 
 
 def race_of(job: Job) -> Race:

@@ -187,7 +187,7 @@ def make_space(
     extra: dict[Step, int] = {}
     usable: list[Site] = []
     for site in (site for anchor in kept for site in places[anchor]):
-        step = Step(site.rule, site.nodes[0])
+        step = Step.at(site)
         added = price(step)
         if added is None or not budget.meets(macs + added, int(site.rule == KEEP_FLOAT)):
             continue

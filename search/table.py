@@ -103,7 +103,7 @@ def first_separable(gm: fx.GraphModule) -> Step:
     if not free:
         near = next((f"{s.nodes[0]}: {s.blocked}" for s in sites), "it has no depthwise layer")
         raise RewriteError(f"table: no depthwise separable convolution can be replaced: {near}")
-    return Step(free[0].rule, free[0].anchor)
+    return Step.at(free[0])
 
 
 def make_table(

@@ -35,20 +35,16 @@ def find_answers(quantized: Quantized, harmful: Sequence[fx.Node]) -> dict[str, 
             del node.meta["channel_range"]
 
     def rank(site: Site) -> tuple[bool, int]:
-        return site.rule == "keep_float", added[_step(site)]
+        return site.rule == "keep_float", added[Step.at(site)]
 
     return {
         name: tuple(
-            (str(_step(s)), added[_step(s)])
+            (str(Step.at(s)), added[Step.at(s)])
             for s in sorted(sites, key=rank)
             if s.anchor == MODEL or name in s.nodes or name in s.readers
         )
         for name in (n.name for n in harmful)
     }
-
-
-def _step(site: Site) -> Step:
-    return Step(site.rule, site.anchor)
 
 
 def _lend_ranges(quantized: Quantized) -> list[fx.Node]:
@@ -68,7 +64,7 @@ def _lend_ranges(quantized: Quantized) -> list[fx.Node]:
 def _added_macs(gm: fx.GraphModule, sites: Sequence[Site]) -> dict[Step, int]:
     """What each step adds, from as few rewrites as there are steps that exclude each other."""
     macs = layer_macs(gm)
-    found = {_step(s): 0 for s in sites}
+    found = {Step.at(s): 0 for s in sites}
     left = [s for s in sites if not rule_named(s.rule).free]
     while left:
         together: list[Site] = []
@@ -86,7 +82,7 @@ def _added_together(
     gm: fx.GraphModule, sites: Sequence[Site], macs: Mapping[str, int]
 ) -> dict[Step, int]:
     """What each of some steps adds that touch different nodes."""
-    steps = [_step(s) for s in sites]
+    steps = [Step.at(s) for s in sites]
     try:
         after = rewrite(gm, Plan(tuple(steps)))
     except RewriteError:
