@@ -38,8 +38,7 @@ Worth = Callable[[Mapping[str, Score]], Sequence[Plan]]
 """Plans worth trying before any search, best first, given the scores by plan text so far."""
 
 REFUSALS = 500
-FAILED, DONE, CLAIMED = TrialState.FAIL, TrialState.COMPLETE, TrialState.RUNNING
-STOPPED, WAITING = TrialState.PRUNED, TrialState.WAITING
+FAILED, CLAIMED, STOPPED = TrialState.FAIL, TrialState.RUNNING, TrialState.PRUNED
 SHOWN = (
     "macs",
     "params",
@@ -228,9 +227,12 @@ def _try(
     records.refresh()
     ended = _ended(before, [s.plan for s in records.scores() if settings.again(s)])
     claimed = [t.user_attrs.get("plan") for t in before if t.state == CLAIMED]
-    # Two workers may have seen the same last place in the budget: the first trial has it.
-    if text in ended or text in claimed or sum(ended.values()) + len(claimed) >= settings.trials:
+    if text in ended or text in claimed:
         study.tell(trial, state=FAILED)
+        return None
+    # Two workers may have seen the same last place in the budget: the first trial has it.
+    if sum(ended.values()) + len(claimed) >= settings.trials:
+        give_back(study, trial.number)
         return None
     # First of all: a trial without a constraint counts as feasible, whatever becomes of it.
     if space.budget.macs is not None:
