@@ -43,10 +43,11 @@ def run(config: Path, folder: Path, trials: int, workers: int) -> float:
 
 
 def study_in(folder: Path) -> optuna.Study:
-    """The one study of a run directory."""
+    """The latest study of a run directory."""
     storage = journal(folder / "journal.log")
-    (summary,) = optuna.get_all_study_summaries(storage)
-    return optuna.load_study(study_name=summary.study_name, storage=storage)
+    # each change of the rules begins another
+    name = optuna.get_all_study_names(storage)[-1]
+    return optuna.load_study(study_name=name, storage=storage)
 
 
 def scored(study: optuna.Study) -> list[FrozenTrial]:
