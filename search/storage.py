@@ -130,10 +130,9 @@ def recover(study: optuna.Study, folder: Path, me: str, elsewhere_s: float | Non
     for name in known - living:
         (folder / name).unlink(missing_ok=True)
     if living <= {me} and not elsewhere:
-        while not all(map(is_users, waiting())):
-            first = next(iter(waiting()))
-            if is_users(first):  # to the end of the queue
-                study.enqueue_trial(wish_of(first))
+        while not all(map(is_users, queue := waiting())):
+            if is_users(queue[0]):  # to the end of the queue
+                study.enqueue_trial(wish_of(queue[0]))
             study.tell(study.ask(), state=TrialState.FAIL)
 
 

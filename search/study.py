@@ -2,9 +2,8 @@
 
 One loop, the same for one worker or many: take what a user has enqueued, else the first plan that
 is worth trying and not yet known, else let TPE propose one; claim it as a running trial; score it;
-tell. The next proposal
-depends only on the seed and on what has been scored, so a run that was interrupted and resumed
-goes the way of one that was not.
+tell. The next proposal depends only on the seed and on what has been scored, so a run that was
+interrupted and resumed goes the way of one that was not.
 """
 
 from __future__ import annotations
