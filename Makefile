@@ -26,7 +26,7 @@ slow: $(VENV)/.dev
 # and under the eyes of optuna-dashboard. What is not there is skipped, with the reason.
 cluster: $(VENV)/.dev
 	$(BIN)/python -m pip install --quiet --editable '.[postgres,ray,dashboard]'
-	$(BIN)/python -m pytest -m "slow or not slow" tests/search/test_postgres.py tests/search/test_cluster.py tests/search/test_live.py
+	$(BIN)/python -m pytest -m "slow or not slow" tests/search/study/test_postgres.py tests/search/workers/test_ray.py tests/search/study/test_dashboard.py
 
 $(VENV)/.installed: pyproject.toml
 	$(PYTHON) -m venv $(VENV)

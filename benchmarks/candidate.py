@@ -29,11 +29,12 @@ sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks")]
 
 from sensitivity import Observed, assets  # noqa: E402
 
-from rewriter.graph import layers, trace  # noqa: E402
-from rewriter.int8.onnx import to_onnx  # noqa: E402
+from rewriter.graph.lookup import layers  # noqa: E402
+from rewriter.int8.onnx.export import to_onnx  # noqa: E402
+from rewriter.int8.onnx.session import Session  # noqa: E402
 from rewriter.int8.scheme import target  # noqa: E402
-from rewriter.int8.session import Session  # noqa: E402
 from rewriter.int8.simulate import quantize  # noqa: E402
+from rewriter.tracing.trace import trace  # noqa: E402
 
 INPUTS: dict[str, tuple[Any, ...]] = {"mcunet": (176, "half"), "mobilenetv2": (224, "imagenet")}
 Clock = dict[str, list[float]]

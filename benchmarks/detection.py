@@ -16,12 +16,12 @@ from pathlib import Path
 import torch
 
 from rewriter import Plan, find_sites, rewrite
-from rewriter.fit import fit
+from rewriter.fitting.fit import fit
 from rewriter.int8.simulate import quantize
 from rewriter.rules import Site
-from search.config import load_config
+from search.config.schema import load_config
 from search.job import Job, open_job
-from search.records import Score
+from search.run_dir.scores import Score
 
 REMEDIES = ("refine_ranges", "equalize", "correct_bias", "round_weights")
 EVEN = "split_range_3"

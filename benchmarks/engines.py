@@ -29,8 +29,9 @@ import torch
 from torch import Tensor, nn
 
 from rewriter import quantize, simulate, target, trace
-from rewriter.graph import layers
-from rewriter.int8.onnx import Session, float_onnx, to_onnx
+from rewriter.graph.lookup import layers
+from rewriter.int8.onnx.export import float_onnx, to_onnx
+from rewriter.int8.onnx.session import Session
 
 ROOT = Path(__file__).resolve().parents[1]
 SIZES = {"mcunet": 176, "mobilenetv2": 224, "yolo_fastest": 320}

@@ -37,17 +37,17 @@ from optuna.samplers import BaseSampler, NSGAIISampler, RandomSampler, TPESample
 
 from rewriter import Plan, Step
 from rewriter.ladder import REMEDIES
-from search.analysis import float_gains_on
-from search.config import load_config
-from search.evaluator import RewriteEvaluator
-from search.front import hypervolume
+from search.config.schema import load_config
 from search.job import Job, open_job
-from search.records import Records, Score
+from search.pareto.front import hypervolume
 from search.run import limits_of, sensitivity_of, space_of, with_options
-from search.space import KEEP_FLOAT, Space
-from search.storage import journal
-from search.study import Settings, search
-from search.worth import worth_trying
+from search.run_dir.scores import Records, Score
+from search.scoring.evaluator import RewriteEvaluator
+from search.sensitivity.run import float_gains_on
+from search.strategy.schedule import worth_trying
+from search.strategy.space import KEEP_FLOAT, Space
+from search.study.storage import journal
+from search.study.study import Settings, search
 
 AT = (10, 25, 50, 100)
 IDLE = 50  # proposals in a row that are known already: the sampler has converged

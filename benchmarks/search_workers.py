@@ -23,7 +23,7 @@ import optuna
 import torch
 from optuna.trial import FrozenTrial
 
-from search.storage import journal
+from search.study.storage import journal
 
 SCORES = ("scores.jsonl", "samples", "journal.log*", "workers")
 SPARE = 8  # plans more than asked for, since some are above the limits

@@ -36,17 +36,19 @@ from torch import Tensor, nn
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-from rewriter.cost import layer_macs  # noqa: E402
-from rewriter.graph import layer_name, layers, trace, walk  # noqa: E402
+from rewriter.graph.cost import layer_macs  # noqa: E402
+from rewriter.graph.interpret import walk  # noqa: E402
+from rewriter.graph.lookup import layer_name, layers  # noqa: E402
 from rewriter.int8.scheme import QuantScheme, channel_axis, target, weight_scale  # noqa: E402
 from rewriter.int8.simulate import Quantized, quantize  # noqa: E402
 from rewriter.sensitivity import analyze  # noqa: E402
+from rewriter.sensitivity.error_terms import parts_of  # noqa: E402
 from rewriter.sensitivity.exact import batch_size, measure  # noqa: E402
-from rewriter.sensitivity.forks import Forks, only  # noqa: E402
 from rewriter.sensitivity.objective import Objective  # noqa: E402
-from rewriter.sensitivity.parts import parts_of  # noqa: E402
+from rewriter.sensitivity.ranking_confidence import rank_correlation  # noqa: E402
 from rewriter.sensitivity.screen import Screener, Screening  # noqa: E402
-from rewriter.sensitivity.steady import rank_correlation  # noqa: E402
+from rewriter.sensitivity.shared_prefix import Forks, only  # noqa: E402
+from rewriter.tracing.trace import trace  # noqa: E402
 
 PEERS = ROOT / "benchmarks" / "peers"
 BUILD = ROOT / "build" / "peers"

@@ -25,10 +25,10 @@ from torch.nn import functional
 
 from rewriter import Plan, find_sites, profile, target, trace
 from rewriter.assemble import assemble
-from rewriter.fidelity import kl_divergence
-from rewriter.graph import layers
-from rewriter.int8.onnx import to_onnx
-from rewriter.int8.session import Session
+from rewriter.damage.fidelity import kl_divergence
+from rewriter.graph.lookup import layers
+from rewriter.int8.onnx.export import to_onnx
+from rewriter.int8.onnx.session import Session
 
 CALIBRATION = 256
 SPREAD = (0.02, 20.0)

@@ -27,10 +27,10 @@ from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor, nn
 
-from search import digits
-from search.images import Data, Inputs
+from search.data import digits
+from search.data.digits_video import train_head
+from search.data.images import Data, Inputs
 from search.tasks.video import Video
-from search.video_digits import train_head
 
 FRAMES, SIDE, LARGE = 8, 176, 208
 STAY = (1, 2)  # frames of one photograph

@@ -8,20 +8,24 @@ from typing import Any
 
 from torch import Tensor, fx, nn
 
+from rewriter.damage.fisher import weigh
 from rewriter.errors import RewriteError
-from rewriter.fit import FitReport, fit
-from rewriter.graph import layers
-from rewriter.influence import weigh
+from rewriter.fitting.fit import FitReport, fit
+from rewriter.graph.channel_ranges import profile
+from rewriter.graph.edit import copy_graph
+from rewriter.graph.lookup import layers
 from rewriter.int8.annotate import annotate
 from rewriter.int8.calibrate import Calibration, ValueStats
-from rewriter.int8.clipping import least_damage_ranges
 from rewriter.int8.scheme import QuantScheme
 from rewriter.int8.simulate import Quantized, quantize
-from rewriter.plan import Plan, Step, copy_graph, rewrite, rule_named
-from rewriter.ranges import profile
-from rewriter.refine import refine
-from rewriter.rules._whole import WholeModelRule
-from rewriter.store import Store, data_digest, graph_digest, key, load, save_to
+from rewriter.plan import Plan, Step, rewrite, rule_named
+from rewriter.repair.activation_ranges import least_damage_ranges
+from rewriter.repair.bias_and_rounding import refine
+from rewriter.rules._model_rule import WholeModelRule
+from rewriter.storage.cache import Store, load, save_to
+from rewriter.storage.digest import data_digest, graph_digest, key
+
+__all__ = ["Assembled", "assemble", "prepare", "record", "repaired", "restored", "rewritten"]
 
 Batches = Sequence[Tensor | tuple[Tensor, ...]]
 # Raised when the result of the repairs changes, so that stored ones are not reused.

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+__all__ = ["PlanError", "QuantizeError", "RewriteError", "TraceError"]
+
 
 class RewriteError(Exception):
     """Something about the model or the request makes the work impossible; the message says what."""

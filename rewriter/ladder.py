@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
 from torch import fx
 
 from rewriter.errors import RewriteError
+from rewriter.graph.lookup import outputs
 from rewriter.plan import Plan, Step, rule_named
+from rewriter.rules import Site
+
+__all__ = ["HEAD", "RANGES", "REMEDIES", "TAIL", "Rung", "Splits", "best", "climb", "exact_splits"]
 
 log = logging.getLogger(__name__)
 
@@ -79,7 +83,7 @@ def climb(
         gm: profiled canonical graph.
         score: measures a plan (an evaluator; whatever it remembers is not measured again).
         base: steps that every rung has.
-        splits: names and steps of the rungs that split layers, see ``rewriter.splits``.
+        splits: names and steps of the rungs that split layers, see ``exact_splits``.
 
     Returns:
         The rungs in order; ``best(rungs)`` is the plan to start from.
@@ -144,3 +148,69 @@ def _measured(
 def best(rungs: tuple[Rung, ...] | list[Rung]) -> Rung:
     """The last rung that was kept."""
     return next(r for r in reversed(rungs) if r.kept)
+
+
+TAIL = "float_tail"
+
+
+HEAD = "split_head_auto"
+
+
+# Three groups recovered most in what was measured, two nearly as much.
+RANGES = ("split_range_3", "split_range_2")
+
+
+# Places are split by range that have this share of the damage of all layers, and this many at
+# most.
+SHARE = 0.1
+
+
+MOST = 4
+
+
+def exact_splits(
+    gm: fx.GraphModule, sites: Sequence[Site], damage: Mapping[str, float]
+) -> tuple[tuple[str, tuple[Step, ...]], ...]:
+    """Rungs of splits for ``rewriter.ladder.climb``; none where nothing matches.
+
+    Args:
+        gm: profiled canonical graph.
+        sites: of its rules.
+        damage: of quantizing each layer alone, by node name.
+    """
+    free = [s for s in sites if not s.blocked]
+    ends = [] if _classes(gm) else [s for s in free if s.rule in (TAIL, HEAD)]
+    found = [
+        ("outputs split", tuple(Step.at(s) for s in ends)),
+        ("channels split by range", tuple(_by_range(free, damage))),
+    ]
+    return tuple((name, steps) for name, steps in found if steps)
+
+
+def _classes(gm: fx.GraphModule) -> bool:
+    """Whether the only output is one score for each class: of one kind, and so of one range."""
+    found = outputs(gm)
+    alone = len(found) == 1 and len(found[0].meta.get("shape", ())) == 2
+    return alone and gm.meta.get("kind") != "values"
+
+
+def _by_range(sites: Sequence[Site], damage: Mapping[str, float]) -> Iterator[Step]:
+    """Splits where layers are hurt most, none of which shares a layer with another.
+
+    A layer is hurt by its input as much as by its weights: those that read the values count, the
+    one that makes them does not.
+    """
+    best: dict[str, Site] = {}
+    for rule in RANGES:
+        for site in sites:
+            if site.rule == rule:
+                best.setdefault(site.anchor, site)
+    harm = {
+        a: sum(damage.get(n, 0.0) for n in (*s.nodes[1:], *s.readers)) for a, s in best.items()
+    }
+    least = SHARE * sum(damage.values())
+    taken: set[str] = set()
+    for anchor in sorted(best, key=lambda a: -harm[a])[:MOST]:
+        if harm[anchor] > least and not taken.intersection(best[anchor].nodes):
+            taken.update(best[anchor].nodes)
+            yield Step(best[anchor].rule, anchor)

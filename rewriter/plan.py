@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
-import copy
 import difflib
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from torch import Tensor, fx, nn
+from torch import Tensor, fx
 
 from rewriter.errors import PlanError
-from rewriter.graph import layers, module_of
+from rewriter.graph.edit import copy_graph
+from rewriter.graph.lookup import layers, module_of
 from rewriter.rules import RULES, RewriteRule, Site
+
+__all__ = ["Plan", "Step", "find_sites", "rewrite", "rule_named"]
 
 
 @dataclass(frozen=True, order=True)
@@ -163,35 +165,3 @@ def _site(
         hint = f"; did you mean {near[0]!r}?" if near else ""
         raise PlanError(f"{step}: no node is called {step.anchor!r}{hint}")
     raise PlanError(f"{step}: the rule does not match there")
-
-
-def copy_graph(gm: fx.GraphModule) -> fx.GraphModule:
-    """A deep copy with the same node names and meta; no tensor is shared with gm."""
-    memo: dict[int, Any] = {}
-    for module in gm.modules():
-        if type(module).__module__.startswith("torch.nn.modules.") and not any(module.children()):
-            memo[id(module)] = _copied(module, memo)
-    new = copy.deepcopy(gm, memo)
-    for a, b in zip(gm.graph.nodes, new.graph.nodes, strict=True):
-        b.meta = dict(a.meta)
-    new.meta = dict(gm.meta)
-    return new
-
-
-def _copied(module: nn.Module, memo: dict[int, Any]) -> nn.Module:
-    """A deep copy of one of torch's own layers.
-
-    Each has some twenty dictionaries of hooks, nearly always empty, on which ``deepcopy`` spends most
-    of the time that it takes for a whole network.
-    """
-    new = object.__new__(type(module))
-    for name, value in vars(module).items():
-        plain = value is None or isinstance(value, (bool, int, float, str))
-        empty = isinstance(value, (dict, set, list)) and not value
-        if plain:
-            new.__dict__[name] = value
-        elif empty:
-            new.__dict__[name] = copy.copy(value)
-        else:
-            new.__dict__[name] = copy.deepcopy(value, memo)
-    return new

@@ -16,19 +16,27 @@ from torch import Tensor, fx
 from torch.utils import _pytree as pytree
 
 from rewriter import profile, target, trace
+from rewriter.export import first_output_only
 from rewriter.graph import layers, unflatten
-from rewriter.int8.scheme import QuantScheme
-from rewriter.places import Place, PlaceError, checked, inside
-from rewriter.store import Mirror, Store
-from rewriter.streaming import first_output_only
-from search.config import Config, ConfigError
-from search.data import Data, Inputs, batches, load_data, load_model
-from search.evaluator import RewriteEvaluator
-from search.fingerprint import Digest, model_digest, rules_digest, source_digest
-from search.overlap import mark, warn_of_overlap
-from search.records import Confirmations, Records, Score, fingerprint, open_run
-from search.samples import Tick, check_outputs, chosen_on, load_samples, shuffled
-from search.space import Space
+from rewriter.int8 import QuantScheme
+from rewriter.storage import (
+    Digest,
+    Mirror,
+    Place,
+    PlaceError,
+    Store,
+    checked,
+    inside,
+    model_digest,
+)
+from search.config.schema import Config, ConfigError
+from search.data.datasets import Data, Inputs, batches, load_data
+from search.data.evaluation_set import Tick, check_outputs, chosen_on, load_samples, shuffled
+from search.data.model import load_model
+from search.data.overlap import mark, warn_of_overlap
+from search.run_dir.fingerprint import rules_digest, source_digest
+from search.run_dir.scores import Confirmations, Records, Score, fingerprint, open_run
+from search.scoring.evaluator import RewriteEvaluator
 from search.tasks import Task, task
 from search.tasks.detection import Detection
 from search.tasks.video import Video
@@ -65,9 +73,8 @@ class Job:
     folder: Path
     evaluator: RewriteEvaluator
     data: Data
-    spaces: list[tuple[Any, Space]] = field(
-        default_factory=list
-    )  # laid out, each with its ranking
+    # search spaces laid out so far (search.strategy.space.Space), each with its ranking
+    spaces: list[tuple[Any, Any]] = field(default_factory=list)
 
     @property
     def gm(self) -> fx.GraphModule:

@@ -10,24 +10,15 @@ from typing import Any
 
 import numpy as np
 
-from search.analysis import Sensitivity, read_sensitivity
-from search.confirm import Confirmed, confirmed, confirmed_front
-from search.constraints import Limits
-from search.finetuned import Finetuned, read_finetuned
-from search.front import Cost, Front, best, cost_named, hypervolume, knee, select_front
-from search.notebook import ShownResults
-from search.points import baseline_of, point
-from search.records import (
-    Baseline,
-    Confirmations,
-    Records,
-    RunError,
-    Score,
-    fingerprint,
-    read_run,
-    write_json,
-)
-from search.steps import step_effects
+from search.finetune.run import Finetuned, read_finetuned
+from search.pareto.front import Cost, Front, best, cost_named, hypervolume, knee, select_front
+from search.pareto.front_json import baseline_of, point
+from search.pareto.limits import Limits
+from search.pareto.step_effects import step_effects
+from search.run_dir.files import RunError, write_json
+from search.run_dir.scores import Baseline, Confirmations, Records, Score, fingerprint, read_run
+from search.scoring.confirm import Confirmed, confirmed, confirmed_front
+from search.sensitivity.run import Sensitivity, read_sensitivity
 
 # of run.json; what makes a report of it
 ABOUT = ("config", "metric", "higher_is_better", "target", "engine", "samples")
@@ -35,7 +26,7 @@ NEEDED = ("parts", "baseline", "objective", "limits", *ABOUT)
 
 
 @dataclass(frozen=True)
-class Results(ShownResults):
+class Results:
     """The state of a run, finished or not.
 
     Attributes:

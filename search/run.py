@@ -13,31 +13,26 @@ from pydantic import ValidationError
 
 from rewriter import Plan, Step, cost, find_sites
 from rewriter.graph import layers
-from rewriter.splits import HEAD, RANGES, TAIL, exact_splits
-from search.analysis import Sensitivity, analyze, float_gains_on, read_sensitivity
-from search.apart import possible
-from search.clashes import clashes
-from search.config import Config, ConfigError, SearchConfig
-from search.config_faults import dotted, explain
-from search.confirm import confirm
-from search.constraints import Limits
-from search.evaluator import extra_macs
-from search.failure import to_be_tried_again
-from search.front import cost_named, select_front
+from rewriter.ladder import HEAD, RANGES, TAIL, exact_splits
+from search.config.messages import dotted, explain
+from search.config.schema import Config, ConfigError, SearchConfig
 from search.job import Job, Progress, Told, silent
-from search.racing import Race
-from search.records import Samples, Score, note
+from search.pareto.front import cost_named, select_front
+from search.pareto.limits import Limits
 from search.results import load_results
-from search.rungs import climbed
-from search.space import (
-    KEEP_FLOAT,
-    Budget,
-    Space,
-    make_space,
-)
-from search.storage import storage_at
-from search.study import Outcome, Settings, search
-from search.worth import of_the_ladder, splits_of, worth_trying
+from search.run_dir.scores import Samples, Score, note
+from search.scoring.child_process import possible
+from search.scoring.confirm import confirm
+from search.scoring.evaluator import extra_macs
+from search.scoring.failure import to_be_tried_again
+from search.scoring.racing import Race
+from search.sensitivity.run import Sensitivity, analyze, float_gains_on, read_sensitivity
+from search.strategy.ladder_replay import climbed
+from search.strategy.schedule import of_the_ladder, splits_of, worth_trying
+from search.strategy.space import KEEP_FLOAT, Budget, Space, make_space
+from search.strategy.step_conflicts import clashes
+from search.study.storage import storage_at
+from search.study.study import Outcome, Settings, search
 
 log = logging.getLogger(__name__)
 

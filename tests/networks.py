@@ -12,7 +12,8 @@ from hypothesis import strategies as st
 from torch import Tensor, fx, nn
 from torch.utils import _pytree as pytree
 
-from rewriter.graph import module_of, trace
+from rewriter.graph.lookup import module_of
+from rewriter.tracing.trace import trace
 
 ACTIVATIONS = (nn.ReLU, nn.ReLU6, nn.LeakyReLU, nn.SiLU, nn.Hardswish)
 ARITHMETIC = (operator.add, operator.sub, operator.mul, operator.truediv)

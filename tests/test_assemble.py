@@ -13,8 +13,8 @@ from torch import Tensor, fx, nn
 from rewriter import assemble as module
 from rewriter import profile, simulate, target, trace
 from rewriter.assemble import assemble, prepare
+from rewriter.damage.fidelity import kl_divergence
 from rewriter.errors import PlanError
-from rewriter.fidelity import kl_divergence
 from rewriter.plan import Plan
 from tests.rules import check
 

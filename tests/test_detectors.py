@@ -13,11 +13,11 @@ from torch import Tensor, fx, nn
 from torch.utils import _pytree as pytree
 
 from rewriter import Plan, find_sites, profile, quantize, rewrite, target, trace
-from rewriter.graph import layers
-from rewriter.int8.lint import lint
-from rewriter.int8.onnx import to_onnx
-from rewriter.int8.session import Session
-from rewriter.plan import copy_graph
+from rewriter.graph.edit import copy_graph
+from rewriter.graph.lookup import layers
+from rewriter.int8.onnx.export import to_onnx
+from rewriter.int8.onnx.lint import lint
+from rewriter.int8.onnx.session import Session
 from tests.detectors import CLASSES, Yolov5, Yolov8, Yolox, images, trained
 
 SHALLOW: dict[str, Callable[[], nn.Module]] = {

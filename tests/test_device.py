@@ -5,11 +5,12 @@ from __future__ import annotations
 import pytest
 import torch
 
-from rewriter.graph import device_of, trace
+from rewriter.graph.interpret import device_of
 from rewriter.int8.annotate import annotation
 from rewriter.int8.scheme import target
 from rewriter.int8.simulate import quantize, simulate
 from rewriter.sensitivity import analyze
+from rewriter.tracing.trace import trace
 from tests.sensitivity.planted import healthy, inputs
 
 pytestmark = [

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from search.config import load_config
+from search.config.schema import load_config
 from search.job import open_job
 from search.run import note_run, run_search, sensitivity_of
 from tests.test_documents import blocks, smaller
@@ -32,7 +32,9 @@ def test_examples_in_docstrings(name: str) -> None:
 
 
 def test_there_are_examples() -> None:
-    assert {"rewriter.plan", "rewriter.cost", "search.steps"} <= set(WITH_EXAMPLES)
+    assert {"rewriter.plan", "rewriter.graph.cost", "search.pareto.step_effects"} <= set(
+        WITH_EXAMPLES
+    )
 
 
 @pytest.mark.slow

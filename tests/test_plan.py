@@ -12,11 +12,13 @@ from torch import fx, nn
 
 from rewriter import plan as planning
 from rewriter.errors import PlanError
-from rewriter.graph import TraceError, find, is_call, layers, module_of, trace
+from rewriter.graph.channel_ranges import profile
+from rewriter.graph.edit import copy_graph
+from rewriter.graph.lookup import find, is_call, layers, module_of
 from rewriter.int8.scheme import target
-from rewriter.plan import Plan, Step, copy_graph, find_sites, rewrite
-from rewriter.ranges import profile
+from rewriter.plan import Plan, Step, find_sites, rewrite
 from rewriter.rules import RULES, RewriteRule, Site
+from rewriter.tracing.trace import TraceError, trace
 from tests.networks import SIZE, Affine, network, randomise, relative_error
 
 NAMES = [r.name for r in RULES]

@@ -13,13 +13,15 @@ from torch import Tensor, fx
 from torch.utils import _pytree as pytree
 
 from rewriter import Plan, PlanError, find_sites, rewrite
-from rewriter.graph import layers, outputs, trace
+from rewriter.graph.channel_ranges import profile
+from rewriter.graph.lookup import layers, outputs
 from rewriter.int8.annotate import annotation
-from rewriter.int8.onnx import Session, to_onnx
+from rewriter.int8.onnx.export import to_onnx
+from rewriter.int8.onnx.session import Session
 from rewriter.int8.scheme import target
 from rewriter.int8.simulate import Quantized, quantize, simulate
-from rewriter.ranges import profile
 from rewriter.sensitivity import analyze
+from rewriter.tracing.trace import trace
 from tests.networks import SIZE, network
 
 TARGETS = ("onnxruntime", "per_tensor", "tensorrt", "tflite")

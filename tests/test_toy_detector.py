@@ -8,10 +8,11 @@ import torch
 from torch import nn
 
 from rewriter import Plan, profile, quantize, rewrite, target, trace
-from rewriter.graph import outputs
+from rewriter.graph.lookup import outputs
 from rewriter.int8.annotate import annotation
-from rewriter.int8.lint import lint
-from rewriter.int8.onnx import Session, to_onnx
+from rewriter.int8.onnx.export import to_onnx
+from rewriter.int8.onnx.lint import lint
+from rewriter.int8.onnx.session import Session
 
 BOXES, SCORES = slice(0, 4), slice(4, 7)
 

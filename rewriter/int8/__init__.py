@@ -1,1 +1,18 @@
-"""What int8 does to a network: schemes and targets, annotation, calibration, and the two engines."""
+"""What int8 does to a network: schemes and targets, annotation, calibration, and the simulation."""
+
+from rewriter.int8.annotate import annotation, is_decoding
+from rewriter.int8.qat import learnable
+from rewriter.int8.scheme import QuantScheme, channel_axis, target, weight_scale
+from rewriter.int8.simulate import Quantized, quantize
+
+__all__ = [
+    "QuantScheme",
+    "Quantized",
+    "annotation",
+    "channel_axis",
+    "is_decoding",
+    "learnable",
+    "quantize",
+    "target",
+    "weight_scale",
+]

@@ -19,7 +19,8 @@ from typing import Any
 import torch
 from torch import fx, nn
 
-from rewriter.graph import ACTIVATION_TYPES, LAYER_TYPES, is_call, module_of, outputs
+from rewriter.graph.lookup import is_call, module_of, outputs
+from rewriter.graph.ops import ACTIVATION_TYPES, LAYER_TYPES
 from rewriter.int8.scheme import QuantScheme, QuantSpec
 
 _INT8_FUNCTIONS = (operator.add, operator.mul, torch.cat, torch.mean)

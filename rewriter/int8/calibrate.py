@@ -16,10 +16,11 @@ import torch
 from torch import Tensor, fx
 
 from rewriter.errors import QuantizeError
-from rewriter.graph import layer_name, layers, module_of, walk
+from rewriter.graph.channel_ranges import channel_range
+from rewriter.graph.interpret import walk
+from rewriter.graph.lookup import layer_name, layers, module_of
 from rewriter.int8.annotate import annotation, moves_values
 from rewriter.int8.scheme import TINY, QuantSpec, channel_axis, weight_scale
-from rewriter.ranges import channel_range
 
 Method = Literal["minmax", "percentile", "mse"]
 BINS = 2048

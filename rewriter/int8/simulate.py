@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
-from rewriter.graph import module_of
+from rewriter.graph.lookup import module_of
 from rewriter.int8.annotate import annotate, annotation, is_layer, moves_values
 from rewriter.int8.calibrate import Calibration, Method, calibrate
 from rewriter.int8.scheme import (

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from rewriter.rules._model_rule import WholeModelRule
 from rewriter.rules._rule import Contract, RewriteRule, Site
 from rewriter.rules.absorb_bias import AbsorbBias
 from rewriter.rules.correct_bias import CorrectBias
@@ -52,4 +53,4 @@ RULES: tuple[RewriteRule, ...] = (
     KeepFloat(),
 )
 
-__all__ = ["RULES", "Contract", "RewriteRule", "Site"]
+__all__ = ["RULES", "Contract", "RewriteRule", "Site", "WholeModelRule"]

@@ -1,4 +1,4 @@
-"""What a rule for components is: one site for each, at its first dense layer (``rewriter.component``)."""
+"""What a rule for components is: one site for each, at its first dense layer (``rewriter.surgery.channel_component``)."""
 
 from __future__ import annotations
 
@@ -8,8 +8,8 @@ from typing import ClassVar, Literal
 
 from torch import fx
 
-from rewriter.component import Component, component_at, components
 from rewriter.rules._rule import RewriteRule, Site
+from rewriter.surgery.channel_component import Component, component_at, components
 
 
 class ComponentRule(RewriteRule):

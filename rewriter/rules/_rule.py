@@ -9,7 +9,7 @@ from typing import ClassVar, Literal
 
 from torch import fx
 
-from rewriter.graph import find, layer_name, layers
+from rewriter.graph.lookup import find, layer_name, layers
 
 # exact: the float function is kept; approximate: it is kept only after fitting; annotation: only
 # int8 changes.

@@ -17,9 +17,9 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, fx, nn
 
-from rewriter.graph import is_call, module_of
+from rewriter.graph.lookup import is_call, module_of
+from rewriter.rules._model_rule import WholeModelRule
 from rewriter.rules._rule import Contract, Site
-from rewriter.rules._whole import WholeModelRule
 
 SHARE = 0.9
 _LINEAR_ABOVE_ZERO = (nn.ReLU, nn.LeakyReLU, nn.PReLU, nn.ReLU6, nn.Hardtanh)

@@ -4,7 +4,7 @@ Before: y = Wq xq + b          After: y = Wq xq + b + E[W x + b] - E[Wq xq + b] 
 calibration inputs and positions, x cut off where its int8 range ends
 
 Layer by layer in the order in which they run, each with the inputs it has after the layers before
-it were corrected (``rewriter.refine``).
+it were corrected (``rewriter.repair.bias_and_rounding``).
 Why: a rounded filter's error has a mean that adds up over positions and layers; it is most of the
 damage of depthwise layers.
 Source: Nagel et al., 2019 (arXiv:1906.04721), section 4.2, empirical form.
@@ -16,9 +16,9 @@ from typing import ClassVar
 
 from torch import fx
 
-from rewriter.graph import layers
+from rewriter.graph.lookup import layers
+from rewriter.rules._model_rule import WholeModelRule
 from rewriter.rules._rule import Contract
-from rewriter.rules._whole import WholeModelRule
 
 
 class CorrectBias(WholeModelRule):

@@ -6,7 +6,7 @@ diagonal
     W[c, c mod g] = D[c], all else 0   (C, g, k, k)      the same function; then fitted
 
 Why: as it starts it has the same ranges and so the same int8 error; what is gained comes from the
-fit (``rewriter.fit``), which may take away rounding errors with the help of neighbouring channels.
+fit (``rewriter.fitting.fit``), which may take away rounding errors with the help of neighbouring channels.
 MACs of the layer grow g times: g is the knob.
 """
 
@@ -19,15 +19,15 @@ from typing import ClassVar
 import torch
 from torch import fx, nn
 
-from rewriter.chains import (
+from rewriter.graph.lookup import find, module_of
+from rewriter.rules._rule import Contract, RewriteRule, Site, mark
+from rewriter.surgery.layer_chains import (
     bias_or_zero,
     convolution_like,
     depthwise_problem,
     is_depthwise,
     weight_of,
 )
-from rewriter.graph import find, module_of
-from rewriter.rules._rule import Contract, RewriteRule, Site, mark
 
 
 @dataclass(frozen=True)

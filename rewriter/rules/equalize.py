@@ -6,8 +6,8 @@ diag(s), s (C,) > 0
     f(s x) = s f(x)  for ReLU, LeakyReLU, PReLU, sums, pooling, ...: exact, no MACs added
 
 Depthwise layers have a scale on both sides, a residual stream one for all that is added to it
-(``rewriter.channels``). All scales are chosen together, for the target's way of storing weights,
-by minimising the predicted damage (``rewriter.equalization``).
+(``rewriter.surgery.channel_scales``). All scales are chosen together, for the target's way of storing weights,
+by minimising the predicted damage (``rewriter.surgery.equalization``).
 A ReLU6 stays a ReLU6: a channel that reaches the cap on the calibration inputs keeps its scale, so
 that the cap remains one number and int8 saturation carries it out; the others are scaled up to 90
 % of the cap at most.
@@ -21,10 +21,10 @@ from typing import ClassVar
 
 from torch import fx
 
-from rewriter.channels import rescale, scale_variables
-from rewriter.equalization import Damage, least_damage, log_bounds
+from rewriter.rules._model_rule import WholeModelRule
 from rewriter.rules._rule import Contract, Site
-from rewriter.rules._whole import WholeModelRule
+from rewriter.surgery.channel_scales import rescale, scale_variables
+from rewriter.surgery.equalization import Damage, least_damage, log_bounds
 
 # What is left below the cap of a ReLU6 by the largest value seen.
 MARGIN = 0.1

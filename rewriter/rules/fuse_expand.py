@@ -5,7 +5,7 @@ After:  one k x k convolution (C -> E)
 
 It starts from the product that ignores the activation,
     W[e, c] = D[e] P[e, c]   (E, C, k, k)      b[e] = d[e] + p[e] sum(D[e])   (E,)
-and is then fitted (``rewriter.fit``).
+and is then fitted (``rewriter.fitting.fit``).
 Why: the depthwise convolution with the worst int8 error is often the one behind the first
 expansion, and what it reads is an activation of very uneven channels; both are gone. MACs grow to
 k * k * C * E for each output pixel.
@@ -20,7 +20,9 @@ from typing import ClassVar
 import torch
 from torch import fx, nn
 
-from rewriter.chains import (
+from rewriter.graph.lookup import find, module_of
+from rewriter.rules._rule import Contract, RewriteRule, Site, mark
+from rewriter.surgery.layer_chains import (
     bias_or_zero,
     convolution_like,
     depthwise_problem,
@@ -29,8 +31,6 @@ from rewriter.chains import (
     is_pointwise,
     weight_of,
 )
-from rewriter.graph import find, module_of
-from rewriter.rules._rule import Contract, RewriteRule, Site, mark
 
 
 class FuseExpand(RewriteRule):

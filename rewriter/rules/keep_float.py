@@ -15,7 +15,7 @@ from typing import ClassVar
 
 from torch import fx
 
-from rewriter.graph import layers
+from rewriter.graph.lookup import layers
 from rewriter.rules._rule import Contract, RewriteRule, Site, mark_layer
 
 

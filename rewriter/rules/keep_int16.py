@@ -8,7 +8,7 @@ The value behind the layer has 65536 levels, and its readers multiply 16-bit inp
 clip is computed inside the layer, and an activation that the target does not fuse writes 16 bits too,
 or its own rounding would undo it (not a sigmoid or tanh: 256 levels of [-1, 1] do). Weights stay int8,
 and the bias an int32 in steps 257 times as fine; where it would overflow, calibration takes coarser
-weight scales, as always, and ``rewriter.int8.lint`` says so. Nothing in the graph changes.
+weight scales, as always, and ``rewriter.int8.onnx.lint`` says so. Nothing in the graph changes.
 Why: one range holds channels that differ 256 times as much, at 0 MACs and without leaving the integer
 kernels; each such value takes twice the memory, and its readers are slower.
 Source: activations of 16 bits and weights of 8 chosen per tensor, as in ONNX Runtime's QNN provider
@@ -22,7 +22,7 @@ from typing import ClassVar
 
 from torch import fx
 
-from rewriter.graph import layers
+from rewriter.graph.lookup import layers
 from rewriter.int8.annotate import Annotation, is_layer, notes_of
 from rewriter.int8.scheme import QuantScheme
 from rewriter.rules._rule import Contract, RewriteRule, Site, mark_layer

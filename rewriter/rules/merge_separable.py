@@ -6,7 +6,7 @@ After:  one k x k convolution (C -> O)
 Without an activation in between both are linear and the product is exact:
     W[o, i] = P[o, i] * D[i]   (O, C, k, k)      b = P @ d + p   (O,)
 That is ``merge_linear_separable``. With an activation, ``merge_separable`` starts from the same
-product and is then fitted (``rewriter.fit``).
+product and is then fitted (``rewriter.fitting.fit``).
 Why: a depthwise layer has few weights per channel and channels of very different ranges, which one
 scale holds badly; a regular convolution adds over all of them. MACs grow by about k * k * C * O -
 k * k * C - C * O for each output pixel.
@@ -21,9 +21,10 @@ from typing import Any, ClassVar
 import torch
 from torch import fx, nn
 
-from rewriter.chains import bias_or_zero, convolution_like, is_depthwise, weight_of
-from rewriter.graph import ACTIVATION_TYPES, find, is_call, module_of
+from rewriter.graph.lookup import find, is_call, module_of
+from rewriter.graph.ops import ACTIVATION_TYPES
 from rewriter.rules._rule import Contract, RewriteRule, Site, mark
+from rewriter.surgery.layer_chains import bias_or_zero, convolution_like, is_depthwise, weight_of
 
 
 class MergeSeparable(RewriteRule):

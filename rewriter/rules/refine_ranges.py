@@ -2,7 +2,7 @@
 
 Before: range = [smallest, largest] seen          After: the range with the least predicted damage
 
-    damage(low, high) = 1/2 E[(sum g (x - Q(x)))^2]      g: gradient of the answer (``rewriter.influence``)
+    damage(low, high) = 1/2 E[(sum g (x - Q(x)))^2]      g: gradient of the answer (``rewriter.damage.fisher``)
 
 so a value is clipped where its outliers do not carry the answer, and not where they do (a range of least mean square error
 clips both alike). The weights are not touched.
@@ -16,8 +16,8 @@ from typing import ClassVar
 
 from torch import fx
 
+from rewriter.rules._model_rule import WholeModelRule
 from rewriter.rules._rule import Contract
-from rewriter.rules._whole import WholeModelRule
 
 
 class RefineRanges(WholeModelRule):

@@ -5,7 +5,7 @@ After:  one k x k convolution (C -> O)
 
 It starts from the product that ignores the activations,
     W[o, c] = sum_e Q[o, e] D[e] P[e, c]   (O, C, k, k)      b = Q (d + p sum(D)) + q   (O,)
-and is then fitted (``rewriter.fit``).
+and is then fitted (``rewriter.fitting.fit``).
 Why: the first block of a small network is thin (E is 8 or 16), so that one convolution costs
 little more and often less, and both int8 tensors inside, the worst of the network in many, are
 gone.
@@ -19,7 +19,9 @@ from typing import ClassVar
 import torch
 from torch import fx, nn
 
-from rewriter.chains import (
+from rewriter.graph.lookup import find, module_of
+from rewriter.rules._rule import Contract, RewriteRule, Site, mark
+from rewriter.surgery.layer_chains import (
     bias_or_zero,
     convolution_like,
     depthwise_problem,
@@ -28,8 +30,6 @@ from rewriter.chains import (
     is_pointwise,
     weight_of,
 )
-from rewriter.graph import find, module_of
-from rewriter.rules._rule import Contract, RewriteRule, Site, mark
 
 
 class ReplaceBlock(RewriteRule):

@@ -15,9 +15,9 @@ from typing import ClassVar
 
 from torch import fx, nn
 
-from rewriter.graph import is_call, module_of
+from rewriter.graph.lookup import is_call, module_of
+from rewriter.rules._model_rule import WholeModelRule
 from rewriter.rules._rule import Contract, Site, mark
-from rewriter.rules._whole import WholeModelRule
 
 # What is left below the cap by the largest value seen.
 MARGIN = 0.1

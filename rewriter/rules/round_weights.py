@@ -5,7 +5,7 @@ the float weights
 
 with X the layer's inputs in float and Xq as they are in int8 after all layers before it were
 repaired: what one weight loses, others of the same filter make good, and so they do for part of
-the error upstream. Closed form (``rewriter.int8.rounding``); the step is chosen too. The weights
+the error upstream. Closed form (``rewriter.repair.weight_rounding``); the step is chosen too. The weights
 are left on their grid, and the calibration keeps its step.
 Why: nearest rounding is the best for each weight and far from the best for their sum.
 Source: Frantar et al., 2022 (arXiv:2210.17323); Nagel et al., 2020 (arXiv:2004.10568).
@@ -17,9 +17,9 @@ from typing import ClassVar
 
 from torch import fx, nn
 
-from rewriter.graph import is_call, layers
+from rewriter.graph.lookup import is_call, layers
+from rewriter.rules._model_rule import WholeModelRule
 from rewriter.rules._rule import Contract
-from rewriter.rules._whole import WholeModelRule
 
 
 class RoundWeights(WholeModelRule):

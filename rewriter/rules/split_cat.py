@@ -19,11 +19,11 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, fx
 
-from rewriter.component import channels_of, is_dense, reader_gain
-from rewriter.graph import find
-from rewriter.ranges import rounding_error
+from rewriter.graph.lookup import find
 from rewriter.rules._rule import Contract, RewriteRule, Site
-from rewriter.split import sum_over_groups
+from rewriter.surgery.channel_component import channels_of, is_dense, reader_gain
+from rewriter.surgery.group_channels import rounding_error
+from rewriter.surgery.split_component import sum_over_groups
 
 # The split must take away at least this share of the rounding error.
 LEAST_GAIN = 0.1

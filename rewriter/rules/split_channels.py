@@ -19,17 +19,12 @@ from typing import ClassVar
 import torch
 from torch import Tensor, fx, nn
 
-from rewriter.component import (
-    Component,
-    component_of,
-    int8_values,
-    is_dense,
-)
-from rewriter.graph import find, is_call, module_of
-from rewriter.ranges import width
+from rewriter.graph.channel_ranges import width
+from rewriter.graph.lookup import find, is_call, module_of
 from rewriter.rules._component import ComponentRule
 from rewriter.rules._rule import Contract, Site
-from rewriter.split import split_component
+from rewriter.surgery.channel_component import Component, component_of, int8_values, is_dense
+from rewriter.surgery.split_component import split_component
 
 _HOMOGENEOUS = (
     nn.Conv2d,

@@ -10,7 +10,7 @@ Why: a detection head's channels mean different things (box, objectness, classes
 range for all of them spends its 256 levels on the widest. The concatenation must stay outside the
 quantized part, since one int8 tensor has
 one range: it and all that follows up to the output is left in float.
-Groups: dynamic programming on calibrated channel ranges (``rewriter.ranges``), each channel's
+Groups: dynamic programming on calibrated channel ranges (``rewriter.surgery.group_channels``), each channel's
 error relative to its own width, so that scores count as much as boxes. ``split_head_auto`` takes
 the fewest groups that leave little to gain; ``split_head_named`` takes the groups that the user
 named, ``gm.meta["head_groups"] = {node name: [[channels], ...]}``.
@@ -25,11 +25,13 @@ from typing import ClassVar, Literal
 import torch
 from torch import Tensor, fx, nn
 
-from rewriter.graph import add_module, find, is_call, module_of
+from rewriter.graph.channel_ranges import width
+from rewriter.graph.edit import add_module
+from rewriter.graph.lookup import find, is_call, module_of
 from rewriter.int8.annotate import is_decoding, is_layer
-from rewriter.ranges import group_by_range, rounding_error, width
 from rewriter.rules._rule import Contract, RewriteRule, Site, mark
-from rewriter.split import output_part
+from rewriter.surgery.group_channels import group_by_range, rounding_error
+from rewriter.surgery.split_component import output_part
 
 # A split that takes away less than this share of the rounding error is not worth its launch
 # overhead.

@@ -17,7 +17,7 @@ homogeneous (SiLU, hardswish); a split passes all of them, and sums and products
 both are split alike. Where a value is read by what mixes channels otherwise, it is joined again in
 float. ``split_weights_k`` groups by the size of the weights instead, for targets with one weight
 scale per layer.
-Groups: dynamic programming on calibrated ranges (``rewriter.ranges``) of all int8 values that are
+Groups: dynamic programming on calibrated ranges (``rewriter.surgery.group_channels``) of all int8 values that are
 split together, each channel's
 error weighed by what its readers make of it: a depthwise convolution amplifies the narrow channels
 it was trained to see.
@@ -32,7 +32,10 @@ from typing import ClassVar
 import torch
 from torch import Tensor, fx, nn
 
-from rewriter.component import (
+from rewriter.graph.lookup import find, is_call, module_of
+from rewriter.rules._component import ComponentRule
+from rewriter.rules._rule import Contract, Site
+from rewriter.surgery.channel_component import (
     Component,
     component_of,
     importance,
@@ -40,11 +43,8 @@ from rewriter.component import (
     is_dense,
     joined_values,
 )
-from rewriter.graph import find, is_call, module_of
-from rewriter.ranges import group_by_range, rounding_error
-from rewriter.rules._component import ComponentRule
-from rewriter.rules._rule import Contract, Site
-from rewriter.split import Groups, split_component
+from rewriter.surgery.group_channels import group_by_range, rounding_error
+from rewriter.surgery.split_component import Groups, split_component
 
 # A split must take away at least this share of the rounding error; each group costs a kernel call.
 LEAST_GAIN = 0.5

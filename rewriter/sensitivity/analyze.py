@@ -16,24 +16,25 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from rewriter.cost import cost, layer_macs
 from rewriter.errors import QuantizeError
-from rewriter.graph import RECURRENT_TYPES, layer_name, layers
+from rewriter.graph.cost import cost, layer_macs
+from rewriter.graph.lookup import layer_name, layers
+from rewriter.graph.ops import RECURRENT_TYPES
 from rewriter.int8.annotate import annotation
 from rewriter.int8.scheme import QuantScheme
 from rewriter.int8.simulate import Quantized, quantize
+from rewriter.sensitivity.error_terms import parts_of
 from rewriter.sensitivity.exact import Metric, Tally, batch_size, measure
-from rewriter.sensitivity.forks import Forks, Variant, int8_variant, keeping, only
 from rewriter.sensitivity.journal import Journal, fingerprint
 from rewriter.sensitivity.objective import Kind, Objective
-from rewriter.sensitivity.parts import parts_of
-from rewriter.sensitivity.records import Analysis
+from rewriter.sensitivity.ranking_confidence import undecided
+from rewriter.sensitivity.results import Analysis
 from rewriter.sensitivity.screen import (
     Candidate,
     Screener,
     Screening,
 )
-from rewriter.sensitivity.steady import undecided
+from rewriter.sensitivity.shared_prefix import Forks, Variant, int8_variant, keeping, only
 from rewriter.sensitivity.summary import Measured, summarise
 
 Progress = Callable[[float, float], None]

@@ -14,12 +14,13 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from rewriter.graph import module_of, walk
+from rewriter.graph.channel_ranges import channel_range
+from rewriter.graph.interpret import walk
+from rewriter.graph.lookup import module_of
 from rewriter.int8.annotate import annotation, moves_values
 from rewriter.int8.calibrate import input_scale
 from rewriter.int8.scheme import channel_axis, weight_scale
 from rewriter.int8.simulate import Quantized
-from rewriter.ranges import channel_range
 from rewriter.sensitivity.screen import Screening
 
 # The number at which each cause is named. A range three times too wide costs 1.6 of 8 bits.

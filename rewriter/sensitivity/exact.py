@@ -1,6 +1,6 @@
 """The damage of quantizing one layer, measured: one layer at a time, and all but one.
 
-Everything that the variants have in common is computed once (``rewriter.sensitivity.forks``): with
+Everything that the variants have in common is computed once (``rewriter.sensitivity.shared_prefix``): with
 L equal layers one pass over all of them costs about L / 2 forward passes instead of L quantized
 ones, and nothing is prepared or converted for a layer.
 """
@@ -15,8 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from rewriter.sensitivity.forks import LARGEST_BLOCK, Forks, Variant
 from rewriter.sensitivity.objective import Objective
+from rewriter.sensitivity.shared_prefix import LARGEST_BLOCK, Forks, Variant
 
 # (flat outputs, targets) -> (N,) contribution of each sample; the metric is their mean
 Metric = Callable[[list[Tensor], Any], Tensor]

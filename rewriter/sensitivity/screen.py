@@ -28,11 +28,22 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from rewriter.graph import device_of, last_uses, outputs
+from rewriter.graph.interpret import device_of, last_uses
+from rewriter.graph.lookup import outputs
 from rewriter.int8.annotate import annotation
 from rewriter.int8.scheme import QuantSpec
 from rewriter.int8.simulate import Quantized
-from rewriter.sensitivity.forks import (
+from rewriter.sensitivity.error_terms import Edge, Parts, parts_of
+from rewriter.sensitivity.inner_products import (
+    clipped,
+    clipping_bounds,
+    dot,
+    rounding_dot,
+    weight_dot,
+)
+from rewriter.sensitivity.objective import Objective
+from rewriter.sensitivity.ranking_confidence import reliability, sample_weights
+from rewriter.sensitivity.shared_prefix import (
     compute,
     may_overwrite,
     modules_of,
@@ -41,16 +52,6 @@ from rewriter.sensitivity.forks import (
     rounded_weight,
     value_params,
 )
-from rewriter.sensitivity.objective import Objective
-from rewriter.sensitivity.parts import Edge, Parts, parts_of
-from rewriter.sensitivity.products import (
-    clipped,
-    clipping_bounds,
-    dot,
-    rounding_dot,
-    weight_dot,
-)
-from rewriter.sensitivity.steady import reliability, sample_weights
 
 # Numbers of rounded weights that are kept for the next batch; larger networks round them again.
 KEPT_CHANGES = 8 << 20

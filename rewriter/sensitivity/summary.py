@@ -8,14 +8,15 @@ from dataclasses import dataclass
 
 from torch import Tensor, fx
 
-from rewriter.graph import device_of, find, kind_of, layer_name, layers
+from rewriter.graph.channel_ranges import width
+from rewriter.graph.interpret import device_of
+from rewriter.graph.lookup import find, kind_of, layer_name, layers
 from rewriter.int8.annotate import annotation, is_layer
 from rewriter.int8.simulate import Quantized
-from rewriter.ranges import width
-from rewriter.sensitivity.answers import find_answers
 from rewriter.sensitivity.causes import find_causes
 from rewriter.sensitivity.exact import Tally
-from rewriter.sensitivity.records import (
+from rewriter.sensitivity.remedies import find_answers
+from rewriter.sensitivity.results import (
     Analysis,
     Baseline,
     CurvePoint,

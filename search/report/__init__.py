@@ -7,8 +7,7 @@ from html import escape
 from pathlib import Path
 from typing import Any
 
-from search.records import fingerprint, replacing
-from search.report.exhibits import read_exhibits
+from rewriter.storage import replacing
 from search.report.facts import commands, measured
 from search.report.front import effect_rows, front_figure
 from search.report.layers import layers_section
@@ -17,8 +16,17 @@ from search.report.network import network_section
 from search.report.outputs import outputs_section
 from search.report.page import Section, listed, page, paragraph, plot, table
 from search.report.ranges import ranges_section
+from search.report.rows import (
+    finetuned_rows,
+    front_rows,
+    ladder,
+    ladder_rows,
+    ladder_said,
+    score_rows,
+)
+from search.report.snapshot import read_exhibits
 from search.results import Results
-from search.tables import finetuned_rows, front_rows, ladder, ladder_rows, ladder_said, score_rows
+from search.run_dir.scores import fingerprint
 
 LEGEND = (
     "Point at a plan for its steps and numbers. Filled: on the front; hollow: costs more, does less damage, and its "
@@ -48,7 +56,7 @@ def html_report(results: Results, exhibits: Mapping[str, Any] | None = None) -> 
 
     Args:
         results: Of the run.
-        exhibits: What the network itself was needed for (``search.report.exhibits``); None: these sections are left out.
+        exhibits: What the network itself was needed for (``search.report.snapshot``); None: these sections are left out.
     """
     from plotly.offline import get_plotlyjs
 

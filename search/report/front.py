@@ -7,9 +7,9 @@ from html import escape
 from typing import TYPE_CHECKING, Any
 
 from rewriter.ladder import REMEDIES
-from search.records import Score
-from search.steps import StepEffect, effect_said, step_effects
-from search.tables import ladder, quality_lines
+from search.pareto.step_effects import StepEffect, effect_said, step_effects
+from search.report.rows import ladder, quality_lines
+from search.run_dir.scores import Score
 
 if TYPE_CHECKING:
     from search.results import Results

@@ -5,12 +5,12 @@ from __future__ import annotations
 from html import escape
 from typing import TYPE_CHECKING, Any
 
-from search.cause_looks import LOOKS, NO_CAUSE, look
+from search.report.cause_style import LOOKS, NO_CAUSE, look
 from search.report.page import Section, folded, listed, paragraph, plot, table
-from search.tables import layer_rows
+from search.report.rows import layer_rows
 
 if TYPE_CHECKING:
-    from search.analysis import Layer, Sensitivity, Value
+    from search.sensitivity.run import Layer, Sensitivity, Value
 
 BARS = 20
 ROWS = 40

@@ -8,8 +8,8 @@ from pathlib import Path
 
 from search.report.facts import commands, measured
 from search.report.front import effect_rows
+from search.report.rows import front_rows, layer_rows
 from search.results import Results
-from search.tables import front_rows, layer_rows
 
 LAYERS = 5
 

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from search.report.page import Section, drawing, folded, paragraph, table
 
 if TYPE_CHECKING:
-    from search.analysis import Sensitivity
+    from search.sensitivity.run import Sensitivity
 
 HARMFUL = 5  # layers that are marked with their cause
 WIDTH, ROW, BOX = 980, 34, 26

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, Protocol
 
-from search.config import ConfigError
-from search.data import call_factory
+from search.config.schema import ConfigError
+from search.data.user_code import call_factory
 from search.tasks.classification import Classification
 from search.tasks.detection import Detection
 from search.tasks.video import Video
@@ -14,7 +14,7 @@ from search.tasks.video import Video
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from search.config import Config
+    from search.config.schema import Config
 
 
 class Task(Protocol):

@@ -9,8 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from rewriter.fidelity import kl_divergence
-from search.config import ConfigError
+from rewriter.damage import kl_divergence
+from search.config.schema import ConfigError
 
 
 class Classification:

@@ -12,10 +12,10 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from rewriter.fidelity import damage as fidelity_damage
-from search.config import ConfigError
+from rewriter.damage import damage as fidelity_damage
+from search.config.schema import ConfigError
+from search.data.user_code import blame
 from search.tasks.average_precision import Matches, average_precision, match
-from search.user_code import blame
 
 Detections = list[dict[str, Tensor]]
 POSTPROCESS_BATCH = 32

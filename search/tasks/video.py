@@ -13,8 +13,8 @@ from numpy.typing import NDArray
 from sklearn.metrics import roc_auc_score
 from torch import Tensor
 
-from rewriter.fidelity import damage as fidelity_damage
-from search.config import ConfigError
+from rewriter.damage import damage as fidelity_damage
+from search.config.schema import ConfigError
 
 Floats = NDArray[np.float64]
 

@@ -19,7 +19,8 @@ import yaml
 from torch import Tensor
 
 from rewriter import quantize, simulate, target, trace
-from rewriter.int8.onnx import Session, to_onnx
+from rewriter.int8.onnx.export import to_onnx
+from rewriter.int8.onnx.session import Session
 from search.tasks.classification import Classification
 from search.tasks.detection import Detection
 

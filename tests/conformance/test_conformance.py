@@ -43,7 +43,8 @@ def test_a_wrong_range_is_caught(assets: Path) -> None:
     import torch
 
     from rewriter import Quantized, quantize, simulate, target, trace
-    from rewriter.int8.onnx import Session, to_onnx
+    from rewriter.int8.onnx.export import to_onnx
+    from rewriter.int8.onnx.session import Session
     from tests.conformance.measure import sqnr_db
 
     model, _, calibration, inputs, _ = load("mcunet", 8)

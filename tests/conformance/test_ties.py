@@ -17,10 +17,11 @@ import torch
 from torch import Tensor, fx
 
 from rewriter import Quantized, quantize, target, trace
-from rewriter.graph import run_node
+from rewriter.graph.interpret import run_node
 from rewriter.int8.annotate import annotation, is_layer
-from rewriter.int8.onnx import Session, to_onnx
-from rewriter.sensitivity.forks import rounded_bias, rounded_weight, with_weight
+from rewriter.int8.onnx.export import to_onnx
+from rewriter.int8.onnx.session import Session
+from rewriter.sensitivity.shared_prefix import rounded_bias, rounded_weight, with_weight
 from tests.conformance.measure import load
 
 pytestmark = [pytest.mark.slow, pytest.mark.assets]

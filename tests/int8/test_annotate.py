@@ -6,13 +6,14 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from rewriter.graph import find, is_call, layers, trace
+from rewriter.graph.lookup import find, is_call, layers
 from rewriter.int8.annotate import (
     annotate,
     annotation,
     quantized_outputs,
 )
 from rewriter.int8.scheme import target
+from rewriter.tracing.trace import trace
 from tests.networks import randomise
 
 F = nn.functional

@@ -6,9 +6,10 @@ import torch
 from hypothesis import given, settings
 from torch import fx
 
-from rewriter.graph import layers, outputs, trace
+from rewriter.graph.lookup import layers, outputs
 from rewriter.int8.annotate import Annotation, annotate, annotation, moves_values
 from rewriter.int8.scheme import target
+from rewriter.tracing.trace import trace
 from tests.networks import SIZE, network, seeds
 
 

@@ -11,7 +11,8 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from rewriter.errors import QuantizeError
-from rewriter.graph import find, layers, module_of, trace, walk
+from rewriter.graph.interpret import walk
+from rewriter.graph.lookup import find, layers, module_of
 from rewriter.int8.annotate import annotate, annotation
 from rewriter.int8.calibrate import (
     BINS,
@@ -24,6 +25,7 @@ from rewriter.int8.calibrate import (
     value_range,
 )
 from rewriter.int8.scheme import QuantSpec, dequantized_weight, target
+from rewriter.tracing.trace import trace
 from tests.int8 import oracle
 from tests.networks import SIZE, network, randomise
 

@@ -5,10 +5,11 @@ import pytest
 import torch
 from torch import Tensor, fx, nn
 
-from rewriter.graph import find, layers, module_of, outputs, trace, unflatten
+from rewriter.graph.lookup import find, layers, module_of, outputs, unflatten
 from rewriter.int8.annotate import annotation
 from rewriter.int8.scheme import QuantSpec, target
 from rewriter.int8.simulate import FakeQuantize, QuantizedLayer, quantize, simulate, switches
+from rewriter.tracing.trace import trace
 from tests.int8 import oracle
 from tests.networks import SIZE, network, randomise, relative_error
 

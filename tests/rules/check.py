@@ -8,8 +8,9 @@ import torch
 from torch import Tensor, fx, nn
 
 from rewriter import Plan, Step, profile, rewrite, target, trace
-from rewriter.graph import layers, walk
-from rewriter.plan import copy_graph
+from rewriter.graph.edit import copy_graph
+from rewriter.graph.interpret import walk
+from rewriter.graph.lookup import layers
 from rewriter.rules import RewriteRule, Site
 
 SEED = 20

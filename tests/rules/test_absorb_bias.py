@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 from rewriter import Plan, rewrite
-from rewriter.graph import find, module_of
+from rewriter.graph.lookup import find, module_of
 from rewriter.rules.absorb_bias import AbsorbBias
 from tests.rules import check
 

@@ -10,12 +10,12 @@ from torch import Tensor, fx, nn
 from torch.utils import _pytree as pytree
 
 from rewriter import Plan, profile, quantize, rewrite, simulate, trace
-from rewriter.channels import rescale, scale_variables
-from rewriter.equalization import Damage, least_damage, log_bounds
-from rewriter.graph import find, layers, module_of
-from rewriter.influence import weigh
+from rewriter.damage.fisher import weigh
+from rewriter.graph.lookup import find, layers, module_of
 from rewriter.int8.scheme import target
 from rewriter.rules.equalize import Equalize
+from rewriter.surgery.channel_scales import rescale, scale_variables
+from rewriter.surgery.equalization import Damage, least_damage, log_bounds
 from tests import networks
 from tests.rules import check
 

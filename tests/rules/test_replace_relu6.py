@@ -3,7 +3,7 @@ from __future__ import annotations
 import torch
 from torch import nn
 
-from rewriter.graph import find, module_of
+from rewriter.graph.lookup import find, module_of
 from rewriter.rules.replace_relu6 import ReplaceRelu6
 from tests.rules import check
 

@@ -5,9 +5,9 @@ import torch
 from torch import Tensor, fx, nn
 
 from rewriter import quantize, rewrite, target, trace
+from rewriter.graph.channel_ranges import profile
 from rewriter.int8.annotate import annotation
 from rewriter.plan import Plan
-from rewriter.ranges import profile
 from rewriter.rules import Site
 from rewriter.rules.split_head import AUTO, SplitHead, SplitHeadNamed, split_layer
 from tests.rules import check

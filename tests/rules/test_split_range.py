@@ -7,9 +7,10 @@ import torch
 from torch import Tensor, fx, nn
 
 from rewriter import quantize, rewrite, simulate, target, trace
+from rewriter.graph.channel_ranges import profile
 from rewriter.plan import Plan
-from rewriter.ranges import group_by_range, profile, rounding_error
 from rewriter.rules.split_range import SplitRange, SplitWeights
+from rewriter.surgery.group_channels import group_by_range, rounding_error
 from tests.rules import check
 
 RULE = SplitRange(2)

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from search.config import Config, load_config
+from search.config.schema import Config, load_config
 
 MODEL = 'model: {factory: "mine:net"}'
 

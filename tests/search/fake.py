@@ -6,8 +6,8 @@ import numpy as np
 
 from rewriter.plan import Plan, Step
 from rewriter.rules import Site
-from search.records import Records, Samples, Score
-from search.space import Budget, Space, make_space
+from search.run_dir.scores import Records, Samples, Score
+from search.strategy.space import Budget, Space, make_space
 
 MACS = 1_000_000
 LAYERS = ("stem", "dw0", "pw0", "dw1", "pw1", "dw2", "head")

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import yaml
 
-from search import cli
+from search.cli import main as cli
 
 HERE = Path(__file__).parent
 Setup = Callable[[Path], Any]

@@ -12,18 +12,19 @@ from typing import Any
 import pytest
 
 from rewriter import Plan
-from search import evaluator as evaluator_file
-from search.apart import possible
-from search.failure import to_be_tried_again
-from search.records import Records, Score, read_json
 from search.run import Goal, noted_goal
-from search.run_facts import fault_of_run
-from search.storage import journal
-from search.study import Outcome, Settings, search
+from search.run_dir.files import read_json
+from search.run_dir.scores import Records, Score
+from search.run_dir.validation import fault_of_run
+from search.scoring import evaluator as evaluator_file
+from search.scoring.child_process import possible
+from search.scoring.failure import to_be_tried_again
+from search.study.storage import journal
+from search.study.study import Outcome, Settings, search
 from tests.search import fake
-from tests.search.test_cli import quantfix, write_config
-from tests.search.test_evaluator import make, network
-from tests.search.test_study import trials, worth
+from tests.search.cli.test_main import quantfix, write_config
+from tests.search.scoring.test_evaluator import make, network
+from tests.search.study.test_study import trials, worth
 
 __all__ = ["network"]
 SLOW = "merge_separable@dw0"

@@ -11,7 +11,8 @@ from typing import Any
 
 import pytest
 
-from search import cli, files
+from search.cli import main as cli
+from search.run_dir import files
 from tests.search.refused import Bad, answer, assert_refused, write_config
 
 GONE = object()

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from search.config import ConfigError, load_config, shipped_config
+from search.config.schema import ConfigError, load_config, shipped_config
 from search.job import device_of_run
 
 

@@ -18,14 +18,15 @@ import pytest
 import torch
 
 from rewriter import Plan
-from search import evaluator as evaluator_file
-from search.apart import own_locks, possible
-from search.config import load_config
+from search.config.schema import load_config
 from search.job import open_job
-from search.records import fingerprint, read_json
 from search.run import note_run, run_search, sensitivity_of
-from search.storage import journal
-from tests.search.test_cli import load, quantfix, write_config
+from search.run_dir.files import read_json
+from search.run_dir.scores import fingerprint
+from search.scoring import evaluator as evaluator_file
+from search.scoring.child_process import own_locks, possible
+from search.study.storage import journal
+from tests.search.cli.test_main import load, quantfix, write_config
 
 needs_fork = pytest.mark.skipif(not possible("cpu"), reason="needs Linux without CUDA")
 

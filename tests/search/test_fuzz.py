@@ -15,11 +15,12 @@ from hypothesis import strategies as st
 
 from rewriter import RULES, Plan, PlanError
 from rewriter.sensitivity.journal import Journal
-from search.analysis import read_sensitivity
-from search.config import Config, ConfigError, load_config
-from search.records import Records, RunError, Score, fingerprint
+from search.config.schema import Config, ConfigError, load_config
 from search.results import load_results
-from search.storage import journal
+from search.run_dir.files import RunError
+from search.run_dir.scores import Records, Score, fingerprint
+from search.sensitivity.run import read_sensitivity
+from search.study.storage import journal
 
 FUZZ = settings(
     max_examples=150,

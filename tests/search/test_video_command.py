@@ -8,13 +8,13 @@ import pytest
 import torch
 
 from rewriter import Plan, simulate
-from rewriter.int8.session import Session
-from search.config import load_config
+from rewriter.int8.onnx.session import Session
+from search.config.schema import load_config
+from search.export.streaming import open_stream, stream_scores
 from search.job import open_job
-from search.stream_export import open_stream, stream_scores
 from search.tasks.video import Video
 from tests.search import small_video
-from tests.search.test_cli import load, quantfix, write_config
+from tests.search.cli.test_main import load, quantfix, write_config
 
 
 @pytest.fixture

@@ -34,7 +34,7 @@ def installed(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def run(place: Path, folder: Path, *words: str) -> tuple[int, str]:
     """A command of the installed package, with no other copy of it within reach."""
     start = (
-        f"import sys; sys.path.insert(0, {str(place)!r}); import search.cli as c; "
+        f"import sys; sys.path.insert(0, {str(place)!r}); import search.cli.main as c; "
         f"assert c.__file__.startswith({str(place)!r}), c.__file__; "
         f"sys.argv = ['quantfix', *{list(words)!r}]; c.main()"
     )

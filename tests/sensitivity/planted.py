@@ -5,9 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from rewriter.graph import trace
 from rewriter.int8.scheme import target
 from rewriter.sensitivity import Analysis, analyze
+from rewriter.tracing.trace import trace
 
 SIZE = (3, 14, 12)
 

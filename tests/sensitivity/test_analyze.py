@@ -14,16 +14,16 @@ import torch
 from torch import Tensor, nn
 
 from rewriter import QuantizeError
-from rewriter.graph import trace
 from rewriter.int8.annotate import annotate
 from rewriter.int8.scheme import target
 from rewriter.int8.simulate import quantize
 from rewriter.plan import Plan
 from rewriter.sensitivity import Analysis, analyze
 from rewriter.sensitivity.exact import Tally, measure
-from rewriter.sensitivity.forks import Forks, int8_variant, keeping
 from rewriter.sensitivity.journal import Journal
 from rewriter.sensitivity.objective import Objective
+from rewriter.sensitivity.shared_prefix import Forks, int8_variant, keeping
+from rewriter.tracing.trace import trace
 from tests.sensitivity.planted import analysed, healthy, inputs
 
 ROOT = Path(__file__).resolve().parents[2]

@@ -91,9 +91,9 @@ def test_outliers_of_the_input() -> None:
     model = healthy()
     calibration = inputs(16, 2)
     calibration[3, :, 5, 5] = 40.0
-    from rewriter.graph import trace
     from rewriter.int8.scheme import target
     from rewriter.sensitivity import analyze
+    from rewriter.tracing.trace import trace
 
     found = analyze(
         trace(model, calibration[:2]), target("onnxruntime"), [calibration], inputs(), top=9

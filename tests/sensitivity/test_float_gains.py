@@ -9,12 +9,13 @@ from torch import Tensor, nn
 
 from rewriter import Plan, profile
 from rewriter.assemble import assemble
-from rewriter.graph import find, layer_name, layers, trace
+from rewriter.graph.edit import copy_graph
+from rewriter.graph.lookup import find, layer_name, layers
 from rewriter.int8.annotate import annotate
 from rewriter.int8.scheme import target
 from rewriter.int8.simulate import Quantized, simulate
-from rewriter.plan import copy_graph
 from rewriter.sensitivity import float_gains
+from rewriter.tracing.trace import trace
 from tests.sensitivity.planted import healthy, inputs
 from tests.sensitivity.test_causes import weight_channel_spread
 

@@ -8,10 +8,12 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from rewriter.graph import layers, module_of, trace
+from rewriter.graph.lookup import layers, module_of
 from rewriter.int8.scheme import target
 from rewriter.int8.simulate import Quantized, quantize
-from rewriter.sensitivity.forks import (
+from rewriter.sensitivity.objective import Objective
+from rewriter.sensitivity.screen import Candidate, Screener, Screening
+from rewriter.sensitivity.shared_prefix import (
     Forks,
     State,
     int8_variant,
@@ -19,8 +21,7 @@ from rewriter.sensitivity.forks import (
     round_to_int8,
     rounded_weight,
 )
-from rewriter.sensitivity.objective import Objective
-from rewriter.sensitivity.screen import Candidate, Screener, Screening
+from rewriter.tracing.trace import trace
 from tests.networks import randomise
 
 

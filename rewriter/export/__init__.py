@@ -1,0 +1,14 @@
+"""The rewritten network as plain PyTorch source, and as a module for streams of frames."""
+
+from rewriter.export.pytorch_source import Source, construct, source_of
+from rewriter.export.streaming import State, first_output_only, run_stream, streaming_int8
+
+__all__ = [
+    "Source",
+    "State",
+    "construct",
+    "first_output_only",
+    "run_stream",
+    "source_of",
+    "streaming_int8",
+]

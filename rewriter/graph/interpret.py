@@ -1,0 +1,96 @@
+"""Run a graph node by node: shapes, values, and when a value is no longer needed."""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+from torch.fx.node import map_arg
+from torch.utils import _pytree as pytree
+
+
+def propagate_shapes(gm: fx.GraphModule) -> None:
+    """Write ``shape`` (batch 1) and ``dtype`` into every node's meta, by one pass over zeros."""
+
+    class Shapes(fx.Interpreter):
+        def run_node(self, n: fx.Node) -> Any:
+            value = super().run_node(n)
+            n.meta["shape"] = pytree.tree_map(
+                lambda v: tuple(v.shape) if isinstance(v, Tensor) else None, value
+            )
+            if isinstance(value, Tensor):
+                n.meta["shape"], n.meta["dtype"] = tuple(value.shape), value.dtype
+            return value
+
+    zeros = [torch.zeros(1, *shape) for shape in gm.meta["example"]]
+    with torch.no_grad():
+        Shapes(gm).run(*zeros)
+
+
+def last_uses(gm: fx.GraphModule) -> dict[fx.Node, list[fx.Node]]:
+    """The values that no node after this one reads, by node; a value that nobody reads dies where it is made."""
+    last: dict[fx.Node, fx.Node] = {}
+    for node in gm.graph.nodes:
+        last[node] = node
+        for used in node.all_input_nodes:
+            last[used] = node
+    dying: dict[fx.Node, list[fx.Node]] = {}
+    for used, user in last.items():
+        dying.setdefault(user, []).append(used)
+    return dying
+
+
+def device_of(gm: nn.Module) -> torch.device:
+    """Where the weights of a network are, and so where it runs."""
+    return next((p.device for p in gm.parameters()), torch.device("cpu"))
+
+
+def walk(gm: fx.GraphModule, inputs: tuple[Tensor, ...]) -> Iterator[tuple[fx.Node, Any]]:
+    """Run the graph where its weights are; yield each node with its value, which is dropped after its last use."""
+    values: dict[fx.Node, Any] = {}
+    dying = last_uses(gm)
+    device = device_of(gm)
+    feed = iter([x.to(device) for x in inputs])
+    for node in gm.graph.nodes:
+        if node.op == "output":
+            return
+        values[node] = run_node(gm, node, values, feed)
+        yield node, values[node]
+        for used in dying.get(node, ()):
+            del values[used]
+
+
+def channels_last(x: Tensor) -> Tensor:
+    """Images (N, C, H, W) and sequences (N, T, C, H, W) with the channels of a pixel side by side.
+
+    This is about twice as fast for depthwise convolutions on the CPU; others are left alone.
+    """
+    if x.ndim == 4:
+        return x.contiguous(memory_format=torch.channels_last)
+    # so that the frames, moved into the batch, are channels_last without a copy
+    return x.movedim(2, -1).contiguous().movedim(-1, 2) if x.ndim == 5 else x
+
+
+def run_node(
+    gm: fx.GraphModule,
+    node: fx.Node,
+    values: dict[fx.Node, Any],
+    feed: Iterator[Tensor] | None = None,
+) -> Any:
+    """The value of one node, from the values of those before it."""
+    if node.op == "placeholder":
+        assert feed is not None, node.name
+        x = next(feed)
+        return channels_last(x)
+    if node.op == "get_attr":
+        return operator.attrgetter(str(node.target))(gm)
+    args = map_arg(node.args, values.__getitem__)
+    kwargs = map_arg(node.kwargs, values.__getitem__)
+    if node.op == "call_module":
+        return gm.get_submodule(str(node.target))(*args, **kwargs)
+    if node.op == "call_function":
+        return node.target(*args, **kwargs)  # type: ignore[operator]
+    return getattr(args[0], str(node.target))(*args[1:], **kwargs)

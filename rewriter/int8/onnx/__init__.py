@@ -1,0 +1,17 @@
+"""The int8 network as an ONNX file: emission, session, lint, comparison with the simulation."""
+
+from rewriter.int8.onnx.compare import Comparison, compare, first_departure
+from rewriter.int8.onnx.export import float_onnx, to_onnx
+from rewriter.int8.onnx.lint import Finding, lint
+from rewriter.int8.onnx.session import Session
+
+__all__ = [
+    "Comparison",
+    "Finding",
+    "Session",
+    "compare",
+    "first_departure",
+    "float_onnx",
+    "lint",
+    "to_onnx",
+]

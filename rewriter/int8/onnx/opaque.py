@@ -1,0 +1,157 @@
+"""Parts that no emitter knows (recurrent layers, custom modules, rare functions).
+
+Torch's own exporter writes each one alone, once for its content and input shapes, and its graph is
+copied in with prefixed names.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import pickle
+import warnings
+from collections import OrderedDict
+from collections.abc import Callable
+from typing import Any
+
+import onnx
+import torch
+from onnx import compose, version_converter
+from torch import Tensor, fx, nn
+from torch.utils import _pytree as pytree
+
+from rewriter.errors import QuantizeError
+from rewriter.graph.lookup import module_of
+from rewriter.int8.onnx.builder import OPSET, Emission, Value
+
+_CACHE: OrderedDict[Any, onnx.ModelProto] = OrderedDict()
+_CACHED = 64
+
+
+class _Part(nn.Module):
+    """One node of a graph as a module of its tensor inputs."""
+
+    def __init__(self, gm: fx.GraphModule, node: fx.Node) -> None:
+        super().__init__()
+        self.called = module_of(gm, node) if node.op == "call_module" else None
+        self.op, self.target = node.op, node.target
+        places = {n: i for i, n in enumerate(node.all_input_nodes)}
+        given = (node.args, node.kwargs)
+        self.given: Any = _replaced(given, fx.Node, lambda n: _Place(places[n]))
+
+    def forward(self, *inputs: Any) -> Any:
+        args, kwargs = _replaced(self.given, _Place, lambda p: inputs[p.index])
+        if self.called is not None:
+            return self.called(*args, **kwargs)
+        if self.op == "call_method":
+            return getattr(args[0], str(self.target))(*args[1:], **kwargs)
+        return self.target(*args, **kwargs)  # type: ignore[operator]
+
+
+class _Place:
+    """Stands for the input with this number."""
+
+    def __init__(self, index: int) -> None:
+        self.index = index
+
+
+def _replaced(tree: Any, kind: type, new: Callable[[Any], Any]) -> Any:
+    """``tree`` in plain containers, which pickle knows, with ``new`` of each leaf of a kind."""
+    if isinstance(tree, kind):
+        return new(tree)
+    if isinstance(tree, slice):
+        return slice(*(_replaced(v, kind, new) for v in (tree.start, tree.stop, tree.step)))
+    if isinstance(tree, dict):
+        return {k: _replaced(v, kind, new) for k, v in tree.items()}
+    if isinstance(tree, (tuple, list)):
+        return (tuple if isinstance(tree, tuple) else list)(_replaced(v, kind, new) for v in tree)
+    return tree
+
+
+def emit_opaque(e: Emission, node: fx.Node, reason: str) -> Value:
+    """Export what ``node`` calls, copy that graph into ``e`` and return its outputs.
+
+    Raises:
+        QuantizeError: torch cannot export it either.
+    """
+    part = _Part(e.gm, node)
+    inputs: list[Any] = []
+    for source in node.all_input_nodes:
+        shape, dtype = source.meta.get("shape"), source.meta.get("dtype")
+        if dtype is None or shape is None:
+            raise QuantizeError(f"{node.name}: input {source.name}: is no tensor ({reason})")
+        inputs.append(torch.zeros(shape, dtype=dtype))
+    structure = pytree.tree_structure(node.meta["shape"], is_leaf=_is_shape)
+    try:
+        exported = _exported(part, tuple(inputs))
+    except Exception as cause:
+        what = getattr(part.target, "__name__", str(part.target))
+        if part.called is not None:
+            what = type(part.called).__name__
+        text = " ".join(str(cause).split())[:200]
+        raise QuantizeError(
+            f"{node.name}: {what} cannot be written to ONNX: {reason}; torch's exporter: {text}"
+        ) from cause
+    names = _inline(e, node, exported)
+    if len(names) != structure.num_leaves:
+        raise QuantizeError(
+            f"{node.name}: outputs after export: {len(names)}, expected {structure.num_leaves}"
+        )
+    return _tuples(pytree.tree_unflatten(names, structure))
+
+
+def _is_shape(value: Any) -> bool:
+    return isinstance(value, tuple) and all(isinstance(v, int) for v in value)
+
+
+def _tuples(names: Any) -> Value:
+    return names if isinstance(names, str) else tuple(_tuples(n) for n in names)
+
+
+def _exported(part: _Part, inputs: tuple[Tensor, ...]) -> onnx.ModelProto:
+    try:
+        content = hashlib.sha256(pickle.dumps(part)).hexdigest()
+    except Exception:  # what cannot be pickled (a module of a local class) is exported every time
+        return _export(part, inputs)
+    kind = part.target if part.called is None else type(part.called)
+    key = (kind, content, tuple((tuple(i.shape), i.dtype) for i in inputs))
+    if key not in _CACHE:
+        _CACHE[key] = _export(part, inputs)
+        while len(_CACHE) > _CACHED:
+            _CACHE.popitem(last=False)
+    _CACHE.move_to_end(key)
+    return _CACHE[key]
+
+
+def _export(part: _Part, inputs: tuple[Tensor, ...]) -> onnx.ModelProto:
+    names = [f"in{i}" for i in range(len(inputs))]
+    file: Any = io.BytesIO()
+    with warnings.catch_warnings(), torch.no_grad():
+        warnings.simplefilter("ignore")
+        torch.onnx.export(
+            part.eval(),
+            inputs,
+            file,
+            input_names=names,
+            opset_version=OPSET,
+            # where a size is 1 in the example it may be the batch
+            dynamic_axes={
+                n: {d: f"{n}_{d}" for d, s in enumerate(i.shape) if s == 1}
+                for n, i in zip(names, inputs, strict=True)
+            },
+            dynamo=False,
+        )
+    model = onnx.load_from_string(file.getvalue())
+    if model.opset_import[0].version != OPSET:
+        model = version_converter.convert_version(model, OPSET)
+    return model
+
+
+def _inline(e: Emission, node: fx.Node, model: onnx.ModelProto) -> list[str]:
+    prefix = e.name(f"{node.name}.part") + "/"
+    graph = compose.add_prefix(model, prefix).graph
+    for source, name in zip(node.all_input_nodes, graph.input, strict=True):
+        e.nodes.append(onnx.helper.make_node("Identity", [e.read(source, node)], [name.name]))
+    e.nodes.extend(graph.node)
+    e.constants.update({tensor.name: tensor for tensor in graph.initializer})
+    return [o.name for o in graph.output]

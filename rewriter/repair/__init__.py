@@ -1,0 +1,1 @@
+"""Repairs that add no compute: better ranges, corrected biases, rounded weights."""

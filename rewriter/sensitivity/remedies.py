@@ -1,0 +1,108 @@
+"""Which steps answer a harmful layer, and what they cost."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+from torch import fx
+
+from rewriter.errors import RewriteError
+from rewriter.graph.cost import layer_macs
+from rewriter.int8.simulate import Quantized
+from rewriter.plan import Plan, Step, rewrite, rule_named
+from rewriter.rules import RULES, Site
+from rewriter.rules._model_rule import MODEL
+
+# A layer's answers: each step and the MACs it adds.
+Answers = tuple[tuple[str, int], ...]
+
+
+def find_answers(quantized: Quantized, harmful: Sequence[fx.Node]) -> dict[str, Answers]:
+    """The steps that touch each layer or its input, free ones first, keeping the layer in float last.
+
+    Args:
+        quantized: the network; where it was not profiled, calibrated ranges stand in.
+        harmful: the layers to answer.
+    """
+    gm = quantized.gm
+    lent = _lend_ranges(quantized)
+    try:
+        names = {n.name for n in harmful}
+        sites = [s for rule in RULES for s in rule.near(gm, names | {MODEL}) if not s.blocked]
+        added = _added_macs(gm, sites)
+    finally:
+        for node in lent:
+            del node.meta["channel_range"]
+
+    def rank(site: Site) -> tuple[bool, int]:
+        return site.rule == "keep_float", added[Step.at(site)]
+
+    return {
+        name: tuple(
+            (str(Step.at(s)), added[Step.at(s)])
+            for s in sorted(sites, key=rank)
+            if s.anchor == MODEL or name in s.nodes or name in s.readers
+        )
+        for name in (n.name for n in harmful)
+    }
+
+
+def _lend_ranges(quantized: Quantized) -> list[fx.Node]:
+    """Give nodes the channel ranges that calibration saw, where nothing was profiled."""
+    nodes = list(quantized.gm.graph.nodes)
+    if any("channel_range" in n.meta for n in nodes):
+        return []
+    lent: list[fx.Node] = []
+    for node in nodes:
+        seen = quantized.calibration.stats.get(node.name)
+        if seen is not None:
+            node.meta["channel_range"] = (seen.channel_low, seen.channel_high)
+            lent.append(node)
+    return lent
+
+
+def _added_macs(gm: fx.GraphModule, sites: Sequence[Site]) -> dict[Step, int]:
+    """What each step adds, from as few rewrites as there are steps that exclude each other."""
+    macs = layer_macs(gm)
+    found = {Step.at(s): 0 for s in sites}
+    left = [s for s in sites if not rule_named(s.rule).free]
+    while left:
+        together: list[Site] = []
+        taken: set[str] = set()
+        for site in left:
+            if not taken.intersection(site.nodes):
+                together.append(site)
+                taken.update(site.nodes)
+        found |= _added_together(gm, together, macs)
+        left = [s for s in left if s not in together]
+    return found
+
+
+def _added_together(
+    gm: fx.GraphModule, sites: Sequence[Site], macs: Mapping[str, int]
+) -> dict[Step, int]:
+    """What each of some steps adds that touch different nodes."""
+    steps = [Step.at(s) for s in sites]
+    try:
+        after = rewrite(gm, Plan(tuple(steps)))
+    except RewriteError:
+        if len(sites) == 1:
+            return {steps[0]: 0}
+        return {k: v for s in sites for k, v in _added_together(gm, [s], macs).items()}
+    total = layer_macs(after)
+    made = dict.fromkeys(map(str, steps), 0)
+    for node in after.graph.nodes:
+        step = str(node.meta.get("rewritten_by", ""))
+        if node.name in total and step in made:
+            made[step] += total[node.name]
+    found = {
+        step: made[str(step)] - sum(macs.get(n, 0) for n in site.nodes)
+        for step, site in zip(steps, sites, strict=True)
+    }
+    whole = sum(total.values()) - sum(macs.values())
+    if sum(found.values()) == whole:
+        return found
+    if len(sites) == 1:
+        return {steps[0]: whole}
+    # a rule that leaves a layer of its site in place, or does not mark what it made: one by one
+    return {k: v for s in sites for k, v in _added_together(gm, [s], macs).items()}

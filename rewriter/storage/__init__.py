@@ -1,0 +1,32 @@
+"""Files that are written whole or not at all, a store of results, and the digests they are found by."""
+
+from rewriter.storage.cache import Mirror, Store, load, save_to
+from rewriter.storage.digest import Digest, key, model_digest
+from rewriter.storage.files import (
+    Place,
+    PlaceError,
+    checked,
+    inside,
+    names,
+    read,
+    replacing,
+    write,
+)
+
+__all__ = [
+    "Digest",
+    "Mirror",
+    "Place",
+    "PlaceError",
+    "Store",
+    "checked",
+    "inside",
+    "key",
+    "load",
+    "model_digest",
+    "names",
+    "read",
+    "replacing",
+    "save_to",
+    "write",
+]

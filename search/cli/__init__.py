@@ -1,0 +1,1 @@
+"""The command line: one function for each command, tables and messages for the terminal."""

@@ -1,0 +1,63 @@
+"""What the commands print: text as it is, and progress with the time left."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Generator
+from contextlib import contextmanager
+from typing import Any
+
+from rich.console import Console
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
+
+from search.data.evaluation_set import Tick
+from search.data.user_code import users_lines
+from search.job import silent
+
+BAD_INPUT = 2
+
+# a pipe or a file has no width of its own; tables need more than the usual 80 columns
+out = Console(width=None if sys.stdout.isatty() else 160)
+err = Console(stderr=True)
+
+
+def progress(quiet: bool) -> Any:
+    """Progress bars with the time left, on stderr, so that tables can be piped."""
+    if quiet:
+        return silent
+
+    @contextmanager
+    def bars(label: str) -> Generator[Tick]:
+        columns = (
+            TextColumn("{task.description}"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TimeElapsedColumn(),
+            TimeRemainingColumn(),
+        )
+        with Progress(*columns, console=err) as progress:
+            task = progress.add_task(label, total=None)
+            yield lambda done, total: progress.update(task, completed=done, total=total)
+
+    return bars
+
+
+def refused(message: str, error: Exception | None = None) -> int:
+    """Say what is wrong, after the lines of the user's own code that raised it, where it did."""
+    lines = "" if error is None else users_lines(error)
+    if lines:
+        say(f"{lines}\n", err)
+    say(f"quantfix: {message}", err)
+    return BAD_INPUT
+
+
+def say(text: str, console: Console | None = None) -> None:
+    """Print text as it is: a path or a plan must stay on one line and without colours."""
+    (console or out).print(text, markup=False, highlight=False, emoji=False, soft_wrap=True)

@@ -1,0 +1,91 @@
+"""Results as tables on the terminal."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from rich.table import Table
+from torch import fx
+
+from rewriter import Plan, cost
+from rewriter.rules import Site
+from search.report.rows import (
+    finetuned_rows,
+    front_rows,
+    ladder_rows,
+    ladder_said,
+    layer_rows,
+    percent,
+    score_rows,
+)
+from search.results import Results
+from search.scoring.evaluator import extra_macs
+from search.sensitivity.run import Sensitivity
+
+
+def front_table(results: Results) -> Table:
+    """The front for the terminal."""
+    return _rich_table(
+        f"Front on {results.facts['target']}: {_how(results)}", *front_rows(results)
+    )
+
+
+def reference_table(results: Results) -> Table:
+    """Plain int8 and the keep-in-float curve for the terminal."""
+    return _rich_table(
+        "For comparison: the most harmful layers left in float", *score_rows(results.references)
+    )
+
+
+def ladder_table(results: Results) -> Table:
+    """The free remedies for the terminal."""
+    return _rich_table(ladder_said(results), *ladder_rows(results))
+
+
+def sensitivity_table(sensitivity: Sensitivity, rows: int = 15) -> Table:
+    """The most harmful layers for the terminal."""
+    base = sensitivity.baseline
+    title = (
+        f"{sensitivity.metric} float {percent(base.float)}, int8 {percent(base.int8)} on "
+        f"{sensitivity.target}; each layer alone in int8, at most {sensitivity.layer_samples} "
+        f"samples, {sensitivity.engine}"
+    )
+    return _rich_table(title, *layer_rows(sensitivity, rows))
+
+
+def finetuned_table(results: Results) -> Table:
+    """The plans that were fine-tuned, before and after, each with its control."""
+    found = next(iter(results.finetuned.values()))
+    how = f"loss {found.recipe['loss']}, quantization {found.recipe['quantization']}"
+    return _rich_table(f"Fine-tuned: {how}", *finetuned_rows(results))
+
+
+def _rich_table(title: str, names: Sequence[str], rows: Sequence[Sequence[str]]) -> Table:
+    table = Table(title=title, title_justify="left", title_style="bold")
+    for i, name in enumerate(names):
+        texts = i == 0 or name in ("engine", "kind", "causes", "answers", "kept", "adds", "")
+        table.add_column(name, justify="left" if texts else "right", overflow="fold")
+    for row in rows:
+        table.add_row(*row)
+    return table
+
+
+def _how(results: Results) -> str:
+    facts = results.facts
+    on = f"{results.samples} samples, {facts['engine']}, 95 % intervals paired with float"
+    if results.held_back and not results.is_confirmed:
+        return f"{on}; not confirmed yet"
+    return on
+
+
+def sites_table(gm: fx.GraphModule, sites: Sequence[Site]) -> Table:
+    """Where rules may act and what that costs; near misses last, with the reason."""
+    base = cost(gm).macs
+    plans = [Plan.parse(f"{s.rule}@{s.nodes[0]}") for s in sites if not s.blocked]
+    added = extra_macs(gm, plans, base)
+    table = Table("step", "nodes", "MACs", "near miss, because")
+    for site in sorted(sites, key=lambda s: bool(s.blocked)):
+        step = f"{site.rule}@{site.nodes[0]}"
+        more = f"{added[step] / base:+.1%}" if step in added else ""
+        table.add_row(step, " ".join(site.nodes[1:]), more, site.blocked)
+    return table

@@ -1,0 +1,1 @@
+"""The YAML config: its schema, and one clear message for each fault in it."""

@@ -1,0 +1,200 @@
+"""The user's model and data: built-in sources, or factories in the user's own code."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import timm
+import torch
+from timm.data.config import resolve_data_config
+from torch import Tensor
+
+from search.config.schema import Config, ConfigError
+from search.data.boxes import boxed_images
+from search.data.class_names import class_names
+from search.data.digits import digits
+from search.data.images import (
+    Data,
+    Inputs,
+    Preprocessing,
+    Samples,
+    arrays,
+    image_folder,
+    image_table,
+)
+from search.data.user_code import blame, call_factory
+from search.data.video import frame_table, sequence_arrays
+
+log = logging.getLogger(__name__)
+
+__all__ = ["Data", "Inputs", "batches", "load_data"]
+
+
+def load_data(cfg: Config) -> Data:
+    """The splits of a config; each in a fixed order, calibration and evaluation disjoint.
+
+    Raises:
+        ConfigError: the data are missing, too few, in another form, or the factory fails.
+    """
+    source, made = cfg.data, None
+    if source.factory is not None:
+        made = call_factory(cfg, "data", source.factory, source.args)
+        missing = [name for name in ("calibration", "evaluation") if not hasattr(made, name)]
+        if missing:
+            raise ConfigError(
+                f"data: factory {source.factory}: result has no {' and no '.join(missing)}: "
+                f"{type(made).__name__}"
+            )
+        data = Data(made.calibration, made.evaluation, getattr(made, "training", None))
+    elif cfg.task == "video" and source.csv is not None:
+        table, images = cfg.resolve(source.csv), cfg.resolve(str(source.images))
+        data = frame_table(table, images, source, _preprocessing(cfg))
+    elif cfg.task == "video" and source.npz is not None:
+        data = sequence_arrays(cfg.resolve(source.npz), source, lambda: _preprocessing(cfg))
+    elif source.imagefolder is not None:
+        data = image_folder(cfg.resolve(source.imagefolder), source, _preprocessing(cfg))
+    elif source.csv is not None and source.images is not None:
+        table, images = cfg.resolve(source.csv), cfg.resolve(source.images)
+        data = image_table(table, images, source, _preprocessing(cfg))
+    elif source.npz is not None:
+        data = arrays(cfg.resolve(source.npz), source, lambda: _preprocessing(cfg))
+    elif source.digits is not None:
+        data = digits(source.digits)
+    else:
+        annotations = str(source.coco or source.yolo)
+        data = boxed_images(cfg.resolve(annotations), cfg.resolve(str(source.images)), source)
+    names = class_names(cfg, made)
+    data = replace(data, names=names) if names else data
+    _check_splits(data, cfg.path.parent, "(T, C, H, W)" if cfg.task == "video" else "(C, H, W)")
+    return data
+
+
+def batches(dataset: Samples, size: int) -> Iterator[Any]:
+    """A data set in order, in batches of `size`, the last one smaller.
+
+    Yields:
+        The stacked inputs, or (stacked inputs, targets) where the samples are pairs; targets are
+        stacked where they are numbers or tensors of one shape, else a list.
+
+    Raises:
+        ConfigError: the data set fails on a sample, or its inputs differ in shape.
+    """
+    for start in range(0, len(dataset), size):
+        end = min(start + size, len(dataset))
+        items = [_sample(dataset, i, Path.cwd()) for i in range(start, end)]
+        paired = isinstance(items[0], (tuple, list))
+        inputs = [_input(item, start + i, paired) for i, item in enumerate(items)]
+        shapes = sorted({tuple(x.shape) for x in inputs})
+        if len(shapes) > 1:
+            raise ConfigError(f"data: inputs differ in shape: {shapes[0]} and {shapes[1]}")
+        stacked = torch.stack(inputs)
+        yield (stacked, _stack_targets([item[1] for item in items])) if paired else stacked
+
+
+def _preprocessing(cfg: Config) -> Preprocessing:
+    """The config's keys; what they leave out is timm's own for a timm model, else an error."""
+    known: dict[str, Any] = {}
+    if cfg.model.timm is not None and timm.is_model(cfg.model.timm):
+        pretrained = timm.get_pretrained_cfg(cfg.model.timm)
+        resolved = resolve_data_config(
+            dict(cfg.model.args), pretrained_cfg=pretrained.to_dict() if pretrained else {}
+        )
+        known = {
+            "size": resolved["input_size"][-1],
+            "mean": resolved["mean"],
+            "std": resolved["std"],
+            "crop": resolved["crop_pct"],
+            "interpolation": resolved["interpolation"],
+            "crop_mode": resolved["crop_mode"],
+        }
+    given = {
+        key: getattr(cfg.data, key) for key in ("size", "mean", "std", "crop", "interpolation")
+    }
+    known |= {key: value for key, value in given.items() if value is not None}
+    missing = [key for key in ("size", "mean", "std") if key not in known]
+    if missing:
+        raise ConfigError(
+            f"{cfg.path.name}: data: missing {', '.join(missing)}: how an image becomes the input "
+            "is known for timm models only; pixels are scaled to [0, 1] before mean and std"
+        )
+    return Preprocessing(**known)
+
+
+def _check_splits(data: Data, folder: Path, shape: str) -> None:
+    """Look at the first sample of each split: a wrong form is best named before any work."""
+    splits = {"calibration": data.calibration, "evaluation": data.evaluation}
+    shapes: dict[str, tuple[int, ...]] = {}
+    if data.training is not None:
+        splits["training"] = data.training
+    for name, dataset in splits.items():
+        if not (hasattr(dataset, "__len__") and hasattr(dataset, "__getitem__")):
+            kind = type(dataset).__name__
+            raise ConfigError(f"data.{name}: no map-style data set (len() and []): {kind}")
+        try:
+            count = len(dataset)
+        except Exception as error:
+            raise ConfigError(f"data.{name}: len(): {blame(error, folder)}") from error
+        if count == 0:
+            raise ConfigError(f"data.{name}: empty")
+        first = _sample(dataset, 0, folder)
+        paired = isinstance(first, (tuple, list))
+        if paired and (name == "calibration" or len(first) != 2):
+            wanted = "inputs alone" if name == "calibration" else "(input, target) pairs"
+            raise ConfigError(f"data.{name}: must yield {wanted}: yields {len(first)} values")
+        x = first[0] if paired else first
+        if not isinstance(x, Tensor) or x.dtype != torch.float32:
+            kind = f"tensor of {x.dtype}" if isinstance(x, Tensor) else type(x).__name__
+            raise ConfigError(f"data.{name}: inputs must be float32 tensors {shape}: {kind}")
+        if shape == "(T, C, H, W)" and x.ndim != 4:
+            raise ConfigError(f"data.{name}: inputs must have the shape {shape}: {tuple(x.shape)}")
+        shapes[name] = tuple(x.shape)
+    if shapes["calibration"] != shapes["evaluation"]:
+        fact = f"inputs have the shape {shapes['evaluation']}, those of calibration"
+        raise ConfigError(f"data.evaluation: {fact} {shapes['calibration']}")
+
+
+def _sample(dataset: Samples, index: int, folder: Path) -> Any:
+    try:
+        return dataset[index]
+    except ConfigError:
+        raise
+    except Exception as error:
+        raise ConfigError(f"data: sample {index}: {blame(error, folder)}") from error
+
+
+def _input(item: Any, index: int, paired: bool) -> Tensor:
+    """What the network reads of a sample that must be like the first of its batch."""
+    if paired != isinstance(item, (tuple, list)) or (paired and len(item) != 2):
+        wanted = "an (input, target) pair" if paired else "an input alone"
+        raise ConfigError(
+            f"data: sample {index}: is not {wanted}, as the others are: {_kind(item)}"
+        )
+    x = item[0] if paired else item
+    if not isinstance(x, Tensor):
+        raise ConfigError(f"data: sample {index}: the input is no tensor: {_kind(x)}")
+    if x.is_floating_point() and not bool(torch.isfinite(x).all()):
+        bad = int((~torch.isfinite(x)).sum())
+        raise ConfigError(f"data: sample {index}: {bad} values of the input are NaN or infinite")
+    return x
+
+
+def _kind(value: Any) -> str:
+    return f"{type(value).__name__} {value!r}"[:60]
+
+
+def _stack_targets(targets: Sequence[Any]) -> Any:
+    if all(isinstance(t, Tensor) for t in targets) and len({t.shape for t in targets}) == 1:
+        return torch.stack(list(targets))
+    if any(isinstance(t, (Tensor, Mapping, Sequence)) for t in targets):
+        return list(targets)
+    try:
+        return torch.as_tensor(targets)
+    except (TypeError, ValueError, RuntimeError) as error:
+        fact = "a target is no number, tensor, list or mapping"
+        raise ConfigError(
+            f"data: {fact}: {_kind(targets[0])}; without labels, yield inputs alone"
+        ) from error

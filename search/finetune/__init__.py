@@ -1,0 +1,1 @@
+"""Training of chosen plans end to end, each beside its control."""

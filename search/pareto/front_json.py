@@ -1,0 +1,39 @@
+"""What ``front.json`` says of a plan, and of the network as it is; see ``schema.py``."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from search.run_dir.scores import Baseline, Score
+
+
+def point(score: Score) -> dict[str, Any]:
+    """A plan with what it costs and keeps."""
+    return {
+        "plan": score.plan,
+        "macs": score.macs,
+        "macs_ratio": score.macs_ratio,
+        "params": score.params,
+        "weight_bytes": score.weight_bytes,
+        "float_layers": score.float_layers,
+        "float_islands": score.float_islands,
+        "latency_ms": score.latency_ms,
+        "int8": score.metric,
+        "int8_interval": None if score.interval is None else list(score.interval),
+        "float": score.metric_float,
+        "damage": score.damage,
+        "engine": score.engine,
+        "samples": score.samples,
+    }
+
+
+def baseline_of(baseline: Baseline) -> dict[str, Any]:
+    """The network as it is, in float and in plain int8."""
+    interval = None if baseline.interval is None else list(baseline.interval)
+    return {
+        "float": baseline.float,
+        "int8": baseline.int8,
+        "int8_interval": interval,
+        "macs": baseline.macs,
+        "damage": baseline.damage,
+    }

@@ -1,0 +1,1 @@
+"""The sensitivity analysis of a run, stored in its directory."""

@@ -1,0 +1,1 @@
+"""More processes for a search, on this machine or on a Ray cluster."""

@@ -1,0 +1,113 @@
+"""Which splits are tried first, and that the ladder climbs them before all else."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import fx, nn
+
+from rewriter import Plan, find_sites, rewrite, target
+from rewriter.damage.fidelity import damage
+from rewriter.graph.interpret import walk
+from rewriter.graph.lookup import layers, outputs
+from rewriter.int8.onnx.export import to_onnx
+from rewriter.int8.onnx.session import Session
+from rewriter.int8.simulate import quantize
+from rewriter.ladder import Rung, best, climb, exact_splits
+from rewriter.sensitivity.remedies import find_answers
+from tests.detectors import Yolov8, Yolox, trained
+from tests.rules import check
+from tests.test_detectors import graph_of
+from tests.test_ladder import Score
+
+
+def splits_of(gm: fx.GraphModule, harmful: str | None) -> dict[str, list[str]]:
+    hurt = {n.name: float(n.name == harmful) for n in layers(gm)}
+    found = exact_splits(gm, find_sites(gm), hurt)
+    return {name: [str(s) for s in steps] for name, steps in found}
+
+
+@pytest.mark.parametrize("make", [Yolox, Yolov8])
+def test_all_heads_the_tail_and_the_value_that_harms_its_reader(make) -> None:
+    gm, _ = graph_of(trained(make(n=0)))
+    stem, reader = (n.name for n in layers(gm)[:2])
+    found = splits_of(gm, reader)
+    heads = [s for s in find_sites(gm) if s.rule == "split_head_auto" and not s.blocked]
+    assert len(heads) == 6
+    assert sorted(found["outputs split"]) == sorted(
+        ["float_tail@output", *(f"split_head_auto@{h.anchor}" for h in heads)]
+    )
+    assert found["channels split by range"] == [f"split_range_3@{stem}"]
+    assert "channels split by range" not in splits_of(gm, None)
+
+
+def test_the_split_of_a_value_answers_the_layer_that_reads_it() -> None:
+    gm, x = graph_of(trained(Yolox(n=0)))
+    stem, reader = layers(gm)[:2]
+    found = find_answers(quantize(gm, target("onnxruntime"), [x]), [reader])
+    assert f"split_range_3@{stem.name}" in dict(found[reader.name])
+
+
+def test_a_classifier_has_no_outputs_to_split() -> None:
+    net = nn.Sequential(nn.Conv2d(3, 6, 3), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(6, 9))
+    gm = check.graph_of(check.randomise(net), (3, 9, 8))
+    assert "outputs split" not in splits_of(gm, None)
+
+
+def scored(plan: Plan, left: dict[str, float]) -> Score:
+    found = 1.0
+    for step in plan.steps:
+        found *= left.get(step.rule, 1.0)
+    return Score(found)
+
+
+@pytest.mark.parametrize(("left", "kept"), [(0.5, True), (0.9, False)])
+def test_a_split_that_gains_little_is_not_kept(left: float, kept: bool) -> None:
+    gm, _ = graph_of(trained(Yolox(n=0)))
+    splits = exact_splits(gm, find_sites(gm), {})
+    asked: list[str] = []
+
+    def score(plan: Plan) -> Score:
+        asked.append(str(plan))
+        return scored(plan, {"float_tail": left, "correct_bias": 0.5})
+
+    rungs = climb(gm, score, splits=splits)
+    assert [r.name for r in rungs[:2]] == ["plain int8", "outputs split"]
+    assert asked[1] == str(Plan(splits[0][1]))
+    assert rungs[1].kept == kept
+    assert ("float_tail" in str(best(rungs).plan)) == kept
+    assert "correct_bias" in str(best(rungs).plan)
+
+
+def test_a_split_that_shows_nothing_alone_is_tried_with_the_next() -> None:
+    gm, _ = graph_of(trained(Yolox(n=0)))
+    splits = exact_splits(gm, find_sites(gm), {layers(gm)[1].name: 1.0})
+
+    def score(plan: Plan) -> Score:
+        rules = {s.rule for s in plan.steps}
+        return Score(0.1 if {"float_tail", "split_range_3"} <= rules else 1.0)
+
+    rungs = climb(gm, score, splits=splits)
+    assert [r.kept for r in rungs[:3]] == [True, False, True]
+    assert best(rungs).plan == Plan((*splits[0][1], *splits[1][1]))
+
+
+@pytest.mark.slow
+def test_the_first_rungs_bring_a_collapsed_detector_back() -> None:
+    """Plain int8 is useless, and two trials later nearly all is back, in ONNX Runtime."""
+    gm, x = graph_of(trained(Yolox(n=0)))
+    found = dict(walk(gm, (x,)))
+    reference = [found[n] for n in outputs(gm)]
+
+    def score(plan: Plan) -> Score:
+        quantized = quantize(rewrite(gm, plan), target("onnxruntime"), [x])
+        made = [torch.from_numpy(o) for o in Session(to_onnx(quantized)).run(x)]
+        return Score(float(damage(made, reference, "values").mean()))
+
+    reader = layers(gm)[1].name
+    rungs: tuple[Rung, ...] = climb(
+        gm, score, splits=exact_splits(gm, find_sites(gm), {reader: 1})
+    )
+    assert rungs[0].damage > 0.1
+    assert rungs[2].kept
+    assert rungs[2].damage < 0.1 * rungs[0].damage
