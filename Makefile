@@ -8,8 +8,11 @@ BIN := $(VENV)/bin
 demo: $(VENV)/.installed
 	$(BIN)/quantfix run configs/digits.yaml
 
+# -n auto: a process for each core that we may use (tests/conftest.py), each with one thread
+PARALLEL := -n auto --dist worksteal
+
 test: $(VENV)/.dev
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest $(PARALLEL)
 
 lint: $(VENV)/.dev
 	$(BIN)/ruff check .
@@ -18,9 +21,9 @@ lint: $(VENV)/.dev
 
 check: lint test
 
-# All slow tests, but those that need several machines (cluster); about twenty minutes on two cores.
+# All slow tests, but those that need several machines (cluster).
 slow: $(VENV)/.dev
-	$(BIN)/python -m pytest -m slow
+	$(BIN)/python -m pytest -m slow $(PARALLEL)
 
 # Searches on several machines: with a PostgreSQL that the tests start themselves, if it is installed, on two local Ray nodes,
 # and under the eyes of optuna-dashboard. What is not there is skipped, with the reason.
