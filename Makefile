@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test lint check slow cluster clean
+.PHONY: demo test lint check slow minimum docs cluster clean
 
 demo: $(VENV)/.installed
 	$(BIN)/quantfix run configs/digits.yaml
@@ -25,6 +25,16 @@ check: lint test
 slow: $(VENV)/.dev
 	$(BIN)/python -m pytest -m slow $(PARALLEL)
 
+# The fast tests with the oldest versions that pyproject.toml claims
+minimum: $(VENV)/.dev
+	$(BIN)/python .ci/minimum.py $(PARALLEL)
+
+# The documentation site, strictly, into site/
+docs: $(VENV)/.dev
+	$(BIN)/python -m pip install --quiet --group docs
+	$(BIN)/python docs/rule_pages.py
+	$(BIN)/mkdocs build --quiet
+
 # Searches on several machines: with a PostgreSQL that the tests start themselves, if it is installed, on two local Ray nodes,
 # and under the eyes of optuna-dashboard. What is not there is skipped, with the reason.
 cluster: $(VENV)/.dev
@@ -43,4 +53,4 @@ $(VENV)/.dev: $(VENV)/.installed
 	touch $@
 
 clean:
-	rm -rf $(VENV) build dist .pytest_cache .ruff_cache .hypothesis .coverage
+	rm -rf $(VENV) build dist site .pytest_cache .ruff_cache .hypothesis .coverage
