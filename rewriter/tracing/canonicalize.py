@@ -90,6 +90,7 @@ def canonicalise(gm: fx.GraphModule) -> fx.GraphModule:
     _plain_classes(gm)
     _remove_nothings(gm)
     _flatten_by_function(gm)
+    gm.graph.eliminate_dead_code()  # sizes that nobody uses would count as readers of a value
     recognise_activations(gm)
     fold_batch_norms(gm)
     gm.graph.eliminate_dead_code()

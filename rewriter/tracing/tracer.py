@@ -104,8 +104,12 @@ class Tracer(fx.Tracer):
         return _without_names(output)
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
-        return module_qualified_name in self.leaves or (
-            type(m).__module__.startswith("torch.nn")
+        if module_qualified_name in self.leaves:
+            return True
+        hooked = m._forward_hooks or m._forward_pre_hooks  # what they compute is part of the graph
+        return (
+            not hooked
+            and type(m).__module__.startswith("torch.nn")
             and not isinstance(m, (nn.Sequential, nn.ModuleList, nn.ModuleDict))
         )
 
