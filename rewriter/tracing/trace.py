@@ -15,7 +15,9 @@ from torch import Tensor, fx, nn
 from torch.utils import _pytree as pytree
 
 from rewriter.errors import TraceError
+from rewriter.graph.interpret import without_fast_path
 from rewriter.tracing.canonicalize import canonicalise
+from rewriter.tracing.open_attention import open_attention
 from rewriter.tracing.tracer import BATCHES, line_of, one_line, trace_graph
 from rewriter.tracing.unwrap import plain_weights, unwrap_parts, unwrapped
 from rewriter.tracing.verify import batch_of, verify
@@ -43,8 +45,10 @@ def trace(model: nn.Module, example: Tensor | tuple[Tensor, ...]) -> fx.GraphMod
     model = _prepared_copy(model)
     reference = copy.deepcopy(model)  # the graph shares its modules with the model
     few, many = (tuple(batch_of(e, size) for e in examples) for size in BATCHES)
+    open_attention(model)
     try:
-        graph, opaque = trace_graph(model, tuple(zip(few, many, strict=True)))
+        with without_fast_path():
+            graph, opaque = trace_graph(model, tuple(zip(few, many, strict=True)))
     except TraceError:
         _must_run(reference, few)
         raise
