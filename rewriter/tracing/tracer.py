@@ -53,6 +53,11 @@ _ABOUT_TYPE = (str, torch.dtype, torch.device)
 # Functions that take sizes, but no tensor that could be a proxy: torch does not offer them to a
 # proxy by itself.
 _MAKERS = ("zeros", "ones", "full", "empty", "arange", "eye", "linspace")
+# torch 2.15 crashes the interpreter where these, given a proxy beside a number, are dispatched in C
+_CRASHING = (
+    *("pow", "float_power", "remainder", "where", "addcmul", "addcdiv"),
+    *("baddbmm", "addmm", "addbmm", "addmv", "addr"),
+)
 _METHODS = ("expand", "repeat", "view", "reshape", "new_zeros", "new_ones", "new_full", "tile")
 
 
@@ -76,7 +81,7 @@ class Tracer(fx.Tracer):
         self.evaluating = False
 
     def trace(self, root: Any, concrete_args: dict[str, Any] | None = None) -> fx.Graph:
-        with offered(torch, _MAKERS, self), offered(Tensor, _METHODS, self):
+        with offered(torch, (*_MAKERS, *_CRASHING), self), offered(Tensor, _METHODS, self):
             return super().trace(root, concrete_args)
 
     def create_args_for_root(
