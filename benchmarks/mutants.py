@@ -28,25 +28,9 @@ ROOT = Path(__file__).resolve().parents[1]
 COPIED = ("rewriter", "search", "tests", "configs", "docs", "benchmarks", "results")
 FILES = ("pyproject.toml", "README.md", "Makefile", "CONTRIBUTING.md")
 LIBRARIES = [
-    "numpy",
-    "torch",
-    "torch.fx",
-    "torchvision",
-    "onnx",
-    "onnxruntime",
-    "optuna",
-    "hypothesis",
-    "pydantic",
-    "timm",
-    "sklearn.datasets",
-    "safetensors.torch",
-    "scipy",
-    "typer",
-    "rich",
-    "yaml",
-    "torchmetrics",
-    "pytest",
-]
+    "numpy", "torch", "torch.fx", "torchvision", "onnx", "onnxruntime", "optuna", "pydantic", "timm",
+    "sklearn.datasets", "safetensors.torch", "scipy", "typer", "rich", "yaml", "torchmetrics",
+]  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -362,6 +346,7 @@ def passes(folder: Path, tests: Sequence[str], slow: bool) -> bool:
             import pytest
 
             options = ["-x", "-q", "-p", "no:cacheprovider"] + (["-m", ""] if slow else [])
+            options += ["-W", "ignore::pytest.PytestAssertRewriteWarning"]  # of the libraries
             code = int(pytest.main([*options, *tests]))
         finally:
             os._exit(code)
