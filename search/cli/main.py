@@ -13,6 +13,7 @@ import typer
 from rich.logging import RichHandler
 
 from rewriter import Plan, RewriteError, cost, find_sites
+from rewriter.damage import fidelity_of
 from search.cli.console import err, out, progress, refused, say
 from search.cli.finetune_commands import Tuned, as_trained, table, train_chosen, with_training
 from search.cli.init import init
@@ -112,6 +113,7 @@ def check(config: ConfigPath, quiet: Quiet = False) -> None:
         ("float", float_metric(network)),
         ("sites", f"{len(found) - near}, and {near} near misses (quantfix sites)"),
     ]
+    facts += [("output", line) for line in fidelity_of(gm).about]
     facts += [
         ("opaque", f"{part.name} ({part.kind}): {part.reason} {part.line}")
         for part in gm.meta["opaque"]

@@ -23,6 +23,7 @@ from pydantic import (
 
 from rewriter import QuantizeError
 from rewriter import target as named_target
+from rewriter.damage import MeaningError, declared
 from search.config.messages import Location, dotted, explain, line_of, reason, walk
 
 Channels = Annotated[tuple[float, ...], Field(min_length=1)]
@@ -264,6 +265,8 @@ class Config(_Section):
 
     Attributes:
         postprocess: Detection only: raw outputs to boxes, scores and labels.
+        outputs: What each output of the network means, where the task does not say it or says
+            something else; see docs/damage.md.
         target: Name of an int8 profile of `rewriter.TARGETS`.
         engine: What scores a candidate. ``auto``: the target's own kernels where they run here.
         device: Where torch runs. ``auto``: a GPU where there is one.
@@ -273,6 +276,7 @@ class Config(_Section):
     model: ModelConfig
     data: DataConfig
     postprocess: FactoryConfig | None = None
+    outputs: Any = None
     target: str = "onnxruntime"
     engine: Literal["auto", "onnxruntime", "simulate"] = "auto"
     device: str = Field(default="auto", pattern=r"^(auto|cpu|cuda(:\d+)?)$")
@@ -290,6 +294,16 @@ class Config(_Section):
         except QuantizeError as error:
             # "target: unknown: ..."; the key is put before every message anyway
             raise ValueError(str(error).removeprefix("target: ")) from error
+        return value
+
+    @field_validator("outputs")
+    @classmethod
+    def _readable_outputs(cls, value: Any) -> Any:
+        if value is not None:
+            try:
+                declared(value)
+            except MeaningError as error:
+                raise ValueError(str(error).removeprefix("outputs: ")) from error
         return value
 
     @model_validator(mode="after")
