@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 import yaml
 from pydantic import (
@@ -21,6 +21,7 @@ from pydantic import (
 
 from rewriter import QuantizeError
 from rewriter import target as named_target
+from rewriter.damage import MeaningError, declared
 from search.config.inputs import DataConfig, FactoryConfig, ModelConfig, Section
 from search.config.messages import Location, dotted, explain, line_of, reason, walk
 from search.engines import check_engines
@@ -154,6 +155,8 @@ class Config(Section):
         task: What the network is for: one of `TASKS`, each of which has a file in `search.tasks`.
         postprocess: Detection only: raw outputs to boxes, scores and labels.
         metric: Custom only: outputs and targets to a number.
+        outputs: What each output of the network means, where the task does not say it or says
+            something else; see docs/damage.md.
         target: Name of an int8 profile of `rewriter.TARGETS`.
         engine: What scores a candidate, or several, best first, of which the first that can run here does. ``auto``: the
             target's own kernels where they run here, else a simulation.
@@ -165,6 +168,7 @@ class Config(Section):
     data: DataConfig
     postprocess: FactoryConfig | None = None
     metric: MetricConfig | None = None
+    outputs: Any = None
     target: str = "onnxruntime"
     engine: str | list[str] = "auto"
     device: str = Field(default="auto", pattern=r"^(auto|cpu|cuda(:\d+)?)$")
@@ -195,6 +199,16 @@ class Config(Section):
     def _engines_run_the_target(self) -> Config:
         check_engines(self.engines, self.target)
         return self
+
+    @field_validator("outputs")
+    @classmethod
+    def _readable_outputs(cls, value: Any) -> Any:
+        if value is not None:
+            try:
+                declared(value)
+            except MeaningError as error:
+                raise ValueError(str(error).removeprefix("outputs: ")) from error
+        return value
 
     @model_validator(mode="after")
     def _detection_has_boxes(self) -> Config:
