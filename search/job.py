@@ -16,8 +16,8 @@ from torch import Tensor, fx
 from torch.utils import _pytree as pytree
 
 from rewriter import profile, target, trace
-from rewriter.export import first_output_only
-from rewriter.graph import layers, unflatten
+from rewriter.damage import MeaningError, declared, fidelity_of, measure_fidelity
+from rewriter.graph import layers
 from rewriter.int8 import QuantScheme
 from rewriter.storage import (
     Digest,
@@ -39,8 +39,6 @@ from search.run_dir.fingerprint import rules_digest, source_digest
 from search.run_dir.scores import Confirmations, Records, Score, fingerprint, open_run
 from search.scoring.evaluator import RewriteEvaluator
 from search.tasks import Task, task
-from search.tasks.detection import Detection
-from search.tasks.video import Video
 
 log = logging.getLogger(__name__)
 
@@ -122,13 +120,14 @@ def load_network(cfg: Config, progress: Progress = silent) -> Network:
         )
     gm.meta["calibration"] = cfg.calibration.method
     gm.meta["scheme"] = target(cfg.target)
-    goal: Any = task(cfg)
-    if isinstance(goal, Video):
-        gm.meta["kind"] = goal.kind
-        first_output_only(gm)
-    elif isinstance(goal, Detection):
-        goal.unflatten = lambda flat: unflatten(gm, list(flat))
+    goal = task(cfg)
+    goal.attach(gm)
     profile(gm, found)
+    try:
+        said = None if cfg.outputs is None else declared(cfg.outputs)
+        gm.meta["fidelity"] = measure_fidelity(gm, found, said, goal.purpose)
+    except MeaningError as error:
+        raise ConfigError(f"{cfg.path.name}: {error}") from error
     return Network(cfg, gm, data, goal, tuple(found))
 
 
@@ -191,6 +190,7 @@ def open_job(
         "calibration": calibration.hex(),
         "evaluation": samples.digest,
         "target": _scheme_digest(scheme, engine.name),
+        "damage": fidelity_of(network.gm).digest,
         "metric": source_digest(network.task, *_user_functions(network.task)),
         "rules": rules_digest(),
         "seed": str(cfg.search.seed),
@@ -204,6 +204,7 @@ def open_job(
         "target": cfg.target,
         "engine": engine.name,
         "samples": samples.count,
+        "outputs": list(fidelity_of(network.gm).about),
         "selection_samples": chosen,
         "calibration_samples": sum(len(x) for x in network.calibration),
         "versions": {
@@ -295,5 +296,5 @@ def _scheme_digest(scheme: QuantScheme, engine: str) -> str:
 
 
 def _user_functions(goal: Task) -> list[object]:
-    found = getattr(goal, "postprocess", None)
-    return [] if found is None else [found]
+    found = (getattr(goal, name, None) for name in ("postprocess", "function"))
+    return [f for f in found if f is not None]

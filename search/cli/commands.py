@@ -9,6 +9,7 @@ from typing import Any
 import typer
 
 from rewriter import Plan, RewriteError, cost, find_sites
+from rewriter.damage import fidelity_of
 from search.cli.console import err, out, progress, say
 from search.cli.finetune_commands import as_trained, train_chosen, with_training
 from search.cli.options import Plans
@@ -56,6 +57,7 @@ def check(config: Path, quiet: bool = False) -> None:
         ("float", float_metric(network)),
         ("sites", f"{len(found) - near}, and {near} near misses (quantfix sites)"),
     ]
+    facts += [("output", line) for line in fidelity_of(gm).about]
     facts += [
         ("opaque", f"{part.name} ({part.kind}): {part.reason} {part.line}")
         for part in gm.meta["opaque"]

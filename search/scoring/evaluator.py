@@ -20,6 +20,7 @@ from torch.utils import _pytree as pytree
 
 from rewriter import Plan, Quantized, cost
 from rewriter.assemble import Assembled, assemble, prepare
+from rewriter.damage import fidelity_of
 from rewriter.errors import RewriteError
 from rewriter.graph import channels_last
 from rewriter.int8 import QuantScheme
@@ -46,7 +47,7 @@ class RewriteEvaluator:
     Attributes:
         gm: Profiled canonical graph of the float network.
         scheme: The target.
-        task: Metric and damage.
+        task: The metric; the damage is that of ``gm``.
         calibration: Unlabelled inputs, (n, ...) each.
         samples: What the plans are compared on.
         records: Where scores are kept.
@@ -293,7 +294,9 @@ class RewriteEvaluator:
     def measured(self) -> Measure:
         """What outputs are compared by."""
         if self._measure is None or self._measure.task is not self.task:
-            self._measure = Measure(self.task, self.samples, self.reference)
+            self._measure = Measure(
+                self.task, fidelity_of(self.gm, self.calibration), self.samples, self.reference
+            )
         return self._measure
 
     def runner(self, quantized: Quantized) -> Runner:

@@ -16,7 +16,7 @@ from functools import cached_property
 from torch import fx
 
 from rewriter import Plan, Step, find_sites
-from rewriter.ladder import REMEDIES, Splits, exact_splits
+from rewriter.ladder import REMEDIES, Rung, Splits, exact_splits
 from search.run_dir.scores import Score
 from search.sensitivity.run import Sensitivity
 from search.strategy.damage_model import refitted
@@ -108,6 +108,12 @@ class Schedule:
     _shares: dict[Plan, dict[Step, float]] = field(
         default_factory=dict[Plan, dict[Step, float]], init=False, repr=False, compare=False
     )
+    _ladders: dict[tuple[Score, ...], tuple[Rung, ...] | Plan] = field(
+        default_factory=dict[tuple[Score, ...], "tuple[Rung, ...] | Plan"],
+        init=False,
+        repr=False,
+        compare=False,
+    )
 
     @property
     def phases(self) -> tuple[Phase, ...]:
@@ -132,7 +138,7 @@ class Schedule:
 
     def ladder(self, scores: Scores) -> list[Plan]:
         """Plain int8 and the free remedies, one on top of the other; it may be all that a small budget reaches."""
-        ladder = rungs(self.gm, scores, self._splits)
+        ladder = self._climbed(scores)
         if isinstance(ladder, Plan):
             plans = (*self._curve[:1], *_below(self.gm, scores, self._splits), ladder)
             return list(dict.fromkeys(plans))
@@ -147,7 +153,7 @@ class Schedule:
         """Where no damage is known, or none is left, nothing can be predicted: the references and the single answers."""
         if self._rung(scores) is not None:
             return []
-        ladder = rungs(self.gm, scores, self._splits)
+        ladder = self._climbed(scores)
         if isinstance(ladder, Plan):
             return []
         return [*self._curve[1:], *self._on_top(start(ladder), self._singles)]
@@ -205,9 +211,17 @@ class Schedule:
     def _splits(self) -> Splits:
         return splits_of(self.gm, self.space, self.sensitivity)
 
+    def _climbed(self, scores: Scores) -> tuple[Rung, ...] | Plan:
+        """The ladder as far as it is scored; every phase asks for that of the same scores."""
+        key = tuple(scores.values())
+        if key not in self._ladders:
+            self._ladders.clear()
+            self._ladders[key] = rungs(self.gm, scores, self._splits)
+        return self._ladders[key]
+
     def _rung(self, scores: Scores) -> Basis | None:
         """The best rung of the ladder; None while it is not known, or where its damage is none or infinite."""
-        ladder = rungs(self.gm, scores, self._splits)
+        ladder = self._climbed(scores)
         if isinstance(ladder, Plan):
             return None
         base = start(ladder)
