@@ -174,21 +174,65 @@ MUTANTS = [
     # damage
     Mutant(
         "rewriter/damage/fidelity.py",
-        "\nFACTOR = 8.0",
-        "\nFACTOR = 1e9",
-        "tests/damage tests/sensitivity/test_objective.py",
+        "total = total / max(len(self.groups), 1)",
+        "total = total",
+        "tests/damage",
     ),
     Mutant(
         "rewriter/damage/fidelity.py",
-        "return torch.where(divergence.isnan(), torch.inf, divergence)",
-        "return divergence",
-        "tests/damage tests/sensitivity tests/search/tasks",
+        "return torch.where(total.isnan(), torch.inf, total)",
+        "return total",
+        "tests/damage",
     ),
     Mutant(
-        "rewriter/damage/fidelity.py",
-        "p.exp() * (p - q)",
-        "q.exp() * (q - p)",
-        "tests/damage tests/search/tasks",
+        "rewriter/damage/fidelity.py", "p.exp() * (p - q)", "q.exp() * (q - p)", "tests/damage"
+    ),
+    Mutant(
+        "rewriter/damage/fidelity.py", "return 0.5 * (_unit(f)", "return (_unit(f)", "tests/damage"
+    ),
+    Mutant("rewriter/damage/fidelity.py", "SMALLEST = 1e-12", "SMALLEST = 0.1", "tests/damage"),
+    # the schedule
+    Mutant(
+        "search/strategy/schedule.py",
+        "HARM, STRIKES = 1.5, 2",
+        "HARM, STRIKES = 1e9, 2",
+        f"{STRATEGY}/test_schedule.py",
+    ),
+    Mutant(
+        "search/strategy/schedule.py",
+        "HARM, STRIKES = 1.5, 2",
+        "HARM, STRIKES = 1.5, 10**9",
+        f"{STRATEGY}/test_schedule.py",
+    ),
+    Mutant(
+        "search/strategy/schedule.py",
+        "LEAST_SHARE = 0.02",
+        "LEAST_SHARE = -1.0",
+        f"{STRATEGY}/test_schedule.py",
+    ),
+    Mutant(
+        "search/strategy/schedule.py",
+        "TOGETHER = 6",
+        "TOGETHER = 60",
+        f"{STRATEGY}/test_schedule.py",
+    ),
+    Mutant(
+        "search/strategy/schedule.py", "BETWEEN = 2", "BETWEEN = 1", f"{STRATEGY}/test_schedule.py"
+    ),
+    Mutant(
+        "search/strategy/schedule.py",
+        "LEAST_LEFT = 0.02",
+        "LEAST_LEFT = 0.5",
+        f"{STRATEGY}/test_schedule.py",
+    ),
+    Mutant(
+        "search/strategy/schedule.py", "or len(scores) % 2", "", f"{STRATEGY}/test_schedule.py"
+    ),
+    Mutant(
+        "search/strategy/space.py",
+        "HARMLESS = 0.01",
+        "HARMLESS = 0.0",
+        f"{STRATEGY}/test_space.py",
     ),
     # schemes
     Mutant(
@@ -367,6 +411,9 @@ def main() -> int:
         importlib.import_module(library)
     sys.dont_write_bytecode = True
     sys.path[:] = [p for p in sys.path if Path(p or ".").resolve() != ROOT]
+    for mutant in chosen:
+        if (found := (ROOT / mutant.file).read_text().count(mutant.old)) != 1:
+            parser.error(f"{mutant.name}: occurs {found} times")
     survived: list[str] = []
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name, "tree")
@@ -374,8 +421,6 @@ def main() -> int:
         for i, mutant in enumerate(chosen):
             path = folder / mutant.file
             text, start = path.read_text(), time.perf_counter()
-            if text.count(mutant.old) != 1:
-                raise ValueError(f"{mutant.name}: occurs {text.count(mutant.old)} times")
             path.write_text(text.replace(mutant.old, mutant.new))
             alive = passes(folder, mutant.tests.split(), options.slow)
             path.write_text(text)
