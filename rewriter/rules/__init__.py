@@ -21,6 +21,7 @@ from rewriter.rules.split_cat import SplitCat
 from rewriter.rules.split_channels import SplitChannels
 from rewriter.rules.split_head import AUTO, SplitHead, SplitHeadNamed
 from rewriter.rules.split_range import SplitRange, SplitWeights
+from rewriter.rules.thin_channels import AMOUNTS, ThinChannels
 
 RULES: tuple[RewriteRule, ...] = (
     MergeLinearSeparable(),
@@ -29,6 +30,8 @@ RULES: tuple[RewriteRule, ...] = (
     ReplaceBlock(),
     DensifyDepthwise(4),
     DensifyDepthwise(16),
+    # what is left of the network, upstream first
+    *(ThinChannels(percent) for percent in AMOUNTS),
     # before what divides their inputs: a layer that has become a sum is no head any more
     SplitHead(2),
     SplitHead(3),
