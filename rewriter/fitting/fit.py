@@ -107,7 +107,7 @@ def fit(
     near = neighbours(gm, plan) if distilled else {}
     for step in plan.steps:
         rule = rule_named(step.rule)
-        if rule.contract != "approximate" or is_thin(step):
+        if rule.contract != "approximate" or rule.saves:
             continue
         if not batches:
             raise QuantizeError(f"{step}: fitting: no input was given")

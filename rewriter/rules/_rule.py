@@ -56,6 +56,9 @@ class RewriteRule(ABC):
             network can be thinned in between.
         in_graph_order: whether steps of such rules are applied in the order of their anchors in
             the graph, whatever their rules are called.
+        saves: whether it takes MACs away and answers nothing that int8 does: offered only where
+            less compute is wanted.
+        scales: whether what it saves is a share of the MACs that the other steps leave.
     """
 
     name: ClassVar[str]
@@ -63,8 +66,10 @@ class RewriteRule(ABC):
     version: ClassVar[int] = 1
     exclusive: ClassVar[bool] = True
     free: ClassVar[bool] = False
-    stage: ClassVar[Literal["replace", "split", "thin"]] = "replace"
+    stage: ClassVar[Literal["replace", "split", "thin", "resize"]] = "replace"
     in_graph_order: ClassVar[bool] = False
+    saves: ClassVar[bool] = False
+    scales: ClassVar[bool] = False
 
     @abstractmethod
     def match(self, gm: fx.GraphModule) -> Iterator[Site]:

@@ -49,8 +49,9 @@ class ThinChannels(RewriteRule):
 
     percent: int = 75
     contract: ClassVar[Contract] = "approximate"
-    stage: ClassVar[Literal["replace", "split", "thin"]] = "thin"
+    stage: ClassVar[Literal["replace", "split", "thin", "resize"]] = "thin"
     in_graph_order: ClassVar[bool] = True
+    saves: ClassVar[bool] = True
 
     @property
     def name(self) -> str:  # type: ignore[override]

@@ -227,7 +227,9 @@ def front(folder: RunFolder, pictures: Pictures = False, quiet: Quiet = False) -
 @app.command()
 def export(
     folder: RunFolder,
-    pick: Annotated[str, typer.Option(metavar='best|knee|"PLAN"', help="Which plan.")] = "best",
+    pick: Annotated[
+        str, typer.Option(metavar='best|knee|"macs<=0.85"|"PLAN"', help="Which plan.")
+    ] = "best",
     out_dir: Annotated[
         Path | None, typer.Option("--out", metavar="DIR2", help="Default: DIR/export.")
     ] = None,
@@ -276,7 +278,7 @@ def fix(
     cfg, folder = _opened(
         config, out_dir, seed=seed, trials=trials, timeout=timeout, workers=workers, **given
     )
-    goal, ratio = Goal(cfg.search.max_drop, cfg.search.max_damage), cfg.search.max_macs
+    goal, ratio = Goal(cfg.search.max_drop, cfg.search.max_damage), cfg.search.most_macs
     if goal == Goal():
         raise ConfigError(
             "fix: how much may be lost? --max-drop POINTS, without labels --max-damage DAMAGE (or "

@@ -1,10 +1,11 @@
 """Which plans to score next, from what the analysis says and from what is scored.
 
 In this order: the ladder of free remedies (it may be all that a small budget reaches); on top of
-its best rung the layers in float that should gain most; on top of both single answers, a few at a
-time, and after each few the best of them together; between them the references, a curve of layers
-in float to compare with; the front that all these predict; and from then on, every other time, what
-is predicted anew, while TPE proposes the others.
+its best rung, where less compute is wanted, the best plan for each budget; the layers in float that
+should gain most; on top of both single answers, a few at a time, and after each few the best of
+them together; between them the references, a curve of layers in float to compare with; the front
+that all these predict; and from then on, every other time, what is predicted anew, while TPE
+proposes the others.
 """
 
 from __future__ import annotations
@@ -19,9 +20,17 @@ from rewriter import Plan, Step, find_sites
 from rewriter.ladder import REMEDIES, Splits, exact_splits
 from search.run_dir.scores import Score
 from search.sensitivity.run import Sensitivity
+from search.strategy.budgets import Savings
 from search.strategy.damage_model import refitted
 from search.strategy.ladder_replay import rungs, start
-from search.strategy.space import KEEP_FLOAT, Space, predicted_front, reference_plans, single_plans
+from search.strategy.space import (
+    KEEP_FLOAT,
+    Space,
+    predicted_front,
+    reference_plans,
+    saves,
+    single_plans,
+)
 
 # What to score next, given all scores so far by plan.
 Worth = Callable[[Mapping[str, Score]], Sequence[Plan]]
@@ -43,6 +52,7 @@ def worth_trying(
     trials: int,
     admits: Callable[[Plan], bool] = lambda plan: True,
     gains_on: Callable[[Plan], Mapping[str, float]] | None = None,
+    savings: Savings | None = None,
 ) -> Worth:
     """What to score before TPE is asked, given the scores so far by plan text.
 
@@ -59,6 +69,7 @@ def worth_trying(
         gains_on: The share of the damage of a plan that each layer in float takes away, by layer
             name; asked of the ladder's best rung, where other layers hurt than in plain int8. None:
             the shares of plain int8 stand for it.
+        savings: Plans that cost less than the network as it is; None: none are wanted.
     """
     first = reference_plans([d.node for d in sensitivity.layers], space)
     singles = [p for p in single_plans(space, max(6, trials // 3)) if not of_the_ladder(p)]
@@ -101,6 +112,12 @@ def worth_trying(
         if not empty or not bottom:
             return [*plans, *first[1:], *on_top(base, singles)]
 
+        if savings is not None:
+            for lot in savings.phases(base, scores):
+                plans += [plan for plan in lot if admits(plan)]
+                if any(str(p) not in scores for p in plans):
+                    return plans
+
         share = shares(base, empty)
         floats = {step: _gain(1 - s) for step, s in share.items() if s >= LEAST_SHARE}
         plans += on_top(base, best_of(floats, bottom))
@@ -108,7 +125,7 @@ def worth_trying(
             return plans
         base, bottom = _least([base, *plans[-1:]], scores)
 
-        steps = [step for step in space.steps() if step not in base.steps]
+        steps = [s for s in space.steps() if s not in base.steps and not saves(s)]
         gain = dict.fromkeys(steps, 0.0)
         measured: set[Step] = set()
         asked = [p for p in on_top(base, singles) if p != base]
@@ -125,6 +142,9 @@ def worth_trying(
                     gain[step] = _gain(damage / bottom)
                     measured.add(step)
             plans += on_top(base, best_of(gain, bottom))
+        if savings is not None:
+            spent = {s: bottom * (1 - math.exp(-gain[s])) for s in measured if _spends(space, s)}
+            plans += [p for p in savings.with_spending(base, scores, spent) if admits(p)]
         plans += references
         if any(str(p) not in scores for p in plans):
             return plans
@@ -139,6 +159,10 @@ def worth_trying(
         return plans
 
     return worth
+
+
+def _spends(space: Space, step: Step) -> bool:
+    return space.extra_macs.get(step, 0) > 0
 
 
 def _gain(left: float) -> float:
