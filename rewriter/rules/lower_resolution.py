@@ -1,13 +1,17 @@
 """Images at their size -> the same images, smaller, inside the network.
 
-Before: x (N, C, H, W) -> network        After: x -> bilinear resize (N, C, h, w) -> network
+Before: x (N, C, H, W) -> network
+After:  x -> bilinear resize (N, C, h, w) -> network
 
-h and w are about ``percent`` of H and W, in multiples of 8. The network's input keeps its size, so
-that data and deployment need no change; the resize is the first operation of the exported file and
-runs in float, before the input is quantized.
-Why: MACs fall with the square of the side for all layers at once. It is the saving that every other has to
-beat, and goes well with thinning.
-Only where the outputs keep their shapes: boxes of a detection grid would come out in other units.
+    h = percent / 100 H, w = percent / 100 W, in multiples of 8
+
+The network's input keeps its size, so that data and deployment need no change; the resize is the
+first operation of the exported file and runs in float, before the input is quantized. Only where
+the outputs keep their shapes: boxes of a detection grid would come out in other units.
+
+Why: it is the saving that every other has to beat, and goes well with thinning.
+Exact: no; nothing is fitted.
+Cost: fewer MACs, by the square of the side, of all layers at once.
 Source: Howard et al., 2017 (arXiv:1704.04861), the resolution multiplier.
 """
 

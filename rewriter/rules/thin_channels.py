@@ -3,17 +3,18 @@
 Before: dense (C) -> [activation, depthwise, gate] -> dense reader of C channels
 After:  the same on K < C channels, the reader refitted
 
-Which channels go, and what the reader becomes without them, is found by the fit
-(``rewriter.fitting.thinning``): the optimal brain surgeon on what the reader reads, towards the
-values that the float network has behind it. Without a fit those channels stay that contribute
-most, range times weight.
-Why: hidden channels of an inverted residual, a bottleneck or an MLP are read by one layer only,
-many are nearly a combination of others, and their layers hold most of the compute. It is what pays for
-rewrites that cost compute.
+    W' = argmin |t - h' W'|^2        h' (rows, K): what is left; t: what the float network has there
+
 K is a multiple of 8 (of 16 for wide layers), which integer kernels like best, and of the width of
-groups in between.
-Source: LeCun, Denker and Solla, 1990 (optimal brain damage); Hassibi and Stork, 1993 (optimal
-brain surgeon); Meng et al., 2024 (arXiv:2403.12983) for the refit.
+groups in between. Which channels go is found by the optimal brain surgeon on the second moments of
+what the reader reads; without a fit those stay that contribute most, range times weight.
+
+Why: hidden channels of an inverted residual, a bottleneck or an MLP are read by one layer only,
+many are nearly a combination of others, and their layers hold most of the compute. What is saved
+pays for rewrites that cost compute, and a channel that alone sets an int8 range goes early.
+Exact: no; the reader is refitted in closed form, step after step (``rewriter.fitting.thinning``).
+Cost: fewer MACs: the entry, what lies between, and the reader shrink by K / C.
+Source: Hassibi and Stork, 1993 (optimal brain surgeon); Meng et al., 2024 (arXiv:2403.12983).
 """
 
 from __future__ import annotations
