@@ -176,7 +176,7 @@ def fix(
     cfg, folder = _opened(
         config, out_dir, seed=seed, trials=trials, timeout=timeout, workers=workers, **given
     )
-    goal, ratio = Goal(cfg.search.max_drop, cfg.search.max_damage), cfg.search.max_macs
+    goal, ratio = Goal(cfg.search.max_drop, cfg.search.max_damage), cfg.search.most_macs
     if goal == Goal():
         raise ConfigError(
             "fix: how much may be lost? --max-drop POINTS, without labels --max-damage DAMAGE (or "
