@@ -154,9 +154,9 @@ class Config(Section):
     Attributes:
         task: What the network is for: one of `TASKS`, each of which has a file in `search.tasks`.
         postprocess: Detection only: raw outputs to boxes, scores and labels.
+        metric: Custom only: outputs and targets to a number.
         outputs: What each output of the network means, where the task does not say it or says
             something else; see docs/damage.md.
-        metric: Custom only: outputs and targets to a number.
         target: Name of an int8 profile of `rewriter.TARGETS`.
         engine: What scores a candidate, or several, best first, of which the first that can run here does. ``auto``: the
             target's own kernels where they run here, else a simulation.
@@ -167,8 +167,8 @@ class Config(Section):
     model: ModelConfig
     data: DataConfig
     postprocess: FactoryConfig | None = None
-    outputs: Any = None
     metric: MetricConfig | None = None
+    outputs: Any = None
     target: str = "onnxruntime"
     engine: str | list[str] = "auto"
     device: str = Field(default="auto", pattern=r"^(auto|cpu|cuda(:\d+)?)$")
@@ -188,16 +188,6 @@ class Config(Section):
             raise ValueError(str(error).removeprefix("target: ")) from error
         return value
 
-    @field_validator("outputs")
-    @classmethod
-    def _readable_outputs(cls, value: Any) -> Any:
-        if value is not None:
-            try:
-                declared(value)
-            except MeaningError as error:
-                raise ValueError(str(error).removeprefix("outputs: ")) from error
-        return value
-
     @property
     def engines(self) -> tuple[str, ...]:
         """Names of the engines asked for, best first; none: those of the target."""
@@ -209,6 +199,16 @@ class Config(Section):
     def _engines_run_the_target(self) -> Config:
         check_engines(self.engines, self.target)
         return self
+
+    @field_validator("outputs")
+    @classmethod
+    def _readable_outputs(cls, value: Any) -> Any:
+        if value is not None:
+            try:
+                declared(value)
+            except MeaningError as error:
+                raise ValueError(str(error).removeprefix("outputs: ")) from error
+        return value
 
     @model_validator(mode="after")
     def _detection_has_boxes(self) -> Config:

@@ -108,7 +108,6 @@ class Video:
 
     def attach(self, gm: fx.GraphModule) -> None:
         """Edit gm: its outputs are scores, and states are not among them."""
-        gm.meta["kind"] = self.kind
         first_output_only(gm)
 
 
