@@ -1,6 +1,7 @@
 """Ranges with the least predicted damage: rounding inside the range against what is cut off.
 
-For each value and each candidate range, the error d = Q(x) - x is made on the float values and weighed by the gradients g of the answers:
+Each range is first cut to what its readers can tell (``rewriter.repair.useful_ranges``). Then, for each value and each
+candidate range, the error d = Q(x) - x is made on the float values and weighed by the gradients g of the outputs:
 damage ~ 1/2 E[(sum g d)^2]. Unlike a mean square error it knows which outliers carry the answer, and that what is
 clipped adds up over positions where rounding errors cancel. As d depends on x alone, the gradients of a large value are first added up over
 bins of x, much narrower than a step of int8; all candidates are then compared on the bins.
@@ -23,6 +24,7 @@ from rewriter.graph.lookup import is_call, layers
 from rewriter.int8.annotate import annotation, moves_values
 from rewriter.int8.scheme import TINY, QuantSpec, fake_quantize
 from rewriter.int8.simulate import Quantized
+from rewriter.repair.useful_ranges import cut_to_useful
 
 # Inputs that are looked at, and how many in one backward pass.
 INPUTS = 48
@@ -59,6 +61,7 @@ def least_damage_ranges(
     """
     generator = torch.Generator().manual_seed(seed)
     fidelity = fidelity_of(quantized.gm, batches)
+    quantized = cut_to_useful(quantized, batches)
     ranges = quantized.calibration.values
     ranked = _ranked(quantized.gm)
     damages: dict[str, Tensor] = {}

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from rewriter.damage import Fidelity, declared, measure_fidelity
-from rewriter.graph.lookup import layers, module_of
+from rewriter.graph.lookup import layers, module_of, outputs
 from rewriter.int8.scheme import target
 from rewriter.int8.simulate import Quantized, quantize
 from rewriter.sensitivity.screen import Candidate, Screener, Screening
@@ -64,7 +64,7 @@ def setup(
     model = randomise(make(), 1)
     x = torch.randn(10, 3, 13, 11, generator=torch.Generator().manual_seed(2))
     gm = trace(model, x[:2])
-    fidelity = measure_fidelity(gm, [x], declared(kind))
+    fidelity = measure_fidelity(gm, [x], declared([kind] * len(outputs(gm))))
     return quantize(gm, target(name), [x]), fidelity, x
 
 
