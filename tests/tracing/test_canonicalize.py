@@ -6,7 +6,7 @@ from torch import Tensor, nn
 
 from rewriter.errors import TraceError
 from rewriter.graph.lookup import layer_name, layers, module_of
-from rewriter.tracing.fold_batch_norm import folded
+from rewriter.tracing.fold_affine import scaled_outputs
 from rewriter.tracing.trace import trace
 from tests.networks import Forward, conv, kinds, made, network, randomise, traced
 from tests.tracing.test_functional_to_module import FunctionalConv
@@ -41,8 +41,8 @@ def test_folded_weights_by_numpy_order(groups: int) -> None:
     """The scale of output channel o multiplies exactly the weights that make channel o."""
     layer = nn.ConvTranspose2d(4, 8, 3, groups=groups)
     bn = randomise(nn.BatchNorm2d(8), 3)
-    new = folded(layer, bn)
     s = (bn.weight / (bn.running_var + bn.eps).sqrt()).detach()
+    new = scaled_outputs(layer, s.double(), torch.zeros(8).double())
     for i in range(4):
         for j in range(8 // groups):
             out = (i // (4 // groups)) * (8 // groups) + j
@@ -312,11 +312,11 @@ def test_spectral_normalisation() -> None:
 
 
 def test_a_wrong_folding_does_not_pass(monkeypatch: pytest.MonkeyPatch) -> None:
-    def careless(layer, bn):
-        new = folded(layer, bn)
+    def careless(layer, scale, shift):
+        new = scaled_outputs(layer, scale, shift)
         new.bias = nn.Parameter(torch.roll(new.bias.data, 1), requires_grad=False)
         return new
 
-    monkeypatch.setattr("rewriter.tracing.fold_batch_norm.folded", careless)
+    monkeypatch.setattr("rewriter.tracing.fold_affine.scaled_outputs", careless)
     with pytest.raises(TraceError, match="output 0 of the traced graph differs"):
         trace(randomise(nn.Sequential(conv(), nn.BatchNorm2d(4))), torch.randn(2, *IMAGE))

@@ -7,6 +7,7 @@ dimension of inputs and outputs is the batch.
 
 from __future__ import annotations
 
+import math
 import operator
 from collections.abc import Sequence
 from typing import Any
@@ -19,6 +20,7 @@ from torch import fx, nn
 
 from rewriter.errors import QuantizeError
 from rewriter.graph.lookup import find, is_call, module_of, outputs
+from rewriter.graph.ops import clip_bounds
 from rewriter.int8.onnx.arithmetic import ARITHMETIC, Emitter
 from rewriter.int8.onnx.builder import (
     CONTRIB,
@@ -130,21 +132,20 @@ def _clip_is_free(e: Emission, node: fx.Node) -> bool:
     ONNX Runtime finds this only where the float bounds fit exactly; a clip that is left keeps the
     convolution before it in float.
     """
-    if e.quantized is None or not is_call(e.gm, node, nn.ReLU, nn.ReLU6, nn.Hardtanh):
+    if e.quantized is None or node.op != "call_module":
         return False
-    if e.note(node).output is None or node in e.exposed or e.note(node).reads:
+    bounds = clip_bounds(module_of(e.gm, node))
+    if bounds is None or e.note(node).output is None or node in e.exposed or e.note(node).reads:
         return False
     if not all(node.name in e.note(user).reads for user in node.users):
         return False
     scale, zero, spec = e.value_params(node)
-    m = module_of(e.gm, node)
-    low = m.min_val if isinstance(m, nn.Hardtanh) else 0.0
-    high = m.max_val if isinstance(m, nn.Hardtanh) else 6.0 if isinstance(m, nn.ReLU6) else None
+    low, high = bounds
     # QuantizeLinear saturates at the type's own bounds
-    bounds = np.iinfo(integer_type(spec))
-    least, most = int(bounds.min), int(bounds.max)
+    limits = np.iinfo(integer_type(spec))
+    least, most = int(limits.min), int(limits.max)
     return round(low / scale) + zero <= least and (
-        high is None or round(high / scale) + zero >= most
+        high == math.inf or round(high / scale) + zero >= most
     )
 
 
