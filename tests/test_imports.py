@@ -79,6 +79,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (
     ("rewriter.assemble",),
     ("rewriter.export",),
     ("rewriter",),
+    ("search.engines",),
     ("search.config",),
     ("search.data", "search.run_dir"),
     ("search.tasks", "search.pareto"),

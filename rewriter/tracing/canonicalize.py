@@ -79,6 +79,7 @@ def canonicalise(gm: fx.GraphModule) -> fx.GraphModule:
     _plain_classes(gm)
     _remove_nothings(gm)
     _flatten_by_function(gm)
+    gm.graph.eliminate_dead_code()  # sizes that nobody uses would count as readers of a value
     gm.recompile()
     propagate_shapes(gm)
     expand_operators(gm)

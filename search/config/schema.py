@@ -24,6 +24,7 @@ from pydantic import (
 from rewriter import QuantizeError
 from rewriter import target as named_target
 from search.config.messages import Location, dotted, explain, line_of, reason, walk
+from search.engines import check_engines
 
 Channels = Annotated[tuple[float, ...], Field(min_length=1)]
 Factory = Annotated[str, Field(pattern=r"^[A-Za-z_][\w.]*:[A-Za-z_]\w*$")]
@@ -265,7 +266,8 @@ class Config(_Section):
     Attributes:
         postprocess: Detection only: raw outputs to boxes, scores and labels.
         target: Name of an int8 profile of `rewriter.TARGETS`.
-        engine: What scores a candidate. ``auto``: the target's own kernels where they run here.
+        engine: What scores a candidate, or several, best first, of which the first that can run here does. ``auto``: the
+            target's own kernels where they run here, else a simulation.
         device: Where torch runs. ``auto``: a GPU where there is one.
     """
 
@@ -274,7 +276,7 @@ class Config(_Section):
     data: DataConfig
     postprocess: FactoryConfig | None = None
     target: str = "onnxruntime"
-    engine: Literal["auto", "onnxruntime", "simulate"] = "auto"
+    engine: str | list[str] = "auto"
     device: str = Field(default="auto", pattern=r"^(auto|cpu|cuda(:\d+)?)$")
     calibration: CalibrationConfig = Field(default_factory=CalibrationConfig)
     search: SearchConfig = Field(default_factory=SearchConfig)
@@ -291,6 +293,18 @@ class Config(_Section):
             # "target: unknown: ..."; the key is put before every message anyway
             raise ValueError(str(error).removeprefix("target: ")) from error
         return value
+
+    @property
+    def engines(self) -> tuple[str, ...]:
+        """Names of the engines asked for, best first; none: those of the target."""
+        if self.engine == "auto":
+            return ()
+        return (self.engine,) if isinstance(self.engine, str) else tuple(self.engine)
+
+    @model_validator(mode="after")
+    def _engines_run_the_target(self) -> Config:
+        check_engines(self.engines, self.target)
+        return self
 
     @model_validator(mode="after")
     def _detection_has_boxes(self) -> Config:

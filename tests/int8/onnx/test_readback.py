@@ -11,11 +11,9 @@ import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
 from rewriter import trace
-from rewriter.graph.cost import cost, node_macs
 from rewriter.int8.annotate import annotation
-from rewriter.int8.onnx.compare import compare
 from rewriter.int8.onnx.export import to_onnx
-from rewriter.int8.onnx.readback import by_annotation, opened
+from rewriter.int8.onnx.readback import opened
 from rewriter.int8.scheme import target
 from rewriter.int8.simulate import Quantized, quantize, simulate
 
