@@ -317,28 +317,27 @@ def _with(layer: Any, weight: Tensor, bias: Tensor | None = None) -> Any:
 
 def _stand_alone(gm: fx.GraphModule, nodes: list[fx.Node], affine: Affine) -> None:
     """What can be folded nowhere becomes a depthwise convolution, or a product or sum with a number."""
-    last, shape = nodes[-1], affine.source.meta["shape"]
+    last, shape, before = nodes[-1], affine.source.meta["shape"], nodes[-1].all_input_nodes
     plain = affine.axis is None and (bool((affine.scale == 1).all()) or not affine.shift.any())
     if plain:
         product = bool((affine.scale != 1).any())
         number = float(affine.scale if product else affine.shift)
-        with gm.graph.inserting_before(last):
-            call = operator.mul if product else operator.add
-            new = gm.graph.call_function(call, (affine.source, number))
-        new.meta = dict(last.meta)
+        call = operator.mul if product else operator.add
+        last.op, last.target, last.args = "call_function", call, (affine.source, number)
     elif len(shape) in (3, 4) and affine.axis in (None, 1):
         kind = nn.Conv2d if len(shape) == 4 else nn.Conv1d
         conv = kind(shape[1], shape[1], 1, groups=shape[1])
         scale, shift = affine.scale.expand(shape[1]), affine.shift.expand(shape[1])
-        _with(conv, scale.view_as(conv.weight), shift)
+        _with(conv, scale.reshape(conv.weight.shape), shift)
         target = _place(gm, nodes, conv)
-        with gm.graph.inserting_before(last):
-            new = gm.graph.call_module(target, (affine.source,))
-        new.meta = {**last.meta, "layer": target}
+        last.op, last.target, last.args = "call_module", target, (affine.source,)
+        last.meta["layer"] = target
     else:
         return
-    last.replace_all_uses_with(new)
-    _erase(last)
+    last.kwargs = {}
+    for node in before:
+        if not node.users and node.op != "placeholder":
+            _erase(node)
 
 
 def _place(gm: fx.GraphModule, nodes: list[fx.Node], conv: nn.Module) -> str:

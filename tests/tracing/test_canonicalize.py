@@ -52,15 +52,21 @@ def test_folded_weights_by_numpy_order(groups: int) -> None:
 @pytest.mark.parametrize(
     ("function", "norms"),
     [
-        (lambda s, x: s.conv(s.first(x)), 1),  # before the convolution
+        (lambda s, x: s.conv(s.first(x)), 0),  # folded into the convolution behind it
+        (lambda s, x: s.conv3(F.relu(s.bn(F.relu(s.conv(x))))), 0),  # a depthwise convolution
         (lambda s, x: s.bn(torch.cat([s.conv(x), s.conv2(x)], 1)[:, :4]), 1),
         (lambda s, x: s.bn(F.relu(s.conv(x))), 1),
         (lambda s, x: (lambda y: s.bn(y) + y)(s.conv(x)), 1),  # the convolution feeds two
     ],
 )
-def test_lone_batch_norm_stays(function, norms: int) -> None:
+def test_lone_batch_norm_stays_behind_the_last_layer_alone(function, norms: int) -> None:
     model = Forward(
-        function, conv=conv(), conv2=conv(), bn=nn.BatchNorm2d(4), first=nn.BatchNorm2d(3)
+        function,
+        conv=conv(),
+        conv2=conv(),
+        conv3=conv(4, 4, 1),
+        bn=nn.BatchNorm2d(4),
+        first=nn.BatchNorm2d(3),
     )
     assert made(model).count("BatchNorm2d") == norms
 
