@@ -83,8 +83,9 @@ class Operator:
         return self.bounds is not None
 
 
-def _layer(kind: type[nn.Module], *calls: Any, float_output: frozenset[str] = FUSING) -> Operator:
-    return Operator(kind, calls, layer=True, int8=EVERY, float_output=float_output)
+def _layer(kind: type[nn.Module], *calls: Any, **more: Any) -> Operator:
+    settings: dict[str, Any] = {"int8": EVERY, "float_output": FUSING, **more}
+    return Operator(kind, calls, layer=True, **settings)
 
 
 def _clip(
@@ -118,7 +119,12 @@ def _moves(*calls: Any, kind: type[nn.Module] | None = None) -> Operator:
 OPERATORS: tuple[Operator, ...] = (
     _layer(nn.Conv1d, F.conv1d, torch.conv1d),
     _layer(nn.Conv2d, F.conv2d, torch.conv2d),
-    _layer(nn.ConvTranspose2d, F.conv_transpose2d, torch.conv_transpose2d),
+    # ONNX Runtime has no kernel: see ``rewriter.int8.onnx.layers``
+    _layer(
+        nn.ConvTranspose2d,
+        *(F.conv_transpose2d, torch.conv_transpose2d),
+        int8=EVERY - {"onnxruntime", "per_tensor"},
+    ),
     _layer(nn.Linear, F.linear, float_output=FUSING | {"onnxruntime", "per_tensor"}),
     Operator(nn.BatchNorm1d, norm=True),
     Operator(nn.BatchNorm2d, norm=True, channelwise=True),

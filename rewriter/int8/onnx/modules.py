@@ -6,13 +6,12 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import Tensor, fx, nn
+from torch import fx, nn
 
-from rewriter.errors import QuantizeError
 from rewriter.int8.onnx.arguments import pad, source_of
 from rewriter.int8.onnx.builder import Emission, UnsupportedError, Value
+from rewriter.int8.onnx.layers import transposed_convolution, weight_and_bias
 from rewriter.int8.onnx.pooling import adaptive_pool, average_pool, max_pool, upsample
-from rewriter.int8.scheme import channel_axis, quantize_weight
 
 Emitter = Callable[[Emission, fx.Node, Any], Value]
 
@@ -22,58 +21,9 @@ _PAD_MODES = {
     "circular": "wrap",
     "constant": "constant",
 }
-_INT32 = 2**31 - 1
 
 
 # -------------------------------------------------------------------------------------- layers
-
-
-def weight_and_bias(
-    e: Emission, node: fx.Node, layer: Any, weight: Tensor, transposed: bool = False
-) -> tuple[str, str]:
-    """The weight and the bias ("" if there is none) as the layer reads them.
-
-    An int8 weight is stored as int8, and its bias as int32 in steps of (input scale x weight
-    scale), which is what the kernels add it in.
-
-    Raises:
-        QuantizeError: the bias needs more than 32 bits.
-    """
-    spec = e.note(node).weight
-    bias: Tensor | None = layer.bias
-    if spec is None or e.quantized is None:
-        stored = weight.t() if transposed else weight
-        return e.constant(stored, "weight"), "" if bias is None else e.constant(bias, "bias")
-    scale = e.quantized.calibration.weights[node.name]
-    axis = channel_axis(layer, spec) if scale.ndim else None
-    q = quantize_weight(weight, scale, spec, axis)
-    attributes: dict[str, Any] = {} if axis is None else {"axis": 1 - axis if transposed else axis}
-    w = e.op(
-        "DequantizeLinear",
-        e.constant(q.t() if transposed else q, "weight"),
-        e.constant(scale, "weight_scale"),
-        e.constant(torch.zeros(scale.shape, dtype=torch.int8), "weight_zero_point"),
-        **attributes,
-    )
-    source = node.args[0]
-    if bias is None:
-        return w, ""
-    if not isinstance(source, fx.Node) or source.name not in e.note(node).reads:
-        return w, e.constant(bias, "bias")
-    step = scale * torch.tensor(e.value_params(source)[0], dtype=torch.float32)
-    steps = torch.round(bias.detach().double() / step.double())
-    if float(steps.abs().max()) > _INT32:
-        raise QuantizeError(
-            f"{node.name}: bias: {float(steps.abs().max()):.3g} steps of input scale x weight "
-            f"scale, an int32 holds {_INT32}; a dead channel needs a larger weight scale"
-        )
-    b = e.op(
-        "DequantizeLinear",
-        e.constant(steps.to(torch.int32), "bias"),
-        e.constant(step, "bias_scale"),
-        **({} if axis is None else {"axis": 0}),
-    )
-    return w, b
 
 
 def _convolution(e: Emission, node: fx.Node, m: Any) -> Value:
@@ -110,23 +60,6 @@ def _padding(m: Any) -> tuple[list[int], list[int]]:
         total = [d * (k - 1) for d, k in zip(m.dilation, m.kernel_size, strict=True)]
         return [t // 2 for t in total], [t - t // 2 for t in total]
     return list(m.padding), list(m.padding)
-
-
-def _transposed_convolution(e: Emission, node: fx.Node, m: Any) -> Value:
-    if len(node.args) > 1 or node.kwargs:
-        raise UnsupportedError("output_size of a transposed convolution")
-    w, b = weight_and_bias(e, node, m, m.weight)
-    x = e.read(source_of(node), node)
-    return e.op(
-        "ConvTranspose",
-        *([x, w, b] if b else [x, w]),
-        kernel_shape=list(m.kernel_size),
-        strides=list(m.stride),
-        pads=list(m.padding) * 2,
-        output_padding=list(m.output_padding),
-        dilations=list(m.dilation),
-        group=m.groups,
-    )
 
 
 def _linear(e: Emission, node: fx.Node, m: Any) -> Value:
@@ -244,7 +177,7 @@ def _channel_shuffle(e: Emission, node: fx.Node, m: nn.ChannelShuffle) -> Value:
 MODULES: dict[type[nn.Module], Emitter] = {
     nn.Conv1d: _convolution,
     nn.Conv2d: _convolution,
-    nn.ConvTranspose2d: _transposed_convolution,
+    nn.ConvTranspose2d: transposed_convolution,
     nn.Linear: _linear,
     nn.BatchNorm1d: _batch_norm,
     nn.BatchNorm2d: _batch_norm,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -11,9 +12,12 @@ import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
 from rewriter import trace
+from rewriter.graph.cost import cost, node_macs
+from rewriter.graph.lookup import layer_name, layers
 from rewriter.int8.annotate import annotation
+from rewriter.int8.onnx.compare import compare
 from rewriter.int8.onnx.export import to_onnx
-from rewriter.int8.onnx.readback import opened
+from rewriter.int8.onnx.readback import by_annotation, opened
 from rewriter.int8.scheme import target
 from rewriter.int8.simulate import Quantized, quantize, simulate
 
@@ -162,3 +166,101 @@ def test_every_layer_runs_in_int8_beside_this_operator(name: str) -> None:
 @pytest.mark.parametrize("seed", range(12))
 def test_every_layer_runs_in_int8_beside_operators_at_random(seed: int) -> None:
     holds(random.Random(seed).choices(list(OPERATORS), k=4), seed)
+
+
+TRANSPOSED: list[dict[str, Any]] = [
+    {"kernel_size": 2, "stride": 2},
+    {"kernel_size": 4, "stride": 2, "padding": 1},
+    {"kernel_size": 3, "stride": 2, "padding": 1, "output_padding": 1},
+    {"kernel_size": 3, "stride": 1, "padding": 1},
+    {"kernel_size": 5, "stride": 3, "padding": 2, "output_padding": 2},
+    {"kernel_size": (3, 2), "stride": 2, "padding": (1, 0)},
+    {"kernel_size": 3, "stride": 2, "groups": 2},
+    {"kernel_size": 4, "stride": 2, "padding": 3},
+    {"kernel_size": 1, "stride": 2},
+]
+
+
+@pytest.mark.parametrize("settings", TRANSPOSED, ids=str)
+@pytest.mark.parametrize("act", [nn.Identity(), nn.ReLU(), nn.ReLU6()], ids=repr)
+def test_a_transposed_convolution_is_an_int8_convolution(
+    settings: dict[str, Any], act: nn.Module
+) -> None:
+    torch.manual_seed(0)
+    up = nn.ConvTranspose2d(8, 6, **settings)
+    model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), up, act, nn.Conv2d(6, 4, 3))
+    q = quantized(model.eval(), torch.randn(8, 3, 9, 11))
+    session, facts = opened(q, to_onnx(q), threads=1)
+    assert facts.int8_share == 1.0
+    assert not facts.float_ops
+    x = torch.randn(3, 3, 9, 11)
+    assert max(row.largest for row in compare(q, x)) == 0
+    assert len(session.run(x[:1])[0]) == 1
+
+
+def test_a_transposed_convolution_with_two_strides_is_named() -> None:
+    up = nn.ConvTranspose2d(8, 6, 3, stride=(1, 2))
+    q = quantized(nn.Sequential(nn.Conv2d(3, 8, 3), up).eval(), torch.randn(4, 3, 9, 11))
+    _, facts = opened(q, to_onnx(q), threads=1)
+    macs = node_macs(q.gm)
+    (left,) = facts.float_layers
+    assert left.layer == "1"
+    assert left.macs == macs["_1"]
+    assert "transposed" in left.reason
+    assert facts.float_ops == {"ConvTranspose": 1}
+    assert facts.int8_share == pytest.approx(macs["_0"] / sum(macs.values()))
+
+
+def test_macs_of_every_kind_add_up_to_the_cost() -> None:
+    class Net(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.conv = nn.Conv2d(3, 8, 3, groups=1, padding=1)
+            self.up = nn.ConvTranspose2d(8, 8, 2, 2, groups=2)
+            self.rnn = nn.LSTM(8, 5, batch_first=True, bidirectional=True)
+            self.fc = nn.Linear(10, 4)
+
+        def forward(self, x: Tensor) -> Tensor:
+            y = self.up(self.conv(x)).mean(2).transpose(1, 2)
+            y = torch.softmax(y @ y.transpose(1, 2), -1) @ y
+            y = torch.einsum("nij,nkj->nik", y, y) @ y
+            y = F.scaled_dot_product_attention(y, y, y)
+            return self.fc(self.rnn(y)[0])
+
+    gm = trace(Net().eval(), torch.randn(2, 3, 6, 5))
+    assert sum(node_macs(gm).values()) == cost(gm).macs
+
+
+def test_a_layer_kept_in_float_is_said_and_counted() -> None:
+    model, x = network(["relu"])
+    gm = trace(model, x[:2])
+    layer = next(n for n in gm.graph.nodes if n.target == "convolutions.0")
+    layer.meta["keep_float"] = True
+    q = quantize(gm, target("onnxruntime"), [x])
+    _, facts = opened(q, to_onnx(q), threads=1)
+    reasons = {row.layer: row.reason for row in facts.float_layers}
+    assert reasons["convolutions.0"] == "kept in float, as asked"
+    macs = node_macs(gm)
+    inside = sum(macs[n.name] for n in layers(gm) if layer_name(n) not in reasons)
+    assert facts.int8_share == pytest.approx(inside / sum(macs.values()))
+    assert by_annotation(q).int8_share == pytest.approx(1 - macs[layer.name] / sum(macs.values()))
+
+
+@pytest.mark.parametrize("mode", ["nearest", "nearest-exact", "bilinear", "corners", "bicubic"])
+@pytest.mark.parametrize("size", [(24, 31), (17, 20), (24, 30), (7, 9), (36, 45)])
+def test_a_resize_to_any_size_lies_between_int8_values(mode: str, size: tuple[int, int]) -> None:
+    torch.manual_seed(0)
+    kind = "bilinear" if mode == "corners" else mode
+    up = nn.Upsample(size=size, mode=kind, align_corners=True if mode == "corners" else None)
+    model = nn.Sequential(nn.Conv2d(3, 6, 3, padding=1), nn.ReLU(), up, nn.Conv2d(6, 4, 3))
+    x = torch.randn(4, 3, 12, 15)
+    q = quantized(model.eval(), x)
+    session, facts = opened(q, to_onnx(q), threads=1)
+    assert facts.int8_share == 1.0
+    one, three = session.run(x[:1])[0], session.run(x[:3])[0]
+    assert one.shape[2:] == (size[0] - 2, size[1] - 2)
+    assert (one == three[:1]).all()
+    rows = compare(q, x[:3])
+    # where the factor is whole many values lie next to a tie
+    assert max(row.largest for row in rows) <= 1.001
+    assert max(row.differs for row in rows) <= 0.01
