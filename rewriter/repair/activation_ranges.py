@@ -15,12 +15,12 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 import torch
-from torch import Tensor, fx, nn
-from torch.nn import functional
+from torch import Tensor, fx
 
 from rewriter.damage.fisher import gradients
 from rewriter.damage.grouping import fidelity_of
 from rewriter.graph.lookup import is_call, layers
+from rewriter.graph.ops import modules_by_call, types
 from rewriter.int8.annotate import annotation, moves_values
 from rewriter.int8.scheme import TINY, QuantSpec, fake_quantize
 from rewriter.int8.simulate import Quantized
@@ -36,15 +36,8 @@ BINS = 2**15
 # Candidates for the ends of a range, as shares of what was seen.
 SHARES = (1.0, 0.93, 0.86, 0.78, 0.7, 0.6, 0.5, 0.4, 0.3)
 # Ends of a network that turn logits into scores.
-SQUASHES = (nn.Sigmoid, nn.Softmax, nn.LogSoftmax, nn.LogSigmoid, nn.Tanh)
-SQUASHING = (
-    torch.softmax,
-    functional.softmax,
-    torch.log_softmax,
-    functional.log_softmax,
-    "softmax",
-    "log_softmax",
-)
+SQUASHES = types(lambda row: row.squashes)
+SQUASHING = tuple(call for call, kind in modules_by_call().items() if kind in SQUASHES)
 # A range must take away this share of the predicted damage of min-max, and this much more than chance could do.
 LEAST_GAIN = 0.1
 

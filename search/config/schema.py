@@ -59,6 +59,8 @@ class SearchConfig(Section):
         max_params: Most parameters, as a ratio to the original.
         max_weight_bytes: Largest size of the stored weights, in bytes.
         max_float_layers: Most layers that may stay in float.
+        min_int8_share: Least share of the MACs that the file should compute on int8 kernels; a run whose
+            files compute less warns and says which layers run in float.
         max_float_islands: Most connected groups of such layers.
         max_latency_ms: Longest time for one input, in ONNX Runtime on the machine that searches.
         max_drop: Largest loss against the float model, in points of the metric; for ``fix``.
@@ -88,6 +90,7 @@ class SearchConfig(Section):
     max_params: float | None = Field(default=None, gt=0, le=100)
     max_weight_bytes: int | None = Field(default=None, ge=1)
     max_float_layers: int | None = Field(default=None, ge=0)
+    min_int8_share: float = Field(default=0.95, ge=0, le=1)
     max_float_islands: int | None = Field(default=None, ge=0)
     max_latency_ms: float | None = Field(default=None, gt=0)
     max_drop: float | None = Field(default=None, ge=0, le=100)
