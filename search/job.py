@@ -37,6 +37,7 @@ from search.data.overlap import mark, warn_of_overlap
 from search.run_dir.fingerprint import rules_digest, source_digest
 from search.run_dir.scores import Confirmations, Records, Score, fingerprint, open_run
 from search.scoring.evaluator import RewriteEvaluator
+from search.scoring.trial import try_file
 from search.tasks import Task, task
 from search.tasks.detection import Detection
 from search.tasks.video import Video
@@ -96,7 +97,7 @@ def load_network(cfg: Config, progress: Progress = silent) -> Network:
     """Load a config's model and data and trace the model.
 
     Raises:
-        ConfigError: the model or the data cannot be had.
+        ConfigError: the model or the data cannot be had, or no int8 file of it can be run.
         TraceError: the model cannot be traced.
     """
     model, data = load_model(cfg), load_data(cfg)
@@ -128,7 +129,14 @@ def load_network(cfg: Config, progress: Progress = silent) -> Network:
     elif isinstance(goal, Detection):
         goal.unflatten = lambda flat: unflatten(gm, list(flat))
     profile(gm, found)
+    if engine_of(cfg) == "onnxruntime":
+        try_file(gm, target(cfg.target), found[0][:2])
     return Network(cfg, gm, data, goal, tuple(found))
+
+
+def engine_of(cfg: Config) -> str:
+    """What runs int8 candidates: the config's engine, by default the target's."""
+    return target(cfg.target).engine if cfg.engine == "auto" else cfg.engine
 
 
 def float_metric(network: Network, count: int = 256) -> str:
@@ -179,7 +187,7 @@ def open_job(
     warn_of_overlap(network.calibration, samples.marks)
     chosen = chosen_on(samples.count, cfg.search.confirmation)
     scheme = target(cfg.target)
-    engine = scheme.engine if cfg.engine == "auto" else cfg.engine
+    engine = engine_of(cfg)
     calibration = Digest()
     calibration.add([cfg.calibration.method, *network.calibration])
     parts = {
