@@ -68,8 +68,18 @@ MUTANTS = [
         "if False:",
         "tests/surgery/test_channel_component.py",
     ),
-    Mutant("rewriter/ladder.py", "\nMOST = 4", "\nMOST = 400", "tests/test_ladder_splits.py"),
-    Mutant("rewriter/ladder.py", "\nSHARE = 0.1", "\nSHARE = 0.0", "tests/test_ladder_splits.py"),
+    Mutant(
+        "rewriter/ladder.py",
+        "\nSPLIT_PLACES = 4",
+        "\nSPLIT_PLACES = 400",
+        "tests/test_ladder_splits.py",
+    ),
+    Mutant(
+        "rewriter/ladder.py",
+        "\nSPLIT_DAMAGE_SHARE = 0.1",
+        "\nSPLIT_DAMAGE_SHARE = 0.0",
+        "tests/test_ladder_splits.py",
+    ),
     Mutant(
         "rewriter/rules/split_head.py",
         "\nLEAST_GAIN = 0.1",
@@ -122,8 +132,8 @@ MUTANTS = [
     ),
     Mutant(
         "rewriter/rules/split_head.py",
-        "\nENOUGH = 2.0",
-        "\nENOUGH = 1.0",
+        "\nAUTO_ERROR = 2.0",
+        "\nAUTO_ERROR = 1.0",
         "tests/rules/test_split_head.py",
     ),
     Mutant(
@@ -135,8 +145,8 @@ MUTANTS = [
     # the ladder
     Mutant(
         "rewriter/ladder.py",
-        "LEAST_OF_A_SPLIT = 0.2",
-        "LEAST_OF_A_SPLIT = 0.0",
+        "SPLIT_GAIN = 0.2",
+        "SPLIT_GAIN = 0.0",
         "tests/test_ladder_splits.py",
     ),
     Mutant("rewriter/ladder.py", "\nSTARTS = 2", "\nSTARTS = 0", "tests/test_ladder.py"),
@@ -206,8 +216,8 @@ MUTANTS = [
     ),
     Mutant(
         "search/strategy/schedule.py",
-        "LEAST_SHARE = 0.02",
-        "LEAST_SHARE = -1.0",
+        "MIN_FLOAT_GAIN = 0.02",
+        "MIN_FLOAT_GAIN = -1.0",
         f"{STRATEGY}/test_schedule.py",
     ),
     Mutant(
@@ -221,8 +231,8 @@ MUTANTS = [
     ),
     Mutant(
         "search/strategy/schedule.py",
-        "LEAST_LEFT = 0.02",
-        "LEAST_LEFT = 0.5",
+        "MIN_LEFT = 0.02",
+        "MIN_LEFT = 0.5",
         f"{STRATEGY}/test_schedule.py",
     ),
     Mutant(
@@ -255,8 +265,8 @@ MUTANTS = [
     ),
     Mutant(
         "rewriter/int8/onnx/lint.py",
-        "\nLEAST_SHARE = 0.25",
-        "\nLEAST_SHARE = 0.0",
+        "\nKEPT_LEVELS = 0.25",
+        "\nKEPT_LEVELS = 0.0",
         "tests/int8/onnx/test_lint.py",
     ),
     # costs

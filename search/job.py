@@ -45,7 +45,7 @@ from search.tasks import Task, task
 log = logging.getLogger(__name__)
 
 Progress = Callable[[str], AbstractContextManager[Tick]]
-Told = Callable[[Score, int], None]
+OnScore = Callable[[Score, int], None]
 
 
 @contextmanager

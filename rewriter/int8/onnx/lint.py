@@ -18,7 +18,7 @@ from rewriter.int8.scheme import channel_axis, weight_scale
 from rewriter.int8.simulate import Quantized
 
 # A tensor that keeps fewer than this share of the levels after a concatenation lost two bits.
-LEAST_SHARE = 0.25
+KEPT_LEVELS = 0.25
 _CLIPS = ("Relu", "Clip")
 _FLOAT_ONLY = {
     "ConvTranspose": "ONNX Runtime has no int8 kernel for transposed convolutions on CPU"
@@ -102,7 +102,7 @@ def _merged_ranges(quantized: Quantized) -> Iterator[Finding]:
                 part = _width(values[owner])
             else:
                 continue
-            if part < LEAST_SHARE * whole:
+            if part < KEPT_LEVELS * whole:
                 levels = round(255 * part / whole)
                 split = source.meta.get("rewritten_by", "")
                 undone = f"; it undoes {split}" if split.startswith("split") else ""
