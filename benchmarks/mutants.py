@@ -51,6 +51,12 @@ STRATEGY = "tests/search/strategy"
 MUTANTS = [
     # the eleven that once survived
     Mutant(
+        "rewriter/repair/bias_and_rounding.py",
+        "return (bias if axis is not None else bias.amax()) / (step * 2.0**30)",
+        "return 0 * (bias if axis is not None else bias.amax()) / (step * 2.0**30)",
+        "tests/repair/test_bias_and_rounding.py",
+    ),
+    Mutant(
         "rewriter/int8/qat.py",
         "return ((bias if scale.ndim else bias.amax()) / (step * 2.0**30)).float()",
         "return 0 * ((bias if scale.ndim else bias.amax()) / (step * 2.0**30)).float()",
