@@ -31,6 +31,7 @@ import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
 from rewriter.damage.grouping import fidelity_of
+from rewriter.graph import facts
 from rewriter.graph.cost import layer_macs
 from rewriter.graph.interpret import run_node, walk
 from rewriter.graph.lookup import is_call, module_of, outputs
@@ -127,7 +128,7 @@ class _Student:
 
     def numbers(self) -> int:
         """Size of what is kept of one input."""
-        shapes = [n.meta.get("shape") for n in self.border if n.op != "get_attr"]
+        shapes = [facts.SHAPE.get(n) for n in self.border if n.op != "get_attr"]
         return sum(math.prod(s) for s in shapes if isinstance(s, tuple))
 
 

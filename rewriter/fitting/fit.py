@@ -24,6 +24,7 @@ from rewriter.damage.grouping import fidelity_of
 from rewriter.errors import PlanError, QuantizeError
 from rewriter.fitting.distill import distil, rounded_weight
 from rewriter.fitting.least_squares import NormalEquations
+from rewriter.graph import facts
 from rewriter.graph.edit import copy_graph
 from rewriter.graph.interpret import walk
 from rewriter.graph.lookup import find, layers, module_of
@@ -155,7 +156,7 @@ def _fit_step(
     assert isinstance(source, fx.Node)
     scale = _input_scale(gm, source.name, batches, scheme)
     images = sum(len(b[0]) for b in batches)
-    places = torch.Size(node.meta["shape"][2:]).numel()
+    places = torch.Size(facts.SHAPE.of(node)[2:]).numel()
     equations = NormalEquations(layer, images * places, seed)
     with torch.no_grad():
         for batch in batches:
@@ -236,7 +237,7 @@ def fitted_layer(gm: fx.GraphModule, step: Step) -> fx.Node:
         PlanError: there is none.
     """
     for node in layers(gm):
-        if node.meta.get("rewritten_by") == str(step):
+        if facts.REWRITTEN_BY.get(node) == str(step):
             return node
     raise PlanError(f"{step}: the rewritten graph has no layer of this step")
 

@@ -16,6 +16,7 @@ import torch
 from torch import fx, nn
 from torch.utils.flop_counter import FlopCounterMode
 
+from rewriter.graph import facts
 from rewriter.graph.lookup import layers, module_of
 from rewriter.graph.ops import RECURRENT_TYPES
 
@@ -37,7 +38,7 @@ def cost(gm: fx.GraphModule) -> Cost:
     >>> cost(trace(nn.Sequential(nn.Conv2d(3, 8, 3, padding=1)).eval(), zeros(2, 3, 10, 10))).macs
     21600
     """
-    zeros = [torch.zeros(1, *shape) for shape in gm.meta["example"]]
+    zeros = [torch.zeros(1, *shape) for shape in facts.EXAMPLE.of(gm)]
     calls: list[tuple[nn.Module, Any]] = []
     hooks = [
         m.register_forward_hook(lambda m, args, _: calls.append((m, args[0])))
@@ -51,7 +52,7 @@ def cost(gm: fx.GraphModule) -> Cost:
             hook.remove()
     macs += sum(_recurrent_macs(m, x) - _counted(m, x) for m, x in calls)
     params = sum(p.numel() for p in gm.parameters())
-    kept = [module_of(gm, n).weight for n in layers(gm) if not n.meta.get("keep_float")]
+    kept = [module_of(gm, n).weight for n in layers(gm) if not facts.KEEP_FLOAT.get(n)]
     int8 = sum({id(w): w.numel() for w in kept}.values())  # a weight may have two layers
     return Cost(macs, params, int8 + 4 * (params - int8))
 
@@ -75,10 +76,10 @@ def layer_macs(gm: fx.GraphModule) -> dict[str, int]:
     """MACs of every weighted layer for one input, by node name."""
     found: dict[str, int] = {}
     for node in layers(gm):
-        m, shape = module_of(gm, node), node.meta["shape"]
+        m, shape = module_of(gm, node), facts.SHAPE.of(node)
         if isinstance(m, nn.ConvTranspose2d):
             (source,) = node.all_input_nodes
-            places = math.prod(source.meta["shape"]) // m.in_channels
+            places = math.prod(facts.SHAPE.of(source)) // m.in_channels
             found[node.name] = places * m.weight.numel()
         else:
             channels = m.out_features if isinstance(m, nn.Linear) else m.out_channels

@@ -6,7 +6,7 @@ inputs of add, mul, cat and pooling are int8 values; an operation that only move
 (reshape, max pool, nearest upsampling, slicing) keeps the scale of what it reads. A layer kept
 in float reads floats, also where its neighbour reads the same value in int8.
 
-A node's annotation is ``node.meta["int8"]``.
+A node's annotation is ``facts.INT8``.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from typing import Any
 import torch
 from torch import fx, nn
 
+from rewriter.graph import facts
 from rewriter.graph.lookup import is_call, module_of, outputs
 from rewriter.graph.ops import ACTIVATION_TYPES, LAYER_TYPES
 from rewriter.int8.scheme import QuantScheme, QuantSpec
@@ -80,17 +81,17 @@ class Annotation:
 
 def annotation(node: fx.Node) -> Annotation:
     """What ``annotate`` wrote at a node."""
-    return node.meta["int8"]
+    return facts.INT8.of(node)
 
 
 def annotate(gm: fx.GraphModule, scheme: QuantScheme) -> None:
-    """Write an ``Annotation`` into ``node.meta["int8"]`` of every node, in place.
+    """Write an ``Annotation`` into ``facts.INT8`` of every node, in place.
 
     A node whose ``meta["keep_float"]`` is true stays in float. Where the target has 16-bit values,
     a layer whose ``meta["keep_int16"]`` is true writes one, and so does the activation behind it.
     """
     for node, note in notes_of(gm, scheme).items():
-        node.meta["int8"] = note
+        facts.INT8.put(node, note)
 
 
 def notes_of(gm: fx.GraphModule, scheme: QuantScheme) -> dict[fx.Node, Annotation]:
@@ -149,7 +150,7 @@ def is_decoding(gm: fx.GraphModule, node: fx.Node) -> bool:
 
 def _is_fused(gm: fx.GraphModule, node: fx.Node, scheme: QuantScheme) -> bool:
     """An activation that the kernel of the operation before it computes."""
-    if not is_call(gm, node, *scheme.fuses) or node.meta.get("keep_float"):
+    if not is_call(gm, node, *scheme.fuses) or facts.KEEP_FLOAT.get(node):
         return False
     before = node.args[0]
     if not isinstance(before, fx.Node) or len(before.users) != 1:
@@ -172,7 +173,7 @@ def _exists_in_int8(
         return True  # an int8 value that was moved: no other form of it exists
     if reader.op == "output":
         return _made_in_int8(gm, value, fused, reads)
-    kept = bool(reader.meta.get("keep_float"))
+    kept = bool(facts.KEEP_FLOAT.get(reader))
     if is_layer(gm, reader):
         return not kept
     if kept:
@@ -187,11 +188,11 @@ def _exists_in_int8(
 def _is_float_tensor(node: fx.Node) -> bool:
     if node.op == "get_attr":
         return False
-    return node.meta.get("dtype") is torch.float32
+    return facts.DTYPE.get(node) is torch.float32
 
 
 def _is_int8_operation(gm: fx.GraphModule, node: fx.Node) -> bool:
-    if node.meta.get("keep_float"):
+    if facts.KEEP_FLOAT.get(node):
         return False
     if node.op == "call_module":
         m = module_of(gm, node)
@@ -205,7 +206,7 @@ def _is_int8_operation(gm: fx.GraphModule, node: fx.Node) -> bool:
 
 def _read_in_int8(gm: fx.GraphModule, moved: fx.Node) -> bool:
     return any(
-        (is_layer(gm, user) and not user.meta.get("keep_float"))
+        (is_layer(gm, user) and not facts.KEEP_FLOAT.get(user))
         or _is_int8_operation(gm, user)
         or (moves_values(gm, user) and _read_in_int8(gm, user))
         for user in moved.users
@@ -215,7 +216,7 @@ def _read_in_int8(gm: fx.GraphModule, moved: fx.Node) -> bool:
 def _read_by_kept_layers(gm: fx.GraphModule, moved: fx.Node) -> bool:
     """Whether only layers kept in float read ``moved``: it must then not be rounded."""
     return bool(moved.users) and all(
-        (is_layer(gm, user) and bool(user.meta.get("keep_float")))
+        (is_layer(gm, user) and bool(facts.KEEP_FLOAT.get(user)))
         or (moves_values(gm, user) and _read_by_kept_layers(gm, user))
         for user in moved.users
     )
@@ -227,7 +228,7 @@ def _made_in_int8(
     """Whether the operation that makes ``value`` writes int8."""
     maker = value.args[0] if value in fused else value
     assert isinstance(maker, fx.Node)
-    if maker.meta.get("keep_float"):
+    if facts.KEEP_FLOAT.get(maker):
         return False
     if is_layer(gm, maker):
         return True
@@ -237,7 +238,7 @@ def _made_in_int8(
 
 
 def _weight_spec(gm: fx.GraphModule, node: fx.Node, scheme: QuantScheme) -> QuantSpec | None:
-    if not is_layer(gm, node) or node.meta.get("keep_float"):
+    if not is_layer(gm, node) or facts.KEEP_FLOAT.get(node):
         return None
     return scheme.linear_weights if is_call(gm, node, nn.Linear) else scheme.weights
 
@@ -249,7 +250,7 @@ def _output_spec(scheme: QuantScheme, wide: bool) -> QuantSpec:
 def _is_wide(gm: fx.GraphModule, value: fx.Node) -> bool:
     """Whether a value is made by a layer that is to write 16 bits, or by the activation that alone reads such a layer."""
     if is_layer(gm, value):
-        return bool(value.meta.get("keep_int16")) and not value.meta.get("keep_float")
+        return bool(facts.KEEP_INT16.get(value)) and not facts.KEEP_FLOAT.get(value)
     if not is_call(gm, value, *ACTIVATION_TYPES) or is_call(gm, value, *_BOUNDED):
         return False
     (source,) = value.all_input_nodes
@@ -290,7 +291,7 @@ def _same_range(gm: fx.GraphModule, node: fx.Node, scheme: QuantScheme) -> Itera
         or ("add" in scheme.shared_at and node.target is operator.add)
         or ("pool" in scheme.shared_at and is_call(gm, node, *_POOLS))
     )
-    if shared and not node.meta.get("keep_float"):
+    if shared and not facts.KEEP_FLOAT.get(node):
         yield from node.all_input_nodes
 
 

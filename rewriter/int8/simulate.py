@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
+from rewriter.graph import facts
 from rewriter.graph.lookup import module_of
 from rewriter.int8.annotate import annotate, annotation, is_layer, moves_values
 from rewriter.int8.calibrate import Calibration, Method, calibrate
@@ -185,7 +186,7 @@ def simulate(quantized: Quantized, kernels: bool = False) -> fx.GraphModule:
     """
     gm = copy.deepcopy(quantized.gm)
     for before, after in zip(quantized.gm.graph.nodes, gm.graph.nodes, strict=True):
-        after.meta["int8"] = annotation(before)
+        facts.INT8.put(after, annotation(before))
     by_name = {n.name: n for n in gm.graph.nodes}
     for node in list(gm.graph.nodes):
         note = annotation(node)
@@ -205,7 +206,7 @@ def simulate(quantized: Quantized, kernels: bool = False) -> fx.GraphModule:
     for node in list(gm.graph.nodes):
         if isinstance(_called(gm, node), QuantizedLayer):
             continue
-        for name in annotation(node).reads if "int8" in node.meta else ():
+        for name in annotation(node).reads if facts.INT8.known(node) else ():
             value = by_name[name]
             if moves_values(gm, value) and annotation(value).reads:
                 continue  # what was moved is on the grid already
@@ -214,7 +215,7 @@ def simulate(quantized: Quantized, kernels: bool = False) -> fx.GraphModule:
                 gm.add_submodule(target, _fake(quantized, value))
                 with gm.graph.inserting_after(value):
                     made[name] = gm.graph.call_module(target, (value,))
-                made[name].meta = dict(value.meta)
+                facts.inherit(made[name], value)
             node.replace_input_with(value, made[name])
     gm.recompile()
     return gm

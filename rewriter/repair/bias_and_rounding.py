@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
+from rewriter.graph import facts
 from rewriter.graph.edit import copy_graph
 from rewriter.graph.interpret import last_uses, run_node
 from rewriter.graph.lookup import is_call, module_of
@@ -108,7 +109,7 @@ def _affordable(
 
 
 def _size(node: fx.Node) -> int:
-    shape = node.meta.get("shape")
+    shape = facts.SHAPE.get(node)
     if node.op == "get_attr" or not isinstance(shape, tuple):
         return 0
     return math.prod(shape) if all(isinstance(s, int) for s in shape) else 0
@@ -118,7 +119,7 @@ def _as_read(
     quantized: Quantized, node: fx.Node, values: dict[fx.Node, Any]
 ) -> dict[fx.Node, Any]:
     """The values of a node's arguments as it reads them."""
-    names = annotation(node).reads if "int8" in node.meta else ()
+    names = annotation(node).reads if facts.INT8.known(node) else ()
     return {
         n: _rounded(quantized, n, values[n]) if n.name in names else values[n]
         for n in node.all_input_nodes
@@ -133,7 +134,7 @@ def _clipped(
     A range that was drawn in cuts off what the answers do not need (``rewriter.repair.activation_ranges``). It must not be made good: a few
     outliers would move the bias and the weights for all inputs.
     """
-    names = annotation(node).reads if "int8" in node.meta else ()
+    names = annotation(node).reads if facts.INT8.known(node) else ()
     return {
         n: _inside(quantized, n, values[n]) if n.name in names else values[n]
         for n in node.all_input_nodes

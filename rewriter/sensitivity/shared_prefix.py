@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, fx, nn
 from torch.nn import functional
 
+from rewriter.graph import facts
 from rewriter.graph.interpret import device_of, last_uses, run_node
 from rewriter.graph.lookup import is_call, module_of, outputs
 from rewriter.int8.annotate import annotate, annotation, is_layer, moves_values
@@ -72,18 +73,18 @@ def keeping(
 ) -> dict[str, State]:
     """The whole network in int8 but for ``layers``, kept as the rule keep_float keeps them."""
     nodes = list(gm.graph.nodes)
-    notes = [n.meta["int8"] for n in nodes]
-    kept = [n for n in layers if not n.meta.get("keep_float")]
+    notes = [facts.INT8.of(n) for n in nodes]
+    kept = [n for n in layers if not facts.KEEP_FLOAT.get(n)]
     try:
         for node in kept:
-            node.meta["keep_float"] = True
+            facts.KEEP_FLOAT.put(node, True)
         annotate(gm, scheme)
         return int8_variant(gm)
     finally:
         for node in kept:
-            del node.meta["keep_float"]
+            facts.KEEP_FLOAT.drop(node)
         for node, note in zip(nodes, notes, strict=True):
-            node.meta["int8"] = note
+            facts.INT8.put(node, note)
 
 
 def round_to_int8(x: Tensor, scale: float, zero_point: int, spec: QuantSpec) -> Tensor:
@@ -195,7 +196,7 @@ class Forks:
 
     def output_bytes(self, samples: int) -> int:
         """Size of what one variant returns for a batch."""
-        shapes = [n.meta.get("shape") or () for n in self.returned]
+        shapes = [facts.SHAPE.get(n) or () for n in self.returned]
         return 4 * samples * sum(math.prod(s) for s in shapes)
 
     def run(self, inputs: tuple[Tensor, ...], variant: Variant) -> list[Tensor]:

@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
+from rewriter.graph import facts
 from rewriter.graph.lookup import is_call, module_of
 from rewriter.graph.ops import LAYER_TYPES
 
@@ -33,7 +34,7 @@ def fold_batch_norms(gm: fx.GraphModule) -> None:
         layer = module_of(gm, before)
         # with three dimensions, the channels of a batch norm are dimension 1, those of a linear
         # layer dimension 2
-        turned = isinstance(layer, nn.Linear) and len(before.meta["shape"]) != 2
+        turned = isinstance(layer, nn.Linear) and len(facts.SHAPE.of(before)) != 2
         if bn.running_var is None or turned:
             continue
         gm.set_submodule(str(before.target), folded(layer, bn))

@@ -12,6 +12,7 @@ from typing import Any
 
 from torch import fx, nn
 
+from rewriter.graph import facts
 from rewriter.graph.edit import add_module
 from rewriter.graph.lookup import is_call
 
@@ -32,7 +33,8 @@ def _replace(
     with gm.graph.inserting_before(node):
         target = add_module(gm, f"{inner.target}_act", kind())
         new = gm.graph.call_module(target, (x,))
-    new.meta = {**inner.meta, "layer": inner.meta.get("layer", target)}
+    facts.inherit(new, inner)
+    facts.LAYER.put(new, facts.LAYER.get(inner, target))
     node.replace_all_uses_with(new)
     gm.graph.erase_node(node)
 

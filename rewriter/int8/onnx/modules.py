@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from rewriter.errors import QuantizeError
+from rewriter.graph import facts
 from rewriter.int8.onnx.builder import Emission, UnsupportedError, Value
 from rewriter.int8.scheme import channel_axis, quantize_weight
 
@@ -137,7 +138,7 @@ def _transposed_convolution(e: Emission, node: fx.Node, m: Any) -> Value:
 
 def _linear(e: Emission, node: fx.Node, m: Any) -> Value:
     x = e.read(_source(node), node)
-    if len(_source(node).meta["shape"]) == 2:
+    if len(facts.SHAPE.of(_source(node))) == 2:
         w, b = weight_and_bias(e, node, m, m.weight)
         return e.op("Gemm", *([x, w, b] if b else [x, w]), transB=1)
     w, b = weight_and_bias(e, node, m, m.weight, transposed=True)
@@ -202,7 +203,7 @@ def _prelu(e: Emission, node: fx.Node, m: nn.PReLU) -> Value:
     slope = m.weight.detach()
     if slope.numel() == 1:  # which has an int8 kernel
         return e.op("LeakyRelu", e.read(_source(node), node), alpha=float(slope))
-    slope = slope.view(-1, *[1] * (len(_source(node).meta["shape"]) - 2))
+    slope = slope.view(-1, *[1] * (len(facts.SHAPE.of(_source(node))) - 2))
     return e.op("PRelu", e.read(_source(node), node), e.constant(slope, "slope"))
 
 
@@ -217,7 +218,7 @@ def _softplus(e: Emission, node: fx.Node, m: nn.Softplus) -> Value:
 def _softmax(e: Emission, node: fx.Node, m: nn.Softmax) -> Value:
     dim = m.dim
     if dim is None:  # torch's own rule for a missing dimension
-        dim = 0 if len(node.meta["shape"]) in (0, 1, 3) else 1
+        dim = 0 if len(facts.SHAPE.of(node)) in (0, 1, 3) else 1
     return e.op("Softmax", e.read(_source(node), node), axis=dim)
 
 
@@ -235,7 +236,7 @@ def _windows(node: fx.Node, m: Any) -> tuple[list[int], ...]:
     dilation = _pair(getattr(m, "dilation", 1))
     end: list[int] = []
     for i in range(2):
-        size, out = _source(node).meta["shape"][-2 + i], node.meta["shape"][-2 + i]
+        size, out = facts.SHAPE.of(_source(node))[-2 + i], facts.SHAPE.of(node)[-2 + i]
         reach = (out - 1) * stride[i] + dilation[i] * (kernel[i] - 1) + 1
         end.append(max(reach - size - padding[i], padding[i] if not m.ceil_mode else 0))
     return list(kernel), list(stride), list(padding), end
@@ -278,7 +279,7 @@ def _average_pool(e: Emission, node: fx.Node, m: nn.AvgPool2d) -> Value:
 
 def _adaptive_pool(e: Emission, node: fx.Node, m: Any) -> Value:
     x, average = e.read(_source(node), node), isinstance(m, nn.AdaptiveAvgPool2d)
-    sizes, outs = _source(node).meta["shape"][-2:], node.meta["shape"][-2:]
+    sizes, outs = facts.SHAPE.of(_source(node))[-2:], facts.SHAPE.of(node)[-2:]
     if average and tuple(outs) == (1, 1):
         return e.op("GlobalAveragePool", x)
     if all(s % o == 0 for s, o in zip(sizes, outs, strict=True)):
@@ -312,7 +313,7 @@ def _upsample(e: Emission, node: fx.Node, m: nn.Upsample) -> Value:
     mode = m.mode
     if mode != "bicubic" and mode not in _RESIZE_MODES:
         raise UnsupportedError(f"resizing by {mode}")
-    sizes, outs = _source(node).meta["shape"][2:], node.meta["shape"][2:]
+    sizes, outs = facts.SHAPE.of(_source(node))[2:], facts.SHAPE.of(node)[2:]
     attributes: dict[str, Any] = {"mode": _RESIZE_MODES.get(mode, "cubic")}
     if mode == "nearest":
         attributes |= {"coordinate_transformation_mode": "asymmetric", "nearest_mode": "floor"}
@@ -337,7 +338,7 @@ def _upsample(e: Emission, node: fx.Node, m: nn.Upsample) -> Value:
 
 def _zero_pad(e: Emission, node: fx.Node, m: nn.ZeroPad2d) -> Value:
     left, right, top, bottom = m.padding
-    rest = [0] * (len(node.meta["shape"]) - 2)
+    rest = [0] * (len(facts.SHAPE.of(node)) - 2)
     return pad(e, e.read(_source(node), node), [*rest, top, left, *rest, bottom, right])
 
 
@@ -348,7 +349,7 @@ def _pixel_shuffle(e: Emission, node: fx.Node, m: nn.PixelShuffle) -> Value:
 
 def channel_shuffle(e: Emission, node: fx.Node, x: str, groups: int) -> str:
     """Channels (groups, C / groups) -> (C / groups, groups)."""
-    channels, *places = node.meta["shape"][1:]
+    channels, *places = facts.SHAPE.of(node)[1:]
     parts = e.op("Reshape", x, e.ints([0, groups, channels // groups, *places]))
     swapped = e.op("Transpose", parts, perm=[0, 2, 1, *range(3, 3 + len(places))])
     return e.op("Reshape", swapped, e.ints([0, channels, *places]))

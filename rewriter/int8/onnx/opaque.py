@@ -21,6 +21,7 @@ from torch import Tensor, fx, nn
 from torch.utils import _pytree as pytree
 
 from rewriter.errors import QuantizeError
+from rewriter.graph import facts
 from rewriter.graph.interpret import without_fast_path
 from rewriter.graph.lookup import module_of
 from rewriter.int8.onnx.builder import OPSET, Emission, Value
@@ -78,11 +79,11 @@ def emit_opaque(e: Emission, node: fx.Node, reason: str) -> Value:
     part = _Part(e.gm, node)
     inputs: list[Any] = []
     for source in node.all_input_nodes:
-        shape, dtype = source.meta.get("shape"), source.meta.get("dtype")
+        shape, dtype = facts.SHAPE.get(source), facts.DTYPE.get(source)
         if dtype is None or shape is None:
             raise QuantizeError(f"{node.name}: input {source.name}: is no tensor ({reason})")
         inputs.append(torch.zeros(shape, dtype=dtype))
-    shapes, structure = pytree.tree_flatten(node.meta["shape"], is_leaf=_is_shape)
+    shapes, structure = pytree.tree_flatten(facts.SHAPE.of(node), is_leaf=_is_shape)
     tensors = sum(shape is not None for shape in shapes)  # an output may be no tensor
     try:
         exported = _exported(part, tuple(inputs))
