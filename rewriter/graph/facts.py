@@ -93,11 +93,11 @@ LAYER: Fact[str] = Fact("layer", ("rules", "tracing"), ("graph", "rules", "traci
 CHANNEL_RANGE: Fact[Ranges] = Fact(
     "channel_range",
     ("assemble", "graph", "rules", "sensitivity", "surgery"),
-    ("graph", "rules", "sensitivity", "surgery"),
+    ("fitting", "graph", "rules", "sensitivity", "surgery"),
 )
 """Smallest and largest calibration value of each channel, (C,) each."""
 INFLUENCE: Fact[Tensor] = Fact(
-    "influence", ("assemble", "damage", "surgery"), ("assemble", "surgery")
+    "influence", ("assemble", "damage", "surgery"), ("assemble", "fitting", "surgery")
 )
 """(C,) squared gradients of the damage, by channel of its value."""
 WEIGHT_INFLUENCE: Fact[Tensor] = Fact(
@@ -134,7 +134,7 @@ PATH: Fact[str] = Fact("path", ("tracing",), ("tracing",))
 """Qualified name of the module whose forward made it."""
 LINE: Fact[str] = Fact("line", ("tracing",), ("tracing",))
 """Line of the user's code that made it."""
-MODULE_STACK: Fact[Any] = Fact("nn_module_stack", (), ("tracing",))
+MODULE_STACK: Fact[Any] = Fact("nn_module_stack", (), ("int8", "tracing"))
 """Written by torch.fx: the modules whose forward was running."""
 WRAPPED: Fact[bool] = Fact("is_wrapped", ("tracing",), ())
 """Written by torch.fx."""

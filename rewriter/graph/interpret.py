@@ -43,7 +43,8 @@ def propagate_shapes(gm: fx.GraphModule) -> None:
                 facts.DTYPE.put(n, value.dtype)
             return value
 
-    zeros = [torch.zeros(1, *shape) for shape in facts.EXAMPLE.of(gm)]
+    kind = next((p.dtype for p in gm.parameters() if p.is_floating_point()), torch.float32)
+    zeros = [torch.zeros(1, *shape, dtype=kind) for shape in facts.EXAMPLE.of(gm)]
     with torch.no_grad():
         Shapes(gm).run(*zeros)
 

@@ -200,7 +200,7 @@ MODELS = [
     Bad(
         "channels of the input",
         ("fails by itself on an input of shape (2, 3, 16, 16)", "to have 1 channels, but got 3"),
-        model("grey"),
+        model("gray"),
     ),
     Bad(
         "fewer classes than labels",
