@@ -36,13 +36,8 @@ from rewriter.graph.cost import layer_macs
 from rewriter.graph.interpret import run_node, walk
 from rewriter.graph.lookup import is_call, module_of, outputs
 from rewriter.graph.ops import LAYER_TYPES
-from rewriter.int8.scheme import (
-    QuantScheme,
-    channel_axis,
-    dequantized_weight,
-    fake_quantize,
-    weight_scale,
-)
+from rewriter.int8.integer_grid import dequantized_weight, fake_quantize
+from rewriter.int8.scheme import QuantScheme, channel_axis, weight_scale
 
 log = logging.getLogger(__name__)
 Batches = Sequence[Tensor | tuple[Tensor, ...]]

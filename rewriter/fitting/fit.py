@@ -29,7 +29,8 @@ from rewriter.graph import facts
 from rewriter.graph.edit import copy_graph
 from rewriter.graph.interpret import walk
 from rewriter.graph.lookup import find, layers, module_of
-from rewriter.int8.scheme import QuantScheme, fake_quantize
+from rewriter.int8.integer_grid import fake_quantize
+from rewriter.int8.scheme import QuantScheme
 from rewriter.plan import Plan, Step, in_order, rewrite, rule_named
 from rewriter.storage.cache import Store, load, save_to
 from rewriter.storage.digest import data_digest, graph_digest, key

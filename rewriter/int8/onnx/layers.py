@@ -19,12 +19,11 @@ from rewriter.errors import QuantizeError
 from rewriter.graph import facts
 from rewriter.graph.lookup import module_of
 from rewriter.graph.ops import clip_bounds, row_of
+from rewriter.int8.integer_grid import LARGEST_BIAS, bias_steps, quantize_weight
 from rewriter.int8.onnx.arguments import source_of
 from rewriter.int8.onnx.builder import Emission, UnsupportedError, Value
 from rewriter.int8.onnx.clips import clip_is_free
-from rewriter.int8.scheme import channel_axis, quantize_weight
-
-_INT32 = 2**31 - 1
+from rewriter.int8.scheme import channel_axis
 
 
 def weight_and_bias(
@@ -76,11 +75,11 @@ def stored(
     if not isinstance(source, fx.Node) or source.name not in e.note(node).reads:
         return w, e.constant(bias, "bias")
     step = scale * torch.tensor(e.value_params(source)[0], dtype=torch.float32)
-    steps = torch.round(bias.detach().double() / step.double())
-    if float(steps.abs().max()) > _INT32:
+    steps = bias_steps(bias, step)
+    if float(steps.abs().max()) > LARGEST_BIAS:
         raise QuantizeError(
             f"{node.name}: bias: {float(steps.abs().max()):.3g} steps of input scale x weight "
-            f"scale, an int32 holds {_INT32}; a dead channel needs a larger weight scale"
+            f"scale, an int32 holds {LARGEST_BIAS}; a dead channel needs a larger weight scale"
         )
     b = e.op(
         "DequantizeLinear",
