@@ -11,6 +11,7 @@ from torch import Tensor, fx
 
 from rewriter.errors import PlanError
 from rewriter.graph.edit import copy_graph
+from rewriter.graph.facts import REWRITTEN_BY, named
 from rewriter.graph.lookup import layers, module_of
 from rewriter.rules import RULES, RewriteRule, Site
 
@@ -107,7 +108,8 @@ def rewrite(
         PlanError: a step has no site, its site is blocked, or two steps exclude each other.
     """
     gm = copy_graph(gm)
-    gm.meta.update(facts or {})
+    for key, value in (facts or {}).items():
+        named(key).put(gm, value)
     taken: dict[tuple[str, str], Step] = {}
     for rule, step in in_order(gm, plan):
         # in what the steps before have made of the graph
@@ -147,7 +149,7 @@ def _load(gm: fx.GraphModule, step: Step, state: Mapping[str, Tensor]) -> None:
     """Put fitted tensors into the layer that ``step`` has just made, and those after it, in place."""
     if not state:
         return
-    made = [n for n in layers(gm) if n.meta.get("rewritten_by") == str(step)]
+    made = [n for n in layers(gm) if REWRITTEN_BY.get(n) == str(step)]
     if len(made) != 1:
         raise PlanError(f"{step}: {len(made)} layers for the fitted weights, expected 1")
     owners = {"": made[0]} | {n.name: n for n in layers(gm)}

@@ -17,7 +17,7 @@ from torch.utils import _pytree as pytree
 
 from rewriter import profile, target, trace
 from rewriter.damage import MeaningError, declared, fidelity_of, measure_fidelity
-from rewriter.graph import layers
+from rewriter.graph import facts, layers
 from rewriter.int8 import QuantScheme
 from rewriter.int8.onnx import ReadBack
 from rewriter.storage import (
@@ -115,20 +115,21 @@ def load_network(cfg: Config, progress: Progress = silent) -> Network:
     gm = trace(model, found[0][:2])
     if not layers(gm):
         hidden = "; ".join(
-            f"{part.name} is kept whole: {part.reason}" for part in gm.meta["opaque"]
+            f"{part.name} is kept whole: {part.reason}" for part in facts.OPAQUE.of(gm)
         )
         why = f" ({hidden})" if hidden else ""
         raise ConfigError(
             f"model: no convolution, linear layer or matrix product to quantize{why}"
         )
-    gm.meta["calibration"] = cfg.calibration.method
-    scheme = gm.meta["scheme"] = target(cfg.target)
+    facts.CALIBRATION.put(gm, cfg.calibration.method)
+    scheme = target(cfg.target)
+    facts.SCHEME.put(gm, scheme)
     goal = task(cfg)
     goal.attach(gm)
     profile(gm, found)
     try:
         said = None if cfg.outputs is None else declared(cfg.outputs)
-        gm.meta["fidelity"] = measure_fidelity(gm, found, said, goal.purpose)
+        facts.FIDELITY.put(gm, measure_fidelity(gm, found, said, goal.purpose))
     except MeaningError as error:
         raise ConfigError(f"{cfg.path.name}: {error}") from error
     return Network(cfg, gm, data, goal, tuple(found), trial(gm, scheme, found, engine_of(cfg)))

@@ -1,5 +1,6 @@
 """Graphs in the normal form: the table of operators, look-ups, edits, values and ranges, cost."""
 
+from rewriter.graph import facts
 from rewriter.graph.cost import layer_macs
 from rewriter.graph.edit import copy_graph
 from rewriter.graph.interpret import channels_last, walk
@@ -8,6 +9,7 @@ from rewriter.graph.lookup import kind_of, layer_name, layers, module_of, unflat
 __all__ = [
     "channels_last",
     "copy_graph",
+    "facts",
     "kind_of",
     "layer_macs",
     "layer_name",

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
+from rewriter.graph import facts
 from rewriter.graph.axes import channel_axes
 from rewriter.graph.channel_ranges import channel_range
 from rewriter.graph.interpret import walk
@@ -262,7 +263,7 @@ def _has_partners(quantized: Quantized, value: fx.Node) -> bool:
     sharing = [
         n
         for n in quantized.gm.graph.nodes
-        if "int8" in n.meta
+        if facts.INT8.known(n)
         and annotation(n).range_of == owner
         and not moves_values(quantized.gm, n)
     ]

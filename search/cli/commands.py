@@ -10,6 +10,7 @@ import typer
 
 from rewriter import Plan, RewriteError, cost, find_sites
 from rewriter.damage import fidelity_of
+from rewriter.graph import facts
 from search.cli.console import err, out, progress, say
 from search.cli.finetune_commands import as_trained, train_chosen, with_training
 from search.cli.options import Plans
@@ -48,9 +49,9 @@ def check(config: Path, quiet: bool = False) -> None:
     gm, data = network.gm, network.data
     spent, found = cost(gm), find_sites(gm)
     near = sum(bool(s.blocked) for s in found)
-    facts = [
+    rows = [
         ("config", str(cfg.path)),
-        ("network", f"{type(gm).__name__}, inputs {', '.join(map(str, gm.meta['example']))}"),
+        ("network", f"{type(gm).__name__}, inputs {', '.join(map(str, facts.EXAMPLE.of(gm)))}"),
         ("cost", f"{spent.macs / 1e6:.2f} M MACs, {spent.params / 1e6:.3f} M parameters"),
         ("", "convolutions, linear layers, matrix products; batch norm is not counted"),
         ("samples", f"{len(data.calibration)} calibration, {len(data.evaluation)} evaluation"),
@@ -59,12 +60,12 @@ def check(config: Path, quiet: bool = False) -> None:
         ("sites", f"{len(found) - near}, and {near} near misses (quantfix sites)"),
         *_file_facts(cfg, network),
     ]
-    facts += [("output", line) for line in fidelity_of(gm).about]
-    facts += [
+    rows += [("output", line) for line in fidelity_of(gm).about]
+    rows += [
         ("opaque", f"{part.name} ({part.kind}): {part.reason} {part.line}")
-        for part in gm.meta["opaque"]
+        for part in facts.OPAQUE.of(gm)
     ]
-    for name, fact in [] if quiet else facts:
+    for name, fact in [] if quiet else rows:
         say(f"{name:>10}  {fact}")
 
 

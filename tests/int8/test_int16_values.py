@@ -17,11 +17,12 @@ from torch import Tensor, fx, nn
 from rewriter import Plan, find_sites, profile, rewrite, target, trace
 from rewriter.graph.lookup import module_of
 from rewriter.int8.annotate import annotate, annotation
+from rewriter.int8.integer_grid import fake_quantize
 from rewriter.int8.onnx.compare import compare, first_departure
 from rewriter.int8.onnx.export import to_onnx
 from rewriter.int8.onnx.lint import lint
 from rewriter.int8.onnx.session import Session
-from rewriter.int8.scheme import QuantSpec, fake_quantize
+from rewriter.int8.scheme import QuantSpec
 from rewriter.int8.simulate import FakeQuantize, Quantized, quantize, simulate
 from tests.int8 import oracle
 from tests.networks import SIZE, network

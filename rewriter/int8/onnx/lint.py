@@ -11,6 +11,7 @@ import onnx
 import torch
 from torch import fx
 
+from rewriter.graph import facts
 from rewriter.graph.lookup import layers, module_of
 from rewriter.int8.annotate import annotation
 from rewriter.int8.findings import Finding
@@ -104,7 +105,7 @@ def _merged_ranges(quantized: Quantized) -> Iterator[Finding]:
                 continue
             if part < KEPT_LEVELS * whole:
                 levels = round(255 * part / whole)
-                split = source.meta.get("rewritten_by", "")
+                split = facts.REWRITTEN_BY.get(source, "")
                 undone = f"; it undoes {split}" if split.startswith("split") else ""
                 yield Finding(
                     "merged_range",
@@ -171,7 +172,7 @@ def _float_layers(quantized: Quantized, view: _View) -> Iterator[Finding]:
 
 
 def _why_float(node: fx.Node, made: onnx.NodeProto, view: _View) -> str:
-    if node.meta.get("keep_float"):
+    if facts.KEEP_FLOAT.get(node):
         return "kept in float, as asked"
     if view.made_by(made.input[1]) != "DequantizeLinear":
         return "its weight is float"
