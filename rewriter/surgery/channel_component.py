@@ -19,17 +19,9 @@ import torch
 from torch import Tensor, fx, nn
 
 from rewriter.graph.lookup import is_call, module_of
-from rewriter.graph.ops import ACTIVATION_TYPES
+from rewriter.graph.ops import ACTIVATION_TYPES, types
 
-_SPATIAL = (
-    nn.MaxPool2d,
-    nn.AvgPool2d,
-    nn.AdaptiveAvgPool2d,
-    nn.AdaptiveMaxPool2d,
-    nn.ZeroPad2d,
-    nn.Upsample,
-    nn.BatchNorm2d,
-)
+_SPATIAL = types(lambda row: row.channelwise)
 _ARITHMETIC = (operator.add, operator.sub, operator.mul, operator.truediv)
 
 

@@ -19,6 +19,8 @@ def point(score: Score) -> dict[str, Any]:
         "weight_bytes": score.weight_bytes,
         "float_layers": score.float_layers,
         "float_islands": score.float_islands,
+        "int8_share": score.int8_share,
+        "float_ops": score.float_ops,
         "latency_ms": score.latency_ms,
         "int8": score.metric,
         "int8_interval": None if score.interval is None else list(score.interval),
@@ -39,4 +41,6 @@ def baseline_of(baseline: Baseline) -> dict[str, Any]:
         "int8_interval": interval,
         "macs": baseline.macs,
         "damage": baseline.damage,
+        "int8_share": baseline.int8_share,
+        "float_ops": baseline.float_ops,
     }

@@ -9,6 +9,12 @@ from pydantic import BaseModel, ConfigDict, Field
 Interval = tuple[float, float]
 
 
+_SHARE: Any = Field(None, description="share of the file's MACs that int8 kernels compute")
+_FLOAT_OPS: Any = Field(
+    None, description="how many operators of each kind run in float in the file"
+)
+
+
 class _Part(BaseModel):
     model_config = ConfigDict(extra="forbid")
 
@@ -48,6 +54,8 @@ class Point(_Part):
     weight_bytes: int = Field(description="of the stored weights under the target")
     float_layers: int = Field(description="layers with weights that stay in float")
     float_islands: int = Field(description="connected groups of them")
+    int8_share: float | None = _SHARE
+    float_ops: dict[str, int] | None = _FLOAT_OPS
     latency_ms: float | None = Field(description="median for one input, where it was asked for")
     int8: float | None = Field(description="metric of the int8 network, null without labels")
     int8_interval: Interval | None = Field(
@@ -90,6 +98,8 @@ class BaselineEntry(_Part):
     int8_interval: Interval | None
     macs: int
     damage: float | None
+    int8_share: float | None = _SHARE
+    float_ops: dict[str, int] | None = _FLOAT_OPS
 
 
 class FrontFile(_Part):

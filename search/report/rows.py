@@ -64,7 +64,8 @@ def _against_float(results: Results, score: Score) -> str:
 
 
 def score_rows(scores: Sequence[Score]) -> tuple[list[str], list[list[str]]]:
-    names = ["plan", "MACs", "int8", "95 % interval", "float", "damage", "float layers", "engine"]
+    names = ["plan", "MACs", "int8", "95 % interval", "float", "damage", "in int8", "float layers"]
+    names += ["engine"]
     rows = [
         [
             short(s.plan) or "(as it is)",
@@ -73,6 +74,7 @@ def score_rows(scores: Sequence[Score]) -> tuple[list[str], list[list[str]]]:
             "" if s.interval is None else f"{s.interval[0]:.2%} to {s.interval[1]:.2%}",
             percent(s.metric_float),
             "" if s.damage is None else f"{s.damage:.4g}",
+            "" if s.int8_share is None else f"{s.int8_share:.1%}",
             str(s.float_layers),
             s.engine,
         ]
