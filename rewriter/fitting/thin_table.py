@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from rewriter.damage.fidelity import damage
+from rewriter.damage import fidelity_of
 from rewriter.damage.fisher import gradients, weigh
 from rewriter.fitting.brain_surgeon import Moments, remove, solve
 from rewriter.fitting.readers import influence_of, input_rows, problem_of, rows_of, weights_of
@@ -71,9 +71,8 @@ def thin_table(
         seed: Of positions and projections.
     """
     moved = [b if isinstance(b, tuple) else (b,) for b in batches]
-    name = key(
-        [graph_digest(gm), data_digest(moved), scheme.identity, f"thin table {VERSION} {seed}"]
-    )
+    what = [graph_digest(gm), data_digest(moved), scheme.identity, fidelity_of(gm, moved).digest]
+    name = key([*what, f"thin table {VERSION} {seed}"])
     found = None if store is None else load(store, name)
     if found is not None:
         return {
@@ -225,7 +224,7 @@ def _measured_damages(
     total = dict.fromkeys(solved, 0.0)
     images = 0
     order = list(gm.graph.nodes)
-    returned = outputs(gm)
+    returned, fidelity = outputs(gm), fidelity_of(gm, inputs)
     for part in inputs:
         part = tuple(x[: count - images] for x in part)
         if not len(part[0]):
@@ -245,7 +244,7 @@ def _measured_damages(
                     made = values[reader] + _error(layer, source, solved[step])
                     after = _rest(gm, order, values, reader, made)
                     found = [after.get(n, values[n]) for n in returned]
-                    each = damage(found, reference, gm.meta.get("kind"))
+                    each = fidelity.damage(found, reference)
                     total[step] += float(each.sum())
     return {step: d / max(1, images) for step, d in total.items()}
 
@@ -278,7 +277,7 @@ def _damages(
     total = dict.fromkeys(solved, 0.0)
     images = 0
     for part in inputs:
-        values, slopes = gradients(gm, part, generator)
+        values, slopes = gradients(gm, part, generator, fidelity_of(gm, inputs))
         images += len(part[0])
         for place in places:
             reader = _reader(place)
