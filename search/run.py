@@ -22,9 +22,9 @@ from search.pareto.front import cost_named, select_front
 from search.pareto.limits import Limits
 from search.results import load_results
 from search.run_dir.scores import Samples, Score, note
+from search.scoring.added_macs import extra_macs
 from search.scoring.child_process import possible
 from search.scoring.confirm import confirm
-from search.scoring.evaluator import extra_macs
 from search.scoring.failure import to_be_tried_again
 from search.scoring.racing import Race
 from search.sensitivity.run import Sensitivity, analyze, float_gains_on, read_sensitivity
