@@ -43,6 +43,7 @@ from rewriter.tracing.fold_affine import fold_affines
 from rewriter.tracing.functional_to_module import IN_PLACE, SAME, first_argument, module_for
 from rewriter.tracing.join_frame_loops import join_loops
 from rewriter.tracing.recognize_activations import recognise_activations
+from rewriter.tracing.recognize_decomposed import recognize_decomposed
 from rewriter.tracing.static_shapes import fix_sizes, plain_dimensions, slices_for_parts
 
 F = nn.functional
@@ -82,6 +83,7 @@ def canonicalise(gm: fx.GraphModule) -> fx.GraphModule:
     gm.graph.eliminate_dead_code()  # sizes that nobody uses would count as readers of a value
     gm.recompile()
     propagate_shapes(gm)
+    recognize_decomposed(gm)
     expand_operators(gm)
     recognise_activations(gm)
     gm.graph.eliminate_dead_code()

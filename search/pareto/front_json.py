@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from search.pareto.plan_summary import plan_summary
 from search.run_dir.scores import Baseline, Score
 
 
@@ -11,6 +12,7 @@ def point(score: Score) -> dict[str, Any]:
     """A plan with what it costs and keeps."""
     return {
         "plan": score.plan,
+        "summary": plan_summary(score.plan),
         "macs": score.macs,
         "macs_ratio": score.macs_ratio,
         "params": score.params,

@@ -47,6 +47,7 @@ class Point(_Part):
     """One plan."""
 
     plan: str = Field(description="its text; empty for the network as it is")
+    summary: str = Field(description="the plan in words")
     macs: int = Field(description="multiply-accumulates per input")
     macs_ratio: float = Field(description="relative to the network as it is")
     params: int
@@ -77,6 +78,16 @@ class Point(_Part):
     finetuned: dict[str, Any] | None = Field(
         None, description="what training made of it, if it was trained"
     )
+
+
+class ControlEntry(_Part):
+    """A plan that saves by one knob for the whole network: what the front has to beat."""
+
+    macs_ratio: float
+    int8: float | None
+    damage: float | None
+    how: str = Field(description="lower resolution, or uniform thinning")
+    plan: str
 
 
 class BaselineEntry(_Part):
@@ -112,6 +123,8 @@ class FrontFile(_Part):
     ties: list[Point] = Field(description="cannot be told from a point on these samples")
     overtaken: list[str] = Field(description="plans that fell off the front when confirmed")
     references: list[Point] = Field(description="plain int8, and the most harmful layers in float")
+    control: list[ControlEntry] = Field(description="what plans that cost less are compared with")
+    separable: int = Field(description="points that differ from the one before beyond the noise")
     best: str | None = Field(description="plan with the best int8 quality")
     knee: str | None = Field(description="plan after which more compute buys little")
     hypervolume: float

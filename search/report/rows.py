@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from search.pareto.plan_summary import short
 from search.results import Results
 from search.run_dir.scores import Score
 from search.sensitivity.run import Sensitivity
@@ -67,7 +68,7 @@ def score_rows(scores: Sequence[Score]) -> tuple[list[str], list[list[str]]]:
     names += ["engine"]
     rows = [
         [
-            s.plan or "(as it is)",
+            short(s.plan) or "(as it is)",
             f"{s.macs / 1e6:.1f} M {s.macs_ratio - 1:+.1%}",
             percent(s.metric),
             "" if s.interval is None else f"{s.interval[0]:.2%} to {s.interval[1]:.2%}",

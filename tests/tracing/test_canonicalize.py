@@ -326,3 +326,20 @@ def test_a_wrong_folding_does_not_pass(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("rewriter.tracing.fold_affine.scaled_outputs", careless)
     with pytest.raises(TraceError, match="output 0 of the traced graph differs"):
         trace(randomise(nn.Sequential(conv(), nn.BatchNorm2d(4))), torch.randn(2, *IMAGE))
+
+
+def test_a_layer_may_be_called_what_a_method_is() -> None:
+    class Named(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.squeeze, self.mean, self.reshape = (nn.Conv2d(3, 3, 1) for _ in range(3))
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.reshape(self.mean(self.squeeze(x)))
+
+    gm = trace(Named(), torch.randn(2, 3, 4, 4))
+    assert [n.target for n in gm.graph.nodes if n.op == "call_module"] == [
+        "squeeze",
+        "mean",
+        "reshape",
+    ]
