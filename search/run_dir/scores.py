@@ -79,6 +79,7 @@ class Score:
     engine: str = ""
     engine_version: str = ""
     int8_share: float | None = None
+    # scores are keys of what is worked out from them
     float_ops: dict[str, int] | None = field(default=None, hash=False)
     float_reasons: dict[str, str] | None = field(default=None, hash=False)
     samples: int = 0
@@ -137,7 +138,7 @@ class Baseline:
     damage: float | None
     interval: tuple[float, float] | None = None
     int8_share: float | None = None
-    float_ops: dict[str, int] | None = None
+    float_ops: dict[str, int] | None = field(default=None, hash=False)
 
 
 @dataclass
