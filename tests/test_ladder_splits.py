@@ -7,7 +7,7 @@ import torch
 from torch import fx, nn
 
 from rewriter import Plan, find_sites, rewrite, target
-from rewriter.damage.fidelity import damage
+from rewriter.damage import fidelity_of
 from rewriter.graph.interpret import walk
 from rewriter.graph.lookup import layers, outputs
 from rewriter.int8.onnx.export import to_onnx
@@ -102,7 +102,7 @@ def test_the_first_rungs_bring_a_collapsed_detector_back() -> None:
     def score(plan: Plan) -> Score:
         quantized = quantize(rewrite(gm, plan), target("onnxruntime"), [x])
         made = [torch.from_numpy(o) for o in Session(to_onnx(quantized)).run(x)]
-        return Score(float(damage(made, reference, "values").mean()))
+        return Score(float(fidelity_of(gm, [x]).damage(made, reference).mean()))
 
     reader = layers(gm)[1].name
     rungs: tuple[Rung, ...] = climb(

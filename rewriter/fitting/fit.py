@@ -20,6 +20,7 @@ from dataclasses import asdict, dataclass, field
 import torch
 from torch import Tensor, fx, nn
 
+from rewriter.damage.grouping import fidelity_of
 from rewriter.errors import PlanError, QuantizeError
 from rewriter.fitting.distill import distil, rounded_weight
 from rewriter.fitting.least_squares import NormalEquations
@@ -113,6 +114,7 @@ def fit(
         name, found = "", None
         if store is not None:
             what = (str(step), str(rule.version), str(VERSION), str(distilled), str(seed))
+            what = (*what, fidelity_of(gm, batches).digest)  # what distilling makes least
             also = near.get(step, ())
             name = key([graph_digest(gm), data_digest(batches), scheme.identity, *what, *also])
             found = load(store, name)

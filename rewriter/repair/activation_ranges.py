@@ -18,6 +18,7 @@ from torch import Tensor, fx, nn
 from torch.nn import functional
 
 from rewriter.damage.fisher import gradients
+from rewriter.damage.grouping import fidelity_of
 from rewriter.graph.lookup import is_call, layers
 from rewriter.int8.annotate import annotation, moves_values
 from rewriter.int8.scheme import TINY, QuantSpec, fake_quantize
@@ -57,12 +58,13 @@ def least_damage_ranges(
         seed: of the random projections.
     """
     generator = torch.Generator().manual_seed(seed)
+    fidelity = fidelity_of(quantized.gm, batches)
     ranges = quantized.calibration.values
     ranked = _ranked(quantized.gm)
     damages: dict[str, Tensor] = {}
     tables: dict[str, _Candidates] = {}
     for inputs in _parts(batches):
-        values, slopes = gradients(quantized.gm, inputs, generator)
+        values, slopes = gradients(quantized.gm, inputs, generator, fidelity)
         for node, g in slopes.items():
             note = annotation(node)
             if note.output is None or moves_values(quantized.gm, node) or node in ranked:

@@ -57,6 +57,11 @@ _MAKERS = ("zeros", "ones", "full", "empty", "arange", "eye", "linspace")
 _EMPTY = ("new_zeros", "new_ones", "new_full")
 # What is written in other libraries' Python and only wrapped as one call (``torch.fx.wrap``) is entered.
 _CLOSED = ("torch", "operator", "_operator", "builtins", "math", "rewriter", "numpy")
+# torch 2.15 crashes the interpreter where these, given a proxy beside a number, are dispatched in C
+_CRASHING = (
+    *("pow", "float_power", "remainder", "where", "addcmul", "addcdiv"),
+    *("baddbmm", "addmm", "addbmm", "addmv", "addr"),
+)
 _METHODS = ("expand", "repeat", "view", "reshape", "new_zeros", "new_ones", "new_full", "tile")
 
 
@@ -80,7 +85,7 @@ class Tracer(fx.Tracer):
         self.evaluating = False
 
     def trace(self, root: Any, concrete_args: dict[str, Any] | None = None) -> fx.Graph:
-        with offered(torch, _MAKERS, self), offered(Tensor, _METHODS, self):
+        with offered(torch, (*_MAKERS, *_CRASHING), self), offered(Tensor, _METHODS, self):
             return super().trace(root, concrete_args)
 
     def create_args_for_root(

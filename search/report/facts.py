@@ -23,8 +23,9 @@ def measured(results: Results) -> list[str]:
     unit = (
         "mean KL divergence of the int8 from the float class distribution, in nats"
         if facts["task"] == "classification"
-        else "squared error relative to the float outputs, averaged over output groups"
+        else "by what the outputs mean, averaged over output groups"
     )
+    taken = "; ".join(facts.get("outputs", ()))
     return [
         f"{results.samples} evaluation and {facts['calibration_samples']} calibration samples.",
         *_chosen(results),
@@ -32,6 +33,7 @@ def measured(results: Results) -> list[str]:
         "Intervals: 95 %, bootstrap of (int8 - float) on the same samples, added to the float "
         f"{results.metric}.",
         f"Damage: {unit}.",
+        *([f"Outputs were taken for: {taken}."] if taken else []),
         "MACs: convolutions, linear layers and matrix products of one input; batch norm and "
         "element-wise operations are not counted.",
         f"{len(results.scores)} plans scored, objective {results.objective}; {_limits(results)}.",
