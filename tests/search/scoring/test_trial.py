@@ -9,13 +9,17 @@ from torch import nn
 from rewriter import target, trace
 from search.config.schema import ConfigError
 from search.scoring import trial
-from tests.networks import SIZE, Forward, conv, network
+from tests.networks import SIZE, Forward, conv, randomise
 
 IMAGES = torch.randn(3, *SIZE)
 
 
+def plain() -> nn.Module:
+    return randomise(nn.Sequential(conv(), nn.ReLU(), conv(4, 5)))
+
+
 def test_a_network_is_tried_and_left_as_it_was() -> None:
-    gm = trace(network(3), IMAGES[:2])
+    gm = trace(plain(), IMAGES[:2])
     keys = [set(n.meta) for n in gm.graph.nodes]
     trial.try_file(gm, target("onnxruntime"), IMAGES)
     assert [set(n.meta) for n in gm.graph.nodes] == keys
@@ -42,6 +46,6 @@ def test_a_file_that_the_runtime_refuses(monkeypatch: pytest.MonkeyPatch) -> Non
             raise RuntimeError("[ONNXRuntimeError]\nno kernel")
 
     monkeypatch.setattr(trial, "Session", Refuses)
-    gm = trace(network(3), IMAGES[:2])
+    gm = trace(plain(), IMAGES[:2])
     with pytest.raises(ConfigError, match=r"ONNX Runtime refuses .* no kernel; engine: simulate"):
         trial.try_file(gm, target("onnxruntime"), IMAGES)
