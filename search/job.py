@@ -19,6 +19,7 @@ from rewriter import profile, target, trace
 from rewriter.damage import MeaningError, declared, fidelity_of, measure_fidelity
 from rewriter.graph import layers
 from rewriter.int8 import QuantScheme
+from rewriter.int8.onnx import ReadBack
 from rewriter.storage import (
     Digest,
     Mirror,
@@ -34,11 +35,11 @@ from search.data.datasets import Data, Inputs, batches, load_data
 from search.data.evaluation_set import Tick, check_outputs, chosen_on, load_samples, shuffled
 from search.data.model import load_model
 from search.data.overlap import mark, warn_of_overlap
-from search.engines import EngineError, scoring_engine
+from search.engines import Engine, EngineError, scoring_engine
 from search.run_dir.fingerprint import rules_digest, source_digest
 from search.run_dir.scores import Confirmations, Records, Score, fingerprint, open_run
 from search.scoring.evaluator import RewriteEvaluator
-from search.scoring.trial import try_file
+from search.scoring.trial import trial
 from search.tasks import Task, task
 
 log = logging.getLogger(__name__)
@@ -63,6 +64,7 @@ class Network:
     data: Data
     task: Task
     calibration: tuple[Tensor, ...]
+    file: ReadBack  # what the file of plain int8 does
 
 
 @dataclass(frozen=True)
@@ -124,17 +126,16 @@ def load_network(cfg: Config, progress: Progress = silent) -> Network:
     goal = task(cfg)
     goal.attach(gm)
     profile(gm, found)
-    if engine_of(cfg) == "onnxruntime":
-        try_file(gm, target(cfg.target), found[0][:2])
     try:
         said = None if cfg.outputs is None else declared(cfg.outputs)
         gm.meta["fidelity"] = measure_fidelity(gm, found, said, goal.purpose)
     except MeaningError as error:
         raise ConfigError(f"{cfg.path.name}: {error}") from error
-    return Network(cfg, gm, data, goal, tuple(found))
+    file = trial(gm, target(cfg.target), found, engine_of(cfg))
+    return Network(cfg, gm, data, goal, tuple(found), file)
 
 
-def engine_of(cfg: Config) -> str:
+def engine_of(cfg: Config) -> Engine:
     """What runs int8 candidates: the config's engine, by default the target's.
 
     Raises:

@@ -83,16 +83,18 @@ class Fidelity:
         groups: all that is judged.
         about: for each flat output, in words, what it is taken for.
         assumed: whether some of it was assumed and not told.
+        ranks: whether the task sorts scores, as average precision does, so that their order counts beyond their size.
     """
 
     groups: tuple[Group, ...]
     about: tuple[str, ...] = ()
     assumed: bool = False
+    ranks: bool = False
 
     @property
     def digest(self) -> str:
         """Identity of the definition for this network."""
-        return key([repr(self.groups)])
+        return key([repr(self.groups), str(self.ranks)])
 
     @property
     def only_classes(self) -> bool:

@@ -88,7 +88,8 @@ def measure_fidelity(
         groups += mine
         shape = ", ".join(map(str, node.meta.get("shape", ())[1:]))
         about.append(f"{name} (N, {shape}): {_in_words(meaning, mine)}")
-    return Fidelity(tuple(groups), tuple(about), any(m.assumed for m, _ in known))
+    assumed, ranks = any(m.assumed for m, _ in known), purpose in ("decoded", "scores")
+    return Fidelity(tuple(groups), tuple(about), assumed, ranks)
 
 
 def _sized(meaning: Meaning) -> bool:

@@ -36,7 +36,7 @@ from rewriter.sensitivity.screen import (
     Screening,
 )
 from rewriter.sensitivity.shared_prefix import Forks, Variant, int8_variant, keeping, only
-from rewriter.sensitivity.summary import Measured, summarise
+from rewriter.sensitivity.summary import Measured, summarize
 
 Progress = Callable[[float, float], None]
 # Among how many layers the measured order has to be right before widening stops, and by how many
@@ -130,7 +130,7 @@ def analyze(
         ranked = sorted(order, key=lambda n: (-run.best(n, measured, estimate), n))
         count = (top if exact else 0) if interaction is None else interaction
         without, curve = run.interactions(scheme, names, ranked, count)
-    return summarise(
+    return summarize(
         quantized,
         screening,
         Measured(run.tallies, without, curve),

@@ -31,13 +31,13 @@ from torch import Tensor, fx
 from rewriter.damage.fidelity import Fidelity
 from rewriter.graph.interpret import device_of, last_uses
 from rewriter.graph.lookup import outputs
+from rewriter.graph.ops import clip_bounds
 from rewriter.int8.annotate import annotation
 from rewriter.int8.scheme import QuantSpec
 from rewriter.int8.simulate import Quantized
 from rewriter.sensitivity.error_terms import Edge, Parts, parts_of
 from rewriter.sensitivity.inner_products import (
     clipped,
-    clipping_bounds,
     dot,
     rounding_dot,
     weight_dot,
@@ -223,7 +223,7 @@ class Screener:
             for n in self.nodes
             if may_overwrite(self.gm, n)
             and not {n.name, n.all_input_nodes[0].name} & {*self.wanted, *self.candidates}
-            and (bounds := clipping_bounds(self.modules[n]))
+            and (bounds := clip_bounds(self.modules[n]))
         }
         self.device = device_of(self.gm)
         self.changes: dict[fx.Node, tuple[Tensor, Tensor | None]] = {}

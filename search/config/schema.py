@@ -45,15 +45,22 @@ class CalibrationConfig(Section):
     method: Literal["minmax", "percentile", "mse"] = "minmax"
 
 
+MOST_MACS, BELOW = 1.15, 0.9  # by default; of a largest cost under 1, how low the front goes
+
+
 class SearchConfig(Section):
     """What is searched, and for how long.
 
     Attributes:
         trials: How many plans are tried.
-        max_macs: Largest cost, as a ratio to the original: 1.15 allows 15 % more.
+        macs: Costs to cover, as ratios to the original: below 1, channels may be taken away.
+        resolution: ``fixed``: images are not made smaller to save compute.
+        max_macs: Largest cost alone: 1.15 allows 15 % more. Default: that of `macs`, or 1.15.
         max_params: Most parameters, as a ratio to the original.
         max_weight_bytes: Largest size of the stored weights, in bytes.
         max_float_layers: Most layers that may stay in float.
+        min_int8_share: Least share of the MACs that the file should compute on int8 kernels; a run whose
+            files compute less warns and says which layers run in float.
         max_float_islands: Most connected groups of such layers.
         max_latency_ms: Longest time for one input, in ONNX Runtime on the machine that searches.
         max_drop: Largest loss against the float model, in points of the metric; for ``fix``.
@@ -77,10 +84,13 @@ class SearchConfig(Section):
     """
 
     trials: int = Field(default=100, ge=1)
-    max_macs: float = Field(default=1.15, gt=0, le=100)
+    macs: tuple[float, float] | None = None
+    resolution: Literal["free", "fixed"] = "free"
+    max_macs: float | None = Field(default=None, gt=0, le=100)
     max_params: float | None = Field(default=None, gt=0, le=100)
     max_weight_bytes: int | None = Field(default=None, ge=1)
     max_float_layers: int | None = Field(default=None, ge=0)
+    min_int8_share: float = Field(default=0.95, ge=0, le=1)
     max_float_islands: int | None = Field(default=None, ge=0)
     max_latency_ms: float | None = Field(default=None, gt=0)
     max_drop: float | None = Field(default=None, ge=0, le=100)
@@ -97,6 +107,25 @@ class SearchConfig(Section):
     workers: int = Field(default=1, ge=1, le=64)
     worker_cpus: int = Field(default=1, ge=1)
     worker_gpus: float = Field(default=0.0, ge=0)
+
+    @field_validator("macs")
+    @classmethod
+    def _rising(cls, value: tuple[float, float] | None) -> tuple[float, float] | None:
+        if value is not None and not 0 < value[0] <= value[1] <= 100:
+            raise ValueError(f"two ratios from small to large, such as [0.7, 1.15]: {list(value)}")
+        return value
+
+    @property
+    def most_macs(self) -> float:
+        """Largest cost of a plan, as a ratio to the original."""
+        return self.max_macs or (MOST_MACS if self.macs is None else self.macs[1])
+
+    @property
+    def least_macs(self) -> float:
+        """Smallest cost that the front has to cover: 1 where nothing is to be saved."""
+        if self.macs:
+            return min(self.macs[0], self.most_macs)
+        return 1.0 if self.most_macs >= 1 else self.most_macs * BELOW
 
 
 class FinetuneConfig(Section):
