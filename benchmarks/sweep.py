@@ -28,7 +28,7 @@ from torch.utils import _pytree as pytree
 
 from rewriter import profile, quantize, simulate, target, trace
 from rewriter.graph import layers
-from rewriter.int8.onnx import Session, opened, to_onnx
+from rewriter.int8.onnx import opened, to_onnx
 
 FIELDS = (
     *("network", "parameters", "input", "stage", "layers", "opaque"),
@@ -86,7 +86,7 @@ def measured(name: str, row: dict[str, Any]) -> None:
     row["stage"] = "emit"
     file = to_onnx(quantized)
     row["stage"] = "session"
-    session = Session(file, threads=1)
+    session, seen = opened(quantized, file, threads=1)
     row["stage"] = "run"
     one, three = session.run(x[:1]), session.run(x[1:4])
     row["stage"] = "agreement"
@@ -95,8 +95,6 @@ def measured(name: str, row: dict[str, Any]) -> None:
         row["int8_to_float_db"] = round(decibels(outputs(gm(x[1:4])), outputs(three)), 1)
     row["file_to_simulation_db"] = round(decibels(simulated, outputs(three)), 1)
     assert all(a.shape[1:] == b.shape[1:] or len(a) != 1 for a, b in zip(one, three, strict=True))
-    row["stage"] = "share"
-    seen = opened(quantized, file, threads=1)
     row["int8_share"] = round(seen.int8_share, 4)
     row["float_ops"] = " ".join(f"{kind}:{n}" for kind, n in sorted(seen.float_ops.items()))
     row["float_layers"] = len(seen.float_layers)
