@@ -64,7 +64,7 @@ class Network:
     data: Data
     task: Task
     calibration: tuple[Tensor, ...]
-    file: ReadBack
+    file: ReadBack  # what the file of plain int8 does
 
 
 @dataclass(frozen=True)
@@ -132,14 +132,15 @@ def load_network(cfg: Config, progress: Progress = silent) -> Network:
         facts.FIDELITY.put(gm, measure_fidelity(gm, found, said, goal.purpose))
     except MeaningError as error:
         raise ConfigError(f"{cfg.path.name}: {error}") from error
-    return Network(cfg, gm, data, goal, tuple(found), trial(gm, scheme, found, engine_of(cfg)))
+    file = trial(gm, target(cfg.target), found, engine_of(cfg))
+    return Network(cfg, gm, data, goal, tuple(found), file)
 
 
 def engine_of(cfg: Config) -> Engine:
-    """What scores the candidates of a run.
+    """What runs int8 candidates: the config's engine, by default the target's.
 
     Raises:
-        ConfigError: none of the engines asked for can run here.
+        ConfigError: it cannot run here, or not for this target.
     """
     try:
         return scoring_engine(cfg.target, cfg.engines)

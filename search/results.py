@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from math import inf, isfinite
@@ -214,8 +215,14 @@ class Results:
             "hypervolume_reference": list(corner),
             "plans_scored": len(self.scores),
             "plans_failed": sum(s.error is not None for s in self.scores),
+            "failures": self.failures(),
             "plans_stopped": sum(s.stopped for s in self.scores),
         }
+
+    def failures(self) -> dict[str, int]:
+        """How many plans failed, by the kind of what went wrong, most frequent first."""
+        kinds = Counter(s.error_kind or "unknown" for s in self.scores if s.error is not None)
+        return dict(kinds.most_common())
 
     def overtaken(self) -> list[Score]:
         """Plans that were on the front on the images that chose, but are not on all images."""

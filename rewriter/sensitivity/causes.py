@@ -30,7 +30,7 @@ THRESHOLDS: dict[str, float] = {
     "weight_channel_spread": 3.0,
     "weight_outliers": 4.0,
     "dead_channels": 2.0,
-    "bias_overflow": float(2**30),
+    "bias_overflow": float(2**31),  # the weight scale is then twice as coarse as it need be
     "activation_channel_spread": 3.0,
     "activation_outliers": 0.5,
     "shared_range": 2.5,

@@ -10,7 +10,6 @@ import typer
 
 from rewriter import Plan, RewriteError, cost, find_sites
 from rewriter.damage import fidelity_of
-from rewriter.graph import facts
 from search.cli.console import err, out, progress, say
 from search.cli.finetune_commands import as_trained, train_chosen, with_training
 from search.cli.options import Plans
@@ -71,7 +70,7 @@ def check(config: Path, quiet: bool = False) -> None:
 
 def _file_facts(cfg: Config, network: Network) -> list[tuple[str, str]]:
     """What the file of plain int8 computes in int8, and what not."""
-    done, engine = network.file, engine_of(cfg)
+    engine, done = engine_of(cfg), network.file
     share, wanted = done.int8_share, cfg.search.min_int8_share
     facts = [("int8", f"{share:.1%} of the MACs in int8 kernels ({engine.name})")]
     reasons = {layer.layer: layer.reason for layer in done.float_layers}

@@ -166,7 +166,7 @@ class RewriteEvaluator:
             late = self.limit_s if isinstance(cause, LateError) else None
             macs = cost(self.gm).macs
             known = self._unscored(plan, macs, late)
-            lost = [(score, None) for score in failed(known, cause, parts)]
+            lost = [(score, None) for score in failed(known, cause, parts, self.records.folder)]
             return lost if method == "measure_whole" else lost[0]
 
     def _lacking(self, score: Score) -> bool:
@@ -197,7 +197,10 @@ class RewriteEvaluator:
                 return [_finished(*stopped, start)]
             in_float = self._in_float(plan, gm, parts[-1][1])
         except CandidateError as failure:
-            return [_finished(s, None, start) for s in failed(known, failure.cause, parts)]
+            return [
+                _finished(s, None, start)
+                for s in failed(known, failure.cause, parts, self.records.folder)
+            ]
         found: list[tuple[Score, Samples | None]] = []
         for first, last in parts:
             score, samples = self.measured.compare([o[first:last] for o in outputs], (first, last))
