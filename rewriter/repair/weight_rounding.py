@@ -24,8 +24,13 @@ DAMPING = 0.1
 # Numbers that are unfolded for one layer, all inputs together, and the fewest positions taken of one input.
 UNFOLDED = 2**21
 LEAST_POSITIONS = 8
+# Positions for each weight of a filter, and for any filter, beyond which more of them change nothing.
+FOR_EACH_WEIGHT = 64
+FOR_ANY_FILTER = 2**11
 # Columns that are rounded before their errors are passed on to all others in one product.
 BLOCK = 64
+# Sweeps of coordinate descent; a second and third change few weights, and the outputs not at all.
+SWEEPS = 1
 # Candidates for the ridge, as shares of the mean diagonal of H.
 RIDGES = (0.03, 0.1, 0.3, 1.0, 3.0, 10.0)
 # Candidates for the scale, as shares of the one that holds every weight.
@@ -128,7 +133,7 @@ class _Ridge:
 
     def change(self, share: float) -> Tensor:
         """(G, O, K) what is added to the weights, with a share of the mean diagonal as the ridge."""
-        factor = torch.linalg.cholesky(_ridge(self.hessian, share))
+        factor = _factor(_ridge(self.hessian, share))
         return torch.cholesky_solve(self.wanted.transpose(1, 2), factor).transpose(1, 2)
 
     def added(self, change: Tensor) -> float:
@@ -146,6 +151,20 @@ def _ridge(hessian: Tensor, share: float) -> Tensor:
     return ridged
 
 
+def _factor(h: Tensor) -> Tensor:
+    """Cholesky factor of H, which becomes a multiple of the identity where float32 holds it for indefinite.
+
+    It may so hold that of a channel that never varies. Edits H.
+    """
+    factor, info = torch.linalg.cholesky_ex(h)
+    bad = info > 0
+    if bool(bad.any()):
+        level = h[bad].diagonal(dim1=1, dim2=2).abs().mean(1).clamp_min(1e-12).view(-1, 1, 1)
+        h[bad] = torch.eye(h.shape[1]).to(h) * level
+        factor[bad] = torch.eye(h.shape[1]).to(h) * level.sqrt()
+    return factor
+
+
 def round_weights(
     weight: Tensor,
     scale: Tensor,
@@ -153,7 +172,7 @@ def round_weights(
     qmin: int,
     qmax: int,
     damping: float = DAMPING,
-    sweeps: int = 3,
+    sweeps: int = SWEEPS,
 ) -> Tensor:
     """Integers Q with the least tr((Q scale - W) H (Q scale - W)^T) found.
 
@@ -204,7 +223,7 @@ def _one_pass(w: Tensor, h: Tensor, qmin: int, qmax: int) -> Tensor:
 
     The loop over columns is in numpy, whose calls on small arrays cost a fifth of torch's; products of blocks are torch's.
     """
-    inverse = torch.cholesky_inverse(torch.linalg.cholesky(h))
+    inverse = torch.cholesky_inverse(_factor(h))
     upper = torch.linalg.cholesky(inverse, upper=True)  # (G, K, K)
     rows = upper.permute(1, 2, 0).unsqueeze(3).contiguous().numpy()  # (K, K, G, 1)
     left, count = _columns(w), w.shape[2]
@@ -311,7 +330,8 @@ def patches(
         return [x.flatten(0, -2).T.unsqueeze(0) for x in inputs]
     assert isinstance(layer, (nn.Conv1d, nn.Conv2d))
     taps = layer.in_channels * math.prod(layer.kernel_size)
-    wanted = max(LEAST_POSITIONS, UNFOLDED // (taps * samples))
+    enough = max(FOR_ANY_FILTER, FOR_EACH_WEIGHT * taps // layer.groups)
+    wanted = max(LEAST_POSITIONS, min(enough, UNFOLDED // taps) // samples)
     zeros = layer.padding_mode == "zeros"
     index = _positions(layer, inputs[0], wanted, seed)  # (S, taps) into the padded image
     index, inside = _without_padding(layer, inputs[0], index) if zeros else (index, None)
@@ -332,7 +352,8 @@ def _as_columns(taken: Tensor) -> Tensor:
     n, s, taps, groups, channels = taken.shape
     if groups == 1 and taps == 1:
         return taken.view(n * s, channels).T.unsqueeze(0)
-    return taken.permute(3, 4, 2, 0, 1).reshape(groups, channels * taps, n * s)
+    # contiguous: products of a view with such strides would copy each group by itself
+    return taken.permute(3, 4, 2, 0, 1).reshape(groups, channels * taps, n * s).contiguous()
 
 
 def _without_padding(
