@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from rewriter.errors import QuantizeError
+from rewriter.graph.ops import CLIP_TYPES, fused_on
 
 # The smallest scale: keeps a dead tensor from dividing by zero, far below any range that occurs.
 TINY = 1e-12
@@ -95,7 +96,6 @@ class QuantScheme:
         fuses: activation modules that the target's kernels compute inside the operation before
             them, so that no int8 value exists between the two.
         shared_at: operations whose inputs and output must have one range ("cat", "add", "pool").
-        engine: which engine scores a candidate by default.
     """
 
     name: str
@@ -104,7 +104,6 @@ class QuantScheme:
     activations: QuantSpec
     fuses: frozenset[type[nn.Module]]
     shared_at: frozenset[str] = field(default_factory=frozenset)
-    engine: str = "onnxruntime"
     # Not in repr: what was stored under the identity of a target without it keeps its name.
     wide: QuantSpec | None = field(default=None, repr=False)
 
@@ -120,48 +119,38 @@ class QuantScheme:
 # What saturation of the int8 output can carry out by itself. ONNX Runtime's kernels absorb only
 # these: a convolution with another activation behind it and no int8 value in between would run in
 # float, slower than the float network.
-CLIPS = frozenset({nn.ReLU, nn.ReLU6, nn.Hardtanh})
-_POINTWISE = CLIPS | {
-    nn.LeakyReLU,
-    nn.PReLU,
-    nn.SiLU,
-    nn.Hardswish,
-    nn.Sigmoid,
-    nn.Tanh,
-    nn.GELU,
-    nn.ELU,
-    nn.Mish,
-    nn.Hardsigmoid,
-}
+CLIPS = frozenset(CLIP_TYPES)
 _PER_CHANNEL = QuantSpec(symmetric=True, signed=True, ch_axis=0)
 _PER_TENSOR = QuantSpec(symmetric=True, signed=True)
 _UINT8 = QuantSpec()
 
-_ONNXRUNTIME = QuantScheme("onnxruntime", _PER_CHANNEL, _PER_TENSOR, _UINT8, fuses=CLIPS)
+_ONNXRUNTIME = QuantScheme(
+    "onnxruntime", _PER_CHANNEL, _PER_TENSOR, _UINT8, fused_on("onnxruntime")
+)
 TARGETS: dict[str, QuantScheme] = {
     s.name: s
     for s in (
         _ONNXRUNTIME,
+        # the same file on another runtime
+        replace(_ONNXRUNTIME, name="openvino"),
         replace(_ONNXRUNTIME, name="per_tensor", weights=_PER_TENSOR),
         replace(
             _ONNXRUNTIME,
             name="tensorrt",
             linear_weights=_PER_CHANNEL,
             activations=QuantSpec(symmetric=True, signed=True),
-            fuses=frozenset(_POINTWISE),
-            engine="simulate",
+            fuses=fused_on("tensorrt"),
         ),
         replace(
             _ONNXRUNTIME,
             name="tflite",
             activations=QuantSpec(signed=True),
-            fuses=CLIPS,
+            fuses=fused_on("tflite"),
             shared_at=frozenset({"cat", "pool"}),
-            engine="simulate",
         ),
         # as onnxruntime.quantization's get_qnn_qdq_config has it: uint8 values, single ones in
         # uint16 by tensor_quant_overrides, and no linear layer with a scale per channel
-        replace(_ONNXRUNTIME, name="qnn", wide=QuantSpec(bits=16), engine="simulate"),
+        replace(_ONNXRUNTIME, name="qnn", wide=QuantSpec(bits=16)),
     )
 }
 

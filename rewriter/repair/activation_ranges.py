@@ -1,6 +1,7 @@
 """Ranges with the least predicted damage: rounding inside the range against what is cut off.
 
-For each value and each candidate range, the error d = Q(x) - x is made on the float values and weighed by the gradients g of the answers:
+Each range is first cut to what its readers can tell (``rewriter.repair.useful_ranges``). Then, for each value and each
+candidate range, the error d = Q(x) - x is made on the float values and weighed by the gradients g of the outputs:
 damage ~ 1/2 E[(sum g d)^2]. Unlike a mean square error it knows which outliers carry the answer, and that what is
 clipped adds up over positions where rounding errors cancel. As d depends on x alone, the gradients of a large value are first added up over
 bins of x, much narrower than a step of int8; all candidates are then compared on the bins.
@@ -14,14 +15,16 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 import torch
-from torch import Tensor, fx, nn
-from torch.nn import functional
+from torch import Tensor, fx
 
 from rewriter.damage.fisher import gradients
+from rewriter.damage.grouping import fidelity_of
 from rewriter.graph.lookup import is_call, layers
+from rewriter.graph.ops import modules_by_call, types
 from rewriter.int8.annotate import annotation, moves_values
 from rewriter.int8.scheme import TINY, QuantSpec, fake_quantize
 from rewriter.int8.simulate import Quantized
+from rewriter.repair.useful_ranges import cut_to_useful
 
 # Inputs that are looked at (twice as many choose no better), and how many in one backward pass.
 INPUTS = 24
@@ -34,15 +37,8 @@ FEW = 2**10
 # Candidates for the ends of a range, as shares of what was seen.
 SHARES = (1.0, 0.93, 0.86, 0.78, 0.7, 0.6, 0.5, 0.4, 0.3)
 # Ends of a network that turn logits into scores.
-SQUASHES = (nn.Sigmoid, nn.Softmax, nn.LogSoftmax, nn.LogSigmoid, nn.Tanh)
-SQUASHING = (
-    torch.softmax,
-    functional.softmax,
-    torch.log_softmax,
-    functional.log_softmax,
-    "softmax",
-    "log_softmax",
-)
+SQUASHES = types(lambda row: row.squashes)
+SQUASHING = tuple(call for call, kind in modules_by_call().items() if kind in SQUASHES)
 # A range must take away this share of the predicted damage of min-max, and this much more than chance could do.
 LEAST_GAIN = 0.1
 
@@ -58,12 +54,14 @@ def least_damage_ranges(
         seed: of the random projections.
     """
     generator = torch.Generator().manual_seed(seed)
+    fidelity = fidelity_of(quantized.gm, batches)
+    quantized = cut_to_useful(quantized, batches)
     ranges = quantized.calibration.values
     ranked = _ranked(quantized.gm)
     damages: dict[str, Tensor] = {}
     tables: dict[str, _Candidates] = {}
     for inputs in _parts(batches):
-        values, slopes = gradients(quantized.gm, inputs, generator)
+        values, slopes = gradients(quantized.gm, inputs, generator, fidelity)
         for node, g in slopes.items():
             note = annotation(node)
             if note.output is None or moves_values(quantized.gm, node) or node in ranked:

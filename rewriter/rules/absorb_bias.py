@@ -1,12 +1,18 @@
-"""Move what a channel never falls below into the biases after it.
+"""Move the constant that a channel never falls below into the biases after it.
 
-Before: y = W2 relu(W1 x + b1) + b2          After: y = W2 relu(W1 x + b1 - c) + (b2 + W2 c)          c (C,) >= 0
+Before: y = W2 relu(W1 x + b1) + b2
+After:  y = W2 relu(W1 x + b1 - c) + (b2 + W2 c)     c (C,) >= 0
 
-    relu(z - c) + c = relu(z)   for z >= c: exact as long as no value falls below c
+    relu(z - c) + c = relu(z)   for z >= c
 
-c is 90 % of the smallest value that a channel takes on the calibration inputs, where that is positive. The readers must multiply
-every position alike: with zero padding in a k x k reader the constant would be missing at the border. No MACs.
-Why: a constant that all values of a channel share takes up range and carries nothing; scaling channels up makes it worse.
+c is 90 % of the smallest value that a channel takes on the calibration inputs, where that is
+positive. The layers that read the value must multiply every position alike: with zero padding, a
+k x k layer would miss the constant at the border, so such places are refused.
+
+Why: a constant that all values of a channel share takes up range and carries no information, and
+    equalization, which scales channels up, makes it larger.
+Exact: on the calibration inputs; an input on which a channel falls below c would differ.
+Cost: none.
 Source: high-bias absorption, Nagel et al., 2019 (arXiv:1906.04721), section 4.1.3.
 """
 
@@ -18,11 +24,12 @@ import torch
 from torch import Tensor, fx, nn
 
 from rewriter.graph.lookup import is_call, module_of
+from rewriter.graph.ops import clip_bounds, types
 from rewriter.rules._model_rule import WholeModelRule
 from rewriter.rules._rule import Contract, Site
 
 SHARE = 0.9
-_LINEAR_ABOVE_ZERO = (nn.ReLU, nn.LeakyReLU, nn.PReLU, nn.ReLU6, nn.Hardtanh)
+_LINEAR_ABOVE_ZERO = types(lambda row: row.pointwise and (row.homogeneous or row.clips))
 
 
 class AbsorbBias(WholeModelRule):
@@ -63,10 +70,9 @@ def _places(gm: fx.GraphModule) -> list[tuple[fx.Node, Tensor]]:
             continue
         low, high = (r.double() for r in maker.meta["channel_range"])
         constant = SHARE * low.clamp_min(0)
-        if isinstance(act, nn.Hardtanh):  # ReLU6 too: below the cap it is linear
-            constant = (
-                torch.where(high < act.max_val, constant, 0) if act.min_val == 0 else 0 * low
-            )
+        bounds = clip_bounds(act)
+        if bounds is not None:  # below the cap it is linear
+            constant = torch.where(high < bounds[1], constant, 0) if bounds[0] == 0 else 0 * low
         if bool((constant > 0).any()):
             found.append((node, constant))
     return found

@@ -1,21 +1,27 @@
 """ReLU6 -> ReLU wherever its cap is never reached.
 
-Before: y = min(max(x, 0), 6)          After: y = max(x, 0)          the same as long as x stays below 6
+Before: y = min(max(x, 0), 6)
+After:  y = max(x, 0)
 
-Exact on the calibration inputs, where at least 10 % are left below the cap; an input that goes further than all of them
-would differ. No MACs.
-Why: without a cap the channels can be scaled freely (``equalize``), and no runtime has to carry a clip out.
-Source: Nagel et al., 2019 (arXiv:1906.04721), section 5.1.1, where all of them are replaced.
+The largest value on the calibration inputs must leave at least 10 % below the cap.
+
+Why: without a cap the channels can be scaled freely (``equalize``), and no runtime has to carry
+    the clip out.
+Exact: on the calibration inputs; an input that reaches the cap would differ.
+Cost: none.
+Source: Nagel et al., 2019 (arXiv:1906.04721), section 5.1.1, where every ReLU6 is replaced.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from typing import ClassVar
 
 from torch import fx, nn
 
-from rewriter.graph.lookup import is_call, module_of
+from rewriter.graph.lookup import module_of
+from rewriter.graph.ops import clip_bounds
 from rewriter.rules._model_rule import WholeModelRule
 from rewriter.rules._rule import Contract, Site, mark
 
@@ -47,7 +53,8 @@ class ReplaceRelu6(WholeModelRule):
 
 def _capped(gm: fx.GraphModule) -> Iterator[fx.Node]:
     for node in gm.graph.nodes:
-        if is_call(gm, node, nn.ReLU6, nn.Hardtanh) and module_of(gm, node).min_val == 0:
+        bounds = clip_bounds(module_of(gm, node)) if node.op == "call_module" else None
+        if bounds is not None and bounds[0] == 0 and bounds[1] < math.inf:
             yield node
 
 

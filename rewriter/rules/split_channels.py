@@ -1,14 +1,18 @@
 """Outlier channels -> two channels of half the size each.
 
-Before: channel c in [-a, a]          After: c and its copy, both in [-a / 2, a / 2]
+Before: channel c in [-a, a]
+After:  c and its copy, both in [-a / 2, a / 2]
 
-    w x = w (x / 2) + w (x / 2)        exact; MACs grow by the share of channels that are copied
+    w x = w (x / 2) + w (x / 2)
 
-Why: where one or a few channels stretch the range of a value, the halved channels let all others
-have twice the levels, in one tensor and without another kernel call. The halves must pass what
-stands between: only f(x / 2) = f(x) / 2 (ReLU, LeakyReLU, PReLU), and every reader must be a
-convolution or linear layer.
-Source: Zhao et al., 2019, outlier channel splitting (arXiv:1901.09504).
+The halves must pass what stands between: only f(x / 2) = f(x) / 2 (ReLU, LeakyReLU, PReLU), and
+every reader must be a convolution or a linear layer.
+
+Why: where one or a few channels stretch the range of a value, halving them gives all others twice
+    the levels, in one tensor and without another kernel call.
+Exact: yes.
+Cost: MACs and weights grow by the share of channels that are copied.
+Source: outlier channel splitting, Zhao et al., 2019 (arXiv:1901.09504).
 """
 
 from __future__ import annotations
@@ -21,23 +25,13 @@ from torch import Tensor, fx, nn
 
 from rewriter.graph.channel_ranges import width
 from rewriter.graph.lookup import find, is_call, module_of
+from rewriter.graph.ops import types
 from rewriter.rules._component import ComponentRule
 from rewriter.rules._rule import Contract, Site
 from rewriter.surgery.channel_component import Component, component_of, int8_values, is_dense
 from rewriter.surgery.split_component import split_component
 
-_HOMOGENEOUS = (
-    nn.Conv2d,
-    nn.ReLU,
-    nn.LeakyReLU,
-    nn.PReLU,
-    nn.MaxPool2d,
-    nn.AvgPool2d,
-    nn.AdaptiveAvgPool2d,
-    nn.AdaptiveMaxPool2d,
-    nn.ZeroPad2d,
-    nn.Upsample,
-)
+_HOMOGENEOUS = (nn.Conv2d, *types(lambda row: row.homogeneous))
 # More copies than this share of the channels cost more than they bring.
 LARGEST_SHARE = 1 / 8
 

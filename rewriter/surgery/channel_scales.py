@@ -16,17 +16,13 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
+from rewriter.graph.axes import channel_axes
+from rewriter.graph.channel_ranges import range_of
 from rewriter.graph.lookup import is_call, layer_name, module_of
+from rewriter.graph.ops import clip_bounds, types
 
-HOMOGENEOUS = (nn.ReLU, nn.LeakyReLU, nn.PReLU)
-_CHANNELWISE = (
-    nn.MaxPool2d,
-    nn.AvgPool2d,
-    nn.AdaptiveAvgPool2d,
-    nn.AdaptiveMaxPool2d,
-    nn.ZeroPad2d,
-    nn.Upsample,
-)
+HOMOGENEOUS = types(lambda row: row.pointwise and row.homogeneous)
+_CHANNELWISE = types(lambda row: row.channelwise and row.homogeneous)
 
 
 @dataclass
@@ -102,21 +98,13 @@ def scale_variables(gm: fx.GraphModule) -> Channels:
     roots = [union.root(i) for i in range(len(union.parent))]
     kept = {r: k for k, r in enumerate(dict.fromkeys(roots))}
     found.fixed = torch.tensor([union.fixed[r] for r in kept], dtype=torch.bool)
-    sequences = _sequences(gm)
+    axes = channel_axes(gm)
     found.of = {
         n.name: torch.tensor([kept[roots[i]] for i in v])
         for n, v in of.items()
-        if v and n not in sequences
+        if v and axes.get(n) == 1  # in a sequence dimension 1 holds no channels
     }
-    return found
-
-
-def _sequences(gm: fx.GraphModule) -> set[fx.Node]:
-    """What linear layers read and make whose features are the last dimension, and not dimension 1: it has no channels."""
-    found: set[fx.Node] = set()
-    for node in gm.graph.nodes:
-        if is_call(gm, node, nn.Linear) and len(node.meta["shape"]) != 2:
-            found |= {node, *node.all_input_nodes}
+    found.caps = {name: cap for name, cap in found.caps.items() if name in found.of}
     return found
 
 
@@ -150,11 +138,11 @@ def _through(
         return None
     if is_call(gm, node, *HOMOGENEOUS, *_CHANNELWISE):
         return read[0] if _keeps_axis(node) else None
-    if is_call(gm, node, nn.ReLU6, nn.Hardtanh):
-        m = module_of(gm, node)
-        if m.min_val != 0.0:
+    bounds = clip_bounds(module_of(gm, node)) if node.op == "call_module" else None
+    if bounds is not None:
+        if bounds[0] != 0.0:
             return None
-        found.caps[node.name] = float(m.max_val)
+        found.caps[node.name] = bounds[1]
         return read[0]
     if node.op != "call_function":
         return None
@@ -269,8 +257,9 @@ def _rescale_layer(layer: Any, made: Tensor, read: Tensor | None) -> None:
 
 def _rescale_meta(node: fx.Node, made: Tensor, read: Tensor | None) -> None:
     """What is known of the value is true of the scaled one too."""
-    if "channel_range" in node.meta:
-        low, high = node.meta["channel_range"]
+    seen = range_of(node, len(made))
+    if seen is not None:
+        low, high = seen
         node.meta["channel_range"] = (low * made.to(low), high * made.to(high))
     known = node.meta.get("influence")
     if known is not None and known.shape == made.shape:
