@@ -30,11 +30,11 @@ from rewriter.int8.scheme import (
     fake_quantize,
 )
 from rewriter.int8.simulate import Quantized
+from rewriter.repair.layer_patches import patches
 from rewriter.repair.weight_rounding import (
     DAMPING,
     MomentSums,
     best_scale,
-    patches,
     reproducing,
     round_weights,
 )
