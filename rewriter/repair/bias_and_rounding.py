@@ -61,7 +61,7 @@ def refine(
     gm = copy_graph(quantized.gm)
     scales = dict(quantized.calibration.weights)
     result = replace(quantized, gm=gm, calibration=replace(quantized.calibration, weights=scales))
-    inputs = _affordable(quantized.gm, batches)
+    inputs = _in_two(_affordable(quantized.gm, batches))
     last = last_uses(quantized.gm)
     exact, rounded = _Side(quantized, inputs, _inside), _Side(result, inputs, _rounded)
     with torch.no_grad():
@@ -167,6 +167,14 @@ def _affordable(
     return chosen
 
 
+def _in_two(batches: list[tuple[Tensor, ...]]) -> list[tuple[Tensor, ...]]:
+    """The same inputs in an even number of batches, each second of which judges what the others were fitted to; in two if they can be."""
+    if len({tuple(x.shape[1:] for x in batch) for batch in batches}) == 1:
+        batches = [tuple(torch.cat(parts) for parts in zip(*batches, strict=True))]
+    halves = [zip(*(x.tensor_split(2) for x in batch), strict=True) for batch in batches]
+    return [half for two in halves for half in two if len(half[0])]
+
+
 def _size(node: fx.Node) -> int:
     shape = node.meta.get("shape")
     if node.op == "get_attr" or not isinstance(shape, tuple):
@@ -258,12 +266,9 @@ def _round(
     """Give the layer weights that lie on an int8 grid and reproduce the float output; edits the layer and its scale."""
     sums = MomentSums()
     inputs = sum(len(x) for x in exact)
-    for i, (x, y) in enumerate(zip(exact, rounded, strict=True)):
-        middle = (len(x) + 1) // 2
-        for half, part in enumerate(((x[:middle], y[:middle]), (x[middle:], y[middle:]))):
-            if len(part[0]):
-                seen, found = patches(layer, part, inputs, seed=2 * i + half)
-                sums.add(seen, found, half)
+    for i, part in enumerate(zip(exact, rounded, strict=True)):
+        seen, found = patches(layer, part, inputs, seed=i)
+        sums.add(seen, found, half=i % 2)
     moments = sums.moments()
     groups = getattr(layer, "groups", 1)
     flat = layer.weight.detach().double().flatten(1)

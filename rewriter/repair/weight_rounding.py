@@ -47,7 +47,7 @@ class Moments:
 
 
 class MomentSums:
-    """Accumulates ``Moments`` in two halves: products in float32 about the first batch's mean, sums in float64."""
+    """Accumulates ``Moments`` in two halves, about the first batch's mean: so they stay precise in the inputs' own type."""
 
     def __init__(self) -> None:
         self.centre: tuple[Tensor, Tensor] | None = None
@@ -61,11 +61,7 @@ class MomentSums:
         x, y = exact - self.centre[0], rounded - self.centre[1]
         new = [y @ y.transpose(1, 2), x @ y.transpose(1, 2), x.sum(2), y.sum(2)]
         old = self.sums[half]
-        self.sums[half] = (
-            [a.add_(b) for a, b in zip(old, new, strict=True)]
-            if old
-            else [v.double() for v in new]
-        )
+        self.sums[half] = [a.add_(b) for a, b in zip(old, new, strict=True)] if old else new
         self.places[half] += x.shape[2]
 
     def moments(self) -> Moments:
@@ -98,7 +94,7 @@ def reproducing(weight: Tensor, sums: MomentSums) -> Tensor:
         weight: (G, O, K).
         sums: moments of its inputs.
     """
-    weight, halves = weight.double(), sums.halves()
+    halves = sums.halves()
     if not halves or min(h.places for h in halves) < weight.shape[2]:
         return weight  # fewer equations than unknowns
     problems = [_Ridge(weight, fitted) for fitted in halves]
@@ -113,7 +109,7 @@ def reproducing(weight: Tensor, sums: MomentSums) -> Tensor:
         least, best = errors, share
     if least is None or max(least) >= 0:
         return weight
-    return weight + _Ridge(weight, sums.moments()).change(best).double()
+    return weight + _Ridge(weight, sums.moments()).change(best)
 
 
 class _Ridge:
@@ -121,7 +117,7 @@ class _Ridge:
 
     def __init__(self, weight: Tensor, moments: Moments) -> None:
         self.hessian = moments.hessian.float()
-        self.wanted = (weight @ (moments.cross - moments.hessian)).float()
+        self.wanted = weight.float() @ (moments.cross - moments.hessian).float()
 
     def change(self, share: float) -> Tensor:
         """(G, O, K) what is added to the weights, with a share of the mean diagonal as the ridge."""
