@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -56,6 +56,16 @@ _MOVING_FUNCTIONS = (
     torch.unsqueeze,
 )
 _POOLS = (nn.AvgPool2d, nn.AdaptiveAvgPool2d)
+# Operations that a target's kernels may limit, by the name that its scheme calls them.
+OPERATIONS: dict[Any, str] = {
+    nn.Sigmoid: "sigmoid",
+    nn.Hardsigmoid: "hardsigmoid",
+    nn.Tanh: "tanh",
+    nn.Softmax: "softmax",
+    torch.softmax: "softmax",
+    torch.nn.functional.softmax: "softmax",
+    torch.nn.functional.normalize: "l2_norm",
+}
 # Behind a layer whose value has 16 bits their own has 8: it spans [-1, 1] at most, and QNN fixes the
 # scale of their 16-bit form.
 _BOUNDED = (nn.Sigmoid, nn.Tanh, nn.Hardsigmoid)
@@ -70,12 +80,16 @@ class Annotation:
         output: how the value this node makes is stored; None: no int8 form of it exists.
         reads: names of the argument nodes that this node reads in int8.
         range_of: name of the value that owns the range; the same for all that share it.
+        inner: scale and zero point of the int8 value inside an activation of two kernels; None: it has none.
+        float_bias: whether the layer adds its bias in float.
     """
 
     weight: QuantSpec | None = None
     output: QuantSpec | None = None
     reads: tuple[str, ...] = ()
     range_of: str = ""
+    inner: tuple[float, int] | None = None
+    float_bias: bool = False
 
 
 def annotation(node: fx.Node) -> Annotation:
@@ -101,18 +115,25 @@ def notes_of(gm: fx.GraphModule, scheme: QuantScheme) -> dict[fx.Node, Annotatio
         if node in fused or node.op in ("placeholder", "get_attr"):
             continue
         for value in node.all_input_nodes:
-            if _exists_in_int8(gm, value, node, fused, reads):
+            if _exists_in_int8(gm, value, node, fused, reads, scheme):
                 reads[node].add(value)
     quantized = {value for found in reads.values() for value in found}
-    owner = _owners(gm, quantized, reads, scheme)
+    fixed = {n: _fixed(gm, n, scheme) for n in quantized if reads[n]}
+    owner = _owners(gm, quantized, reads, scheme, {n: f for n, f in fixed.items() if f})
     # all that share a range are stored alike
     wide = {owner[n] for n in quantized if _is_wide(gm, n)} if scheme.wide is not None else set()
     return {
         node: Annotation(
             weight=_weight_spec(gm, node, scheme),
-            output=_output_spec(scheme, owner[node] in wide) if node in quantized else None,
+            output=_output_spec(scheme, owner[node] in wide, fixed.get(owner[node]))
+            if node in quantized
+            else None,
             reads=tuple(n.name for n in node.all_input_nodes if n in reads[node]),
             range_of=owner[node].name if node in quantized else "",
+            inner=scheme.fixed("sigmoid")
+            if reads[node] and is_call(gm, node, *scheme.inner_values)
+            else None,
+            float_bias=scheme.float_bias,
         )
         for node in gm.graph.nodes
     }
@@ -164,24 +185,27 @@ def _exists_in_int8(
     reader: fx.Node,
     fused: set[fx.Node],
     reads: dict[fx.Node, set[fx.Node]],
+    scheme: QuantScheme,
 ) -> bool:
     """Whether ``reader`` reads ``value`` in int8."""
     if not _is_float_tensor(value) or any(user in fused for user in value.users):
         return False
+    if scheme.int8_only and _made_in_int8(gm, value, fused, reads, scheme):
+        return True  # no other form of it exists
     if moves_values(gm, value) and reads[value]:
         return True  # an int8 value that was moved: no other form of it exists
     if reader.op == "output":
-        return _made_in_int8(gm, value, fused, reads)
+        return _made_in_int8(gm, value, fused, reads, scheme)
     kept = bool(reader.meta.get("keep_float"))
     if is_layer(gm, reader):
         return not kept
     if kept:
-        return _made_in_int8(gm, value, fused, reads)
+        return _made_in_int8(gm, value, fused, reads, scheme)
     if moves_values(gm, reader):
         # moving a float is free: what decides is who reads it behind the move
-        made = _made_in_int8(gm, value, fused, reads)
-        return _read_in_int8(gm, reader) or (made and not _read_by_kept_layers(gm, reader))
-    return _is_int8_operation(gm, reader)
+        made = _made_in_int8(gm, value, fused, reads, scheme)
+        return _read_in_int8(gm, reader, scheme) or (made and not _read_by_kept_layers(gm, reader))
+    return _is_int8_operation(gm, reader, scheme)
 
 
 def _is_float_tensor(node: fx.Node) -> bool:
@@ -190,9 +214,24 @@ def _is_float_tensor(node: fx.Node) -> bool:
     return node.meta.get("dtype") is torch.float32
 
 
-def _is_int8_operation(gm: fx.GraphModule, node: fx.Node) -> bool:
+def operation_of(gm: fx.GraphModule, node: fx.Node) -> str:
+    """What a scheme calls an operation; "" where none limits it."""
+    kind: Any = type(module_of(gm, node)) if node.op == "call_module" else node.target
+    return OPERATIONS.get(kind, "") if node.op in ("call_module", "call_function") else ""
+
+
+def _fixed(gm: fx.GraphModule, node: fx.Node, scheme: QuantScheme) -> tuple[float, int] | None:
+    """Scale and zero point that the kernel of an int8 operation prescribes for its output."""
+    if not scheme.fixed_ranges or not _is_int8_operation(gm, node, scheme):
+        return None
+    return scheme.fixed(operation_of(gm, node))
+
+
+def _is_int8_operation(gm: fx.GraphModule, node: fx.Node, scheme: QuantScheme) -> bool:
     if node.meta.get("keep_float"):
         return False
+    if operation_of(gm, node) in scheme.computes:
+        return True
     if node.op == "call_module":
         m = module_of(gm, node)
         return type(m) in _INT8_MODULES or (type(m) is nn.Upsample and m.mode != "nearest")
@@ -203,11 +242,11 @@ def _is_int8_operation(gm: fx.GraphModule, node: fx.Node) -> bool:
     return False
 
 
-def _read_in_int8(gm: fx.GraphModule, moved: fx.Node) -> bool:
+def _read_in_int8(gm: fx.GraphModule, moved: fx.Node, scheme: QuantScheme) -> bool:
     return any(
         (is_layer(gm, user) and not user.meta.get("keep_float"))
-        or _is_int8_operation(gm, user)
-        or (moves_values(gm, user) and _read_in_int8(gm, user))
+        or _is_int8_operation(gm, user, scheme)
+        or (moves_values(gm, user) and _read_in_int8(gm, user, scheme))
         for user in moved.users
     )
 
@@ -222,7 +261,11 @@ def _read_by_kept_layers(gm: fx.GraphModule, moved: fx.Node) -> bool:
 
 
 def _made_in_int8(
-    gm: fx.GraphModule, value: fx.Node, fused: set[fx.Node], reads: dict[fx.Node, set[fx.Node]]
+    gm: fx.GraphModule,
+    value: fx.Node,
+    fused: set[fx.Node],
+    reads: dict[fx.Node, set[fx.Node]],
+    scheme: QuantScheme,
 ) -> bool:
     """Whether the operation that makes ``value`` writes int8."""
     maker = value.args[0] if value in fused else value
@@ -233,7 +276,7 @@ def _made_in_int8(
         return True
     if moves_values(gm, maker):
         return bool(reads[maker])
-    return _is_int8_operation(gm, maker)
+    return _is_int8_operation(gm, maker, scheme)
 
 
 def _weight_spec(gm: fx.GraphModule, node: fx.Node, scheme: QuantScheme) -> QuantSpec | None:
@@ -242,8 +285,12 @@ def _weight_spec(gm: fx.GraphModule, node: fx.Node, scheme: QuantScheme) -> Quan
     return scheme.linear_weights if is_call(gm, node, nn.Linear) else scheme.weights
 
 
-def _output_spec(scheme: QuantScheme, wide: bool) -> QuantSpec:
-    return scheme.wide if wide and scheme.wide is not None else scheme.activations
+def _output_spec(
+    scheme: QuantScheme, wide: bool, fixed: tuple[float, int] | None = None
+) -> QuantSpec:
+    if wide and scheme.wide is not None:
+        return scheme.wide
+    return scheme.activations if fixed is None else replace(scheme.activations, fixed=fixed)
 
 
 def _is_wide(gm: fx.GraphModule, value: fx.Node) -> bool:
@@ -261,8 +308,12 @@ def _owners(
     quantized: set[fx.Node],
     reads: dict[fx.Node, set[fx.Node]],
     scheme: QuantScheme,
+    fixed: dict[fx.Node, tuple[float, int]],
 ) -> dict[fx.Node, fx.Node]:
-    """Union-find over the values that must have one range; the first in graph order owns it."""
+    """Union-find over the values that must have one range; the first in graph order owns it.
+
+    A value whose range its own kernel fixes is requantized where it is joined with others than its like.
+    """
     parent = {n: n for n in gm.graph.nodes}
     order = {n: i for i, n in enumerate(gm.graph.nodes)}
 
@@ -274,6 +325,10 @@ def _owners(
     for node in gm.graph.nodes:
         for value in _same_range(gm, node, scheme):
             if value in reads[node] and (node in quantized or node.op == "output"):
+                if node.target is torch.cat and root(value) in fixed:
+                    like = {fixed.get(root(v)) for v in node.all_input_nodes}
+                    if len(like) > 1:
+                        continue
                 a, b = sorted((root(node), root(value)), key=order.__getitem__)
                 parent[b] = a
     return {n: root(n) for n in gm.graph.nodes}
@@ -288,10 +343,25 @@ def _same_range(gm: fx.GraphModule, node: fx.Node, scheme: QuantScheme) -> Itera
     shared = (
         ("cat" in scheme.shared_at and node.target is torch.cat)
         or ("add" in scheme.shared_at and node.target is operator.add)
-        or ("pool" in scheme.shared_at and is_call(gm, node, *_POOLS))
+        or ("pool" in scheme.shared_at and is_call(gm, node, *_POOLS) and not is_mean(gm, node))
+        # one that only repeats values moves them
+        or ("resize" in scheme.shared_at and is_call(gm, node, nn.Upsample))
     )
     if shared and not node.meta.get("keep_float"):
         yield from node.all_input_nodes
+
+
+def is_mean(gm: fx.GraphModule, node: fx.Node) -> bool:
+    """Whether a pool averages all places, which kernels of a mean do with two ranges."""
+    pool, (source,) = module_of(gm, node), node.all_input_nodes
+    if tuple(node.meta["shape"][-2:]) != (1, 1):
+        return False
+    if isinstance(pool, nn.AdaptiveAvgPool2d):
+        return True
+    size, kernel, padding = source.meta["shape"][-2:], pool.kernel_size, pool.padding
+    kernel = (kernel, kernel) if isinstance(kernel, int) else tuple(kernel)
+    padded = padding not in (0, (0, 0)) or pool.divisor_override is not None
+    return not padded and kernel == tuple(size)
 
 
 def quantized_outputs(gm: fx.GraphModule) -> list[fx.Node]:

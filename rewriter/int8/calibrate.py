@@ -221,7 +221,7 @@ def weight_scales(gm: fx.GraphModule, values: dict[str, tuple[float, float]]) ->
         axis = channel_axis(layer, note.weight)
         scale = weight_scale(layer.weight, note.weight, axis)
         step = input_scale(gm, node, values)
-        if layer.bias is not None and step is not None:
+        if layer.bias is not None and step is not None and not note.float_bias:
             bias = layer.bias.detach().abs()
             least = (bias if axis is not None else bias.amax()) / (step * 2.0**30)
             scale = torch.maximum(scale, least.float())

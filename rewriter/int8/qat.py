@@ -170,7 +170,8 @@ def learnable(quantized: Quantized, ranges: bool = True) -> Learned:
 
     def learned(fake: FakeQuantize, owner: str) -> LearnedQuantize:
         if owner not in values:
-            values[owner] = nn.Parameter(torch.zeros(()), requires_grad=ranges)
+            trained = ranges and fake.spec.fixed is None
+            values[owner] = nn.Parameter(torch.zeros(()), requires_grad=trained)
         return LearnedQuantize(fake, values[owner])
 
     for node in gm.graph.nodes:

@@ -7,12 +7,14 @@ import logging
 from collections.abc import Sequence
 
 from search.engines.engine import Engine
+from search.engines.litert import LiteRT
 from search.engines.onnxruntime import OnnxRuntime
 from search.engines.simulation import Simulation
 
 log = logging.getLogger(__name__)
 
 ENGINES: list[Engine] = [
+    LiteRT(),
     OnnxRuntime(),
     Simulation(),
 ]

@@ -25,9 +25,6 @@ _PAD_MODES = {
 _INT32 = 2**31 - 1
 
 
-# -------------------------------------------------------------------------------------- layers
-
-
 def weight_and_bias(
     e: Emission, node: fx.Node, layer: Any, weight: Tensor, transposed: bool = False
 ) -> tuple[str, str]:
@@ -58,7 +55,8 @@ def weight_and_bias(
     source = node.args[0]
     if bias is None:
         return w, ""
-    if not isinstance(source, fx.Node) or source.name not in e.note(node).reads:
+    reads_int8 = isinstance(source, fx.Node) and source.name in e.note(node).reads
+    if not reads_int8 or e.note(node).float_bias:
         return w, e.constant(bias, "bias")
     step = scale * torch.tensor(e.value_params(source)[0], dtype=torch.float32)
     steps = torch.round(bias.detach().double() / step.double())
@@ -190,7 +188,8 @@ def _clip(low: Callable[[Any], float], high: Callable[[Any], float]) -> Emitter:
 
 def _silu(e: Emission, node: fx.Node, m: nn.SiLU) -> Value:
     x = e.read(_source(node), node)
-    return e.op("Mul", x, e.op("Sigmoid", x))
+    gate, inner = e.op("Sigmoid", x), e.note(node).inner
+    return e.op("Mul", x, gate if inner is None else e.rounded_to(gate, inner, node))
 
 
 def _hardswish(e: Emission, node: fx.Node, m: nn.Hardswish) -> Value:

@@ -1,0 +1,58 @@
+"""LiteRT's interpreter on a fully-integer ``.tflite`` file; needs the extra ``litert``."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import importlib.util
+from collections.abc import Sequence
+from typing import Any
+
+from torch import Tensor
+
+from rewriter import Quantized
+from rewriter.int8 import Finding
+
+PACKAGE = "ai-edge-litert"
+
+
+class LiteRT:
+    name = "litert"
+    takes = frozenset({"tflite"})
+    scores = frozenset({"tflite"})
+    ships = frozenset({"tflite"})
+    form = "tflite"
+    file = "model_int8.tflite"
+    on_device = False
+
+    def version(self) -> str:
+        return "" if self.missing() else importlib.metadata.version(PACKAGE)
+
+    def missing(self) -> str:
+        found = importlib.util.find_spec("ai_edge_litert") is not None
+        return "" if found else f"{PACKAGE} is not installed: pip install 'quantfix[litert]'"
+
+    def emit(self, quantized: Quantized) -> bytes:
+        from rewriter.int8.litert import to_tflite
+
+        return to_tflite(quantized)
+
+    def open(self, model: Any, threads: int, device: str) -> LiteRTSession:
+        del device
+        return LiteRTSession(model, threads)
+
+    def lint(self, quantized: Quantized, model: bytes) -> Sequence[Finding]:
+        from rewriter.int8.litert import lint
+
+        return lint(quantized, model)
+
+
+class LiteRTSession:
+    """A session on bytes."""
+
+    def __init__(self, model: bytes, threads: int) -> None:
+        from rewriter.int8.litert import Session
+
+        self._session = Session(model, threads)
+
+    def run(self, x: Tensor) -> list[Tensor]:
+        return self._session.run(x)
