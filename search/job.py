@@ -16,8 +16,7 @@ from torch import Tensor, fx
 from torch.utils import _pytree as pytree
 
 from rewriter import profile, target, trace
-from rewriter.export import first_output_only
-from rewriter.graph import layers, unflatten
+from rewriter.graph import layers
 from rewriter.int8 import QuantScheme
 from rewriter.storage import (
     Digest,
@@ -39,8 +38,6 @@ from search.run_dir.fingerprint import rules_digest, source_digest
 from search.run_dir.scores import Confirmations, Records, Score, fingerprint, open_run
 from search.scoring.evaluator import RewriteEvaluator
 from search.tasks import Task, task
-from search.tasks.detection import Detection
-from search.tasks.video import Video
 
 log = logging.getLogger(__name__)
 
@@ -122,12 +119,8 @@ def load_network(cfg: Config, progress: Progress = silent) -> Network:
         )
     gm.meta["calibration"] = cfg.calibration.method
     gm.meta["scheme"] = target(cfg.target)
-    goal: Any = task(cfg)
-    if isinstance(goal, Video):
-        gm.meta["kind"] = goal.kind
-        first_output_only(gm)
-    elif isinstance(goal, Detection):
-        goal.unflatten = lambda flat: unflatten(gm, list(flat))
+    goal = task(cfg)
+    goal.attach(gm)
     profile(gm, found)
     return Network(cfg, gm, data, goal, tuple(found))
 
@@ -295,5 +288,5 @@ def _scheme_digest(scheme: QuantScheme, engine: str) -> str:
 
 
 def _user_functions(goal: Task) -> list[object]:
-    found = getattr(goal, "postprocess", None)
-    return [] if found is None else [found]
+    found = (getattr(goal, name, None) for name in ("postprocess", "function"))
+    return [f for f in found if f is not None]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Generator
 from contextlib import contextmanager
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 from rich.progress import (
@@ -17,9 +17,8 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 
-from search.data.evaluation_set import Tick
-from search.data.user_code import users_lines
-from search.job import silent
+if TYPE_CHECKING:
+    from search.data.evaluation_set import Tick
 
 BAD_INPUT = 2
 
@@ -31,6 +30,8 @@ err = Console(stderr=True)
 def progress(quiet: bool) -> Any:
     """Progress bars with the time left, on stderr, so that tables can be piped."""
     if quiet:
+        from search.job import silent
+
         return silent
 
     @contextmanager
@@ -51,7 +52,11 @@ def progress(quiet: bool) -> Any:
 
 def refused(message: str, error: Exception | None = None) -> int:
     """Say what is wrong, after the lines of the user's own code that raised it, where it did."""
-    lines = "" if error is None else users_lines(error)
+    lines = ""
+    if error is not None:
+        from search.data.user_code import users_lines
+
+        lines = users_lines(error)
     if lines:
         say(f"{lines}\n", err)
     say(f"quantfix: {message}", err)

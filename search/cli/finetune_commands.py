@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from enum import StrEnum
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Any
 
 import rich.table
-import typer
 
 from rewriter import Plan
 from search.cli.console import out, progress, say
-from search.cli.options import ConfigPath, Out, Quiet, Seed
+from search.cli.options import Plans
 from search.config.schema import Config, load_config
 from search.finetune.block_table import Table, make_table
 from search.finetune.run import Finetuner, finetune
@@ -22,21 +20,6 @@ from search.report.rows import percent
 from search.results import Results, load_results, write_front
 from search.run import note_run, with_options
 from search.run_dir.scores import Score
-
-
-class Plans(StrEnum):
-    """Which plans are fine-tuned."""
-
-    knee = "knee"
-    best = "best"
-    every = "all-front"
-    none = "none"
-
-
-Tuned = Annotated[
-    Plans | None,
-    typer.Option("--finetune", help="Train these plans after the search; finetune: in CONFIG."),
-]
 
 
 def with_training(cfg: Config, plans: Plans | None) -> Config:
@@ -78,20 +61,9 @@ def as_trained(job: Job, results: Results, score: Score, quiet: bool) -> tuple[J
 
 
 def table(
-    config: ConfigPath,
-    out_dir: Out = None,
-    steps: Annotated[
-        int | None, typer.Option(min=1, help="Of each training; default: finetune.steps.")
-    ] = None,
-    quiet: Quiet = False,
-    seed: Seed = None,
+    config: Path, out_dir: Path | None, steps: int | None, quiet: bool, seed: int | None
 ) -> None:
-    """What replacing only the first depthwise separable convolution is worth. Writes DIR/table.json.
-
-    In float and int8, as it is and trained, relative to float = 100, with controls that lack the rewrite.
-
-    Example: quantfix table configs/video_digits.yaml
-    """
+    """What replacing only the first depthwise separable convolution is worth."""
     cfg = with_options(load_config(config), seed=seed)
     if steps is not None:
         told = cfg.finetune.model_validate({**cfg.finetune.model_dump(), "steps": steps})

@@ -3,15 +3,10 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Literal
 
-import typer
-
-from search.cli.console import say
+from search.cli.options import KINDS
 from search.config.schema import ConfigError
 
-Kind = Literal["classification", "detection", "video"]
-KINDS: tuple[Kind, ...] = ("classification", "detection", "video")
 FILL_IN = "FILL IN"
 
 _SHAPE = {
@@ -161,21 +156,6 @@ class Decode:
         #     "scores": (n,), "labels": (n,)}}, after non-maximum suppression
         raise NotImplementedError("{mark}: Decode.__call__")
 '''
-
-
-def init(
-    kind: Annotated[str, typer.Argument(metavar="|".join(KINDS), help="The task.")],
-    out_dir: Annotated[
-        Path, typer.Option("--out", metavar="DIR", help="Where to; the current folder.")
-    ] = Path(),
-    name: Annotated[str, typer.Option(help="Of the two files.")] = "mine",
-) -> None:
-    """A commented config and a file of code to fill in. Overwrites nothing.
-
-    Example: quantfix init classification
-    """
-    for path in write_start(kind, out_dir, name):
-        say(f"written: {path}")
 
 
 def write_start(kind: str, folder: Path, name: str) -> list[Path]:

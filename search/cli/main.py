@@ -1,22 +1,22 @@
-"""The command ``quantfix``."""
+"""The command ``quantfix``: what can be typed. What it does is in `search.cli.commands`.
+
+torch takes seconds to import, so that nothing here imports it: help and misspelt options are answered without it.
+"""
 
 from __future__ import annotations
 
 import logging
 import shlex
 import sys
-from contextlib import nullcontext
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 from rich.logging import RichHandler
 
-from rewriter import Plan, RewriteError, cost, find_sites
-from search.cli.console import err, out, progress, refused, say
-from search.cli.finetune_commands import Tuned, as_trained, table, train_chosen, with_training
-from search.cli.init import init
+from search.cli.console import err, refused, say
 from search.cli.options import (
+    KINDS,
     ConfigPath,
     MaxDamage,
     MaxDrop,
@@ -30,33 +30,11 @@ from search.cli.options import (
     Storage,
     Timeout,
     Trials,
+    Tuned,
     Workers,
 )
-from search.cli.summary import show_results
-from search.cli.tables import sensitivity_table, sites_table
-from search.config.schema import Config, ConfigError, load_config, shipped_config
-from search.job import Job, float_metric, load_network, open_job
-from search.report import write_report
-from search.report.finish import draw, reported
-from search.report.rows import loss_said
-from search.report.sensitivity_svg import write_sensitivity_svg
-from search.results import Results, load_results, write_front
-from search.run import (
-    Goal,
-    cheapest,
-    confirm_front,
-    note_run,
-    noted_goal,
-    run_search,
-    sensitivity_of,
-    with_options,
-)
-from search.run_dir.files import RunError
-from search.run_dir.scores import Score, read_run
-from search.workers.processes import helpers, work
-from search.workers.ray import search_on_ray
 
-GOAL_NOT_MET, INTERRUPTED = 1, 130
+INTERRUPTED = 130
 
 app = typer.Typer(
     name="quantfix",
@@ -65,7 +43,6 @@ app = typer.Typer(
     add_completion=False,
     rich_markup_mode=None,
 )
-app.command()(init)
 
 
 def main() -> None:
@@ -80,15 +57,39 @@ def main() -> None:
         code = 0
     except SystemExit as stop:  # typer has spoken itself: help, a misspelt option, or an exit code
         code = stop.code if isinstance(stop.code, int) else 0
-    except (ConfigError, RewriteError, RunError) as error:
-        code = refused(str(error), error)
     except OSError as error:
         place = f"{error.filename}: " if error.filename else ""
         code = refused(f"{place}{error.strerror or error}")
+    except Exception as error:
+        from rewriter import RewriteError
+        from search.config.schema import ConfigError
+        from search.run_dir.files import RunError
+
+        if not isinstance(error, ConfigError | RewriteError | RunError):
+            raise
+        code = refused(str(error), error)
     if code == INTERRUPTED:
         again = shlex.join(["quantfix", *sys.argv[1:]])
         say(f"\nstopped; nothing is lost. To go on: {again}", err)
     sys.exit(code)
+
+
+@app.command()
+def init(
+    kind: Annotated[str, typer.Argument(metavar="|".join(KINDS), help="The task.")],
+    out_dir: Annotated[
+        Path, typer.Option("--out", metavar="DIR", help="Where to; the current folder.")
+    ] = Path(),
+    name: Annotated[str, typer.Option(help="Of the two files.")] = "mine",
+) -> None:
+    """A commented config and a file of code to fill in. Overwrites nothing.
+
+    Example: quantfix init classification
+    """
+    from search.cli.init import write_start
+
+    for path in write_start(kind, out_dir, name):
+        say(f"written: {path}")
 
 
 @app.command()
@@ -97,27 +98,9 @@ def check(config: ConfigPath, quiet: Quiet = False) -> None:
 
     Example: quantfix check configs/digits.yaml
     """
-    cfg = load_config(config)
-    network = load_network(cfg, progress(quiet))
-    gm, data = network.gm, network.data
-    spent, found = cost(gm), find_sites(gm)
-    near = sum(bool(s.blocked) for s in found)
-    facts = [
-        ("config", str(cfg.path)),
-        ("network", f"{type(gm).__name__}, inputs {', '.join(map(str, gm.meta['example']))}"),
-        ("cost", f"{spent.macs / 1e6:.2f} M MACs, {spent.params / 1e6:.3f} M parameters"),
-        ("", "convolutions, linear layers, matrix products; batch norm is not counted"),
-        ("samples", f"{len(data.calibration)} calibration, {len(data.evaluation)} evaluation"),
-        ("target", cfg.target),
-        ("float", float_metric(network)),
-        ("sites", f"{len(found) - near}, and {near} near misses (quantfix sites)"),
-    ]
-    facts += [
-        ("opaque", f"{part.name} ({part.kind}): {part.reason} {part.line}")
-        for part in gm.meta["opaque"]
-    ]
-    for name, fact in [] if quiet else facts:
-        say(f"{name:>10}  {fact}")
+    from search.cli import commands
+
+    commands.check(config, quiet)
 
 
 @app.command()
@@ -132,15 +115,9 @@ def analyze(
 
     Example: quantfix analyze configs/digits.yaml
     """
-    cfg, folder = _opened(config, out_dir, seed=seed)
-    job = open_job(cfg, folder, progress(quiet))
-    sensitivity = sensitivity_of(job, progress(quiet), exact=exact)
-    picture = write_sensitivity_svg(folder)
-    if not quiet:
-        out.print(sensitivity_table(sensitivity))
-        for line in sensitivity.remarks:
-            say(line)
-        say(f"written: {folder / 'sensitivity.json'}, {picture}")
+    from search.cli import commands
+
+    commands.analyze(config, exact, out_dir, quiet, seed)
 
 
 @app.command()
@@ -149,9 +126,9 @@ def sites(config: ConfigPath, quiet: Quiet = False) -> None:
 
     Example: quantfix sites configs/digits.yaml
     """
-    gm = load_network(load_config(config), progress(quiet)).gm
-    found = find_sites(gm)
-    out.print(sites_table(gm, found))
+    from search.cli import commands
+
+    commands.sites(config, quiet)
 
 
 @app.command()
@@ -171,11 +148,11 @@ def run(
 
     Example: quantfix run configs/digits.yaml --trials 30
     """
-    cfg, folder = _opened(
-        config, out_dir, seed=seed, trials=trials, timeout=timeout, workers=workers
+    from search.cli import commands
+
+    commands.run(
+        config, out_dir, trials, timeout, workers, storage, ray, tuned, quiet=quiet, seed=seed
     )
-    job, results = _run(with_training(cfg, tuned), folder, storage, quiet, ray=ray)
-    show_results(train_chosen(job, results, quiet), quiet)
 
 
 @app.command()
@@ -184,10 +161,31 @@ def demo(trials: Trials = None, out_dir: Out = None, quiet: Quiet = False) -> No
 
     Example: quantfix demo
     """
-    run(shipped_config("digits.yaml"), out_dir, trials, quiet=quiet)
+    from search.cli import commands
+    from search.config.schema import shipped_config
+
+    commands.run(shipped_config("digits.yaml"), out_dir, trials, quiet=quiet)
 
 
-app.command()(table)
+@app.command()
+def table(
+    config: ConfigPath,
+    out_dir: Out = None,
+    steps: Annotated[
+        int | None, typer.Option(min=1, help="Of each training; default: finetune.steps.")
+    ] = None,
+    quiet: Quiet = False,
+    seed: Seed = None,
+) -> None:
+    """What replacing only the first depthwise separable convolution is worth. Writes DIR/table.json.
+
+    In float and int8, as it is and trained, relative to float = 100, with controls that lack the rewrite.
+
+    Example: quantfix table configs/video_digits.yaml
+    """
+    from search.cli import finetune_commands
+
+    finetune_commands.table(config, out_dir, steps, quiet, seed)
 
 
 @app.command()
@@ -196,17 +194,9 @@ def worker(folder: RunFolder, storage: Storage = None, quiet: Quiet = False) -> 
 
     Example: quantfix worker runs/digits
     """
-    facts = read_run(folder)
-    options = facts.get("options")
-    if options is None or "config" not in facts or not (folder / "sensitivity.json").exists():
-        raise RunError(
-            f"{folder}: no search is running there: "
-            f"start one with quantfix run {facts.get('config', 'CONFIG')}"
-        )
-    place, goal = storage or facts.get("storage"), noted_goal(facts)
-    outcome = work(Path(facts["config"]), folder, options, place, goal=goal)
-    if not quiet:
-        out.print(f"done: {outcome.reason}, {outcome.plans} plans scored")
+    from search.cli import commands
+
+    commands.worker(folder, storage, quiet)
 
 
 @app.command()
@@ -215,13 +205,9 @@ def front(folder: RunFolder, pictures: Pictures = False, quiet: Quiet = False) -
 
     Example: quantfix front runs/digits
     """
-    results = load_results(folder)
-    if pictures:
-        draw(_reopened(results, quiet), progress(quiet))
-        results = load_results(folder)
-    write_front(results)
-    write_report(results)
-    show_results(results, quiet)
+    from search.cli import commands
+
+    commands.front(folder, pictures, quiet)
 
 
 @app.command()
@@ -246,12 +232,9 @@ def export(
 
     Example: quantfix export runs/digits --pick knee
     """
-    results = load_results(folder)
-    score = results.picked(pick)
-    job = _reopened(results, quiet)
-    if not untrained:
-        job, score = as_trained(job, results, score, quiet)
-    _export(job, score, out_dir or folder / "export", quiet, compared)
+    from search.cli import commands
+
+    commands.export(folder, pick, out_dir, compared, untrained, quiet)
 
 
 @app.command()
@@ -272,108 +255,18 @@ def fix(
 
     Example: quantfix fix configs/digits.yaml --max-drop 1 --max-macs 1.1
     """
-    given = {"max_drop": max_drop, "max_macs": max_macs, "max_damage": max_damage}
-    cfg, folder = _opened(
-        config, out_dir, seed=seed, trials=trials, timeout=timeout, workers=workers, **given
+    from search.cli import commands
+
+    commands.fix(
+        config,
+        max_drop,
+        max_macs,
+        max_damage,
+        out_dir,
+        trials,
+        timeout,
+        workers,
+        storage,
+        quiet,
+        seed,
     )
-    goal, ratio = Goal(cfg.search.max_drop, cfg.search.max_damage), cfg.search.max_macs
-    if goal == Goal():
-        raise ConfigError(
-            "fix: how much may be lost? --max-drop POINTS, without labels --max-damage DAMAGE (or "
-            "search.max_drop, search.max_damage in the config)"
-        )
-    job, results = _run(cfg, folder, storage, quiet, goal)
-    chosen = cheapest(job, goal, ratio)
-    score = chosen or results.best()
-    _export(job, score, folder / "fixed", quiet)
-    said = loss_said(results, score)
-    asked = f"{goal} at {ratio:g} x MACs"
-    if chosen is None:
-        say(f"goal not met ({asked}); best so far: {said}", err)
-        raise typer.Exit(GOAL_NOT_MET)
-    if not quiet:
-        say(f"goal met: {score.plan or 'the network as it is'}: {said}")
-
-
-def _run(
-    cfg: Config,
-    folder: Path,
-    storage: str | None,
-    quiet: bool,
-    goal: Goal | None = None,
-    ray: str | None = None,
-) -> tuple[Job, Results]:
-    """Analyse and search; whatever ends it, the front of what is scored is on disk."""
-    bars = progress(quiet)
-    job = open_job(cfg, folder, bars)
-    if goal and goal.max_drop is not None and job.evaluator.samples.targets is None:
-        raise ConfigError(
-            "fix: the evaluation data have no labels, so a drop cannot be measured: give "
-            "--max-damage instead, such as half of what plain int8 does (quantfix analyze)"
-        )
-    sensitivity = sensitivity_of(job, bars)
-    note_run(job, storage, goal)
-    if not quiet:
-        out.print(sensitivity_table(sensitivity, 8))
-        for line in sensitivity.remarks:
-            say(line)
-    with reported(job, bars):
-        with (
-            nullcontext() if ray else helpers(job, storage, goal),
-            bars("scoring plans") as tick,
-        ):
-            if ray is not None:
-                search_on_ray(job, storage, ray, tick)
-            else:
-                run_search(
-                    job,
-                    sensitivity,
-                    storage,
-                    lambda score, count: tick(count, cfg.search.trials),
-                    goal,
-                )
-        confirm_front(job, bars)
-    return job, load_results(folder)
-
-
-def _opened(config: Path, folder: Path | None, **options: Any) -> tuple[Config, Path]:
-    cfg = with_options(load_config(config), **options)
-    return cfg, folder or Path("runs") / cfg.path.stem
-
-
-def _reopened(results: Results, quiet: bool) -> Job:
-    cfg = load_config(Path(results.facts["config"]))
-    cfg = with_options(cfg, **results.facts.get("options", {}))
-    return open_job(cfg, results.folder, progress(quiet))
-
-
-def _export(job: Job, score: Score, folder: Path, quiet: bool, compared: bool = False) -> None:
-    from search.export.export import export as write
-
-    with progress(quiet)("writing and measuring the file") as tick:
-        tick(0, 1)
-        exported = write(job.evaluator, Plan.parse(score.plan), folder, score, compared)
-        tick(1, 1)
-    files, refusal = exported.files, ""
-    if job.cfg.task == "video" and exported.quantized is not None:
-        from search.export.streaming import export_stream
-
-        try:
-            files += export_stream(job, Plan.parse(score.plan), exported.quantized, folder)
-        except RewriteError as fact:  # the file for whole sequences is written all the same
-            refusal = str(fact)
-    if not quiet:
-        if refusal:
-            say(f"no streaming file: {refusal}")
-        for found in exported.findings:
-            say(f"{found.code}: {found.node + ': ' if found.node else ''}{found.message}")
-        if compared:
-            first = exported.departure
-            say(
-                "simulation and ONNX Runtime agree on every value"
-                if first is None
-                else f"simulation and ONNX Runtime first depart at {first.layer}: {first.differs:.2%} of its "
-                f"elements differ, {first.sqnr_db:.1f} dB"
-            )
-        for file in files:
-            say(f"written: {file}")

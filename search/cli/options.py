@@ -2,10 +2,24 @@
 
 from __future__ import annotations
 
+from enum import StrEnum
 from pathlib import Path
 from typing import Annotated
 
 import typer
+
+KINDS = ("classification", "detection", "video")
+"""Tasks that ``quantfix init`` writes a start for."""
+
+
+class Plans(StrEnum):
+    """Which plans are fine-tuned."""
+
+    knee = "knee"
+    best = "best"
+    every = "all-front"
+    none = "none"
+
 
 ConfigPath = Annotated[Path, typer.Argument(metavar="CONFIG", help="YAML file of the run.")]
 RunFolder = Annotated[Path, typer.Argument(metavar="DIR", help="Run directory.")]
@@ -42,4 +56,8 @@ Ray = Annotated[
 ]
 Pictures = Annotated[
     bool, typer.Option("--pictures", help="Draw the network, for which it is loaded.")
+]
+Tuned = Annotated[
+    Plans | None,
+    typer.Option("--finetune", help="Train these plans after the search; finetune: in CONFIG."),
 ]

@@ -1,10 +1,8 @@
 """Which plans to score next, from what the analysis says and from what is scored.
 
-In this order: the ladder of free remedies (it may be all that a small budget reaches); on top of
-its best rung the layers in float that should gain most; on top of both single answers, a few at a
-time, and after each few the best of them together; between them the references, a curve of layers
-in float to compare with; the front that all these predict; and from then on, every other time, what
-is predicted anew, while TPE proposes the others.
+A schedule is a list of named phases. Each is a function from the scores so far to the plans that it
+wants scored, and wants none until that which it builds on is scored. They are carried out one after
+the other. A new phase is a method of `Schedule` and a line in `Schedule.phases`.
 """
 
 from __future__ import annotations
@@ -12,11 +10,13 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
 
 from torch import fx
 
 from rewriter import Plan, Step, find_sites
-from rewriter.ladder import REMEDIES, Splits, exact_splits
+from rewriter.ladder import REMEDIES, Rung, Splits, exact_splits
 from search.run_dir.scores import Score
 from search.sensitivity.run import Sensitivity
 from search.strategy.damage_model import refitted
@@ -36,6 +36,10 @@ TOGETHER = 6  # single answers after which the best of those known are tried tog
 LEAST_SHARE = 0.02
 
 
+Scores = Mapping[str, Score]
+Phase = Callable[[Scores], Sequence[Plan]]
+
+
 def worth_trying(
     gm: fx.GraphModule,
     space: Space,
@@ -43,14 +47,48 @@ def worth_trying(
     trials: int,
     admits: Callable[[Plan], bool] = lambda plan: True,
     gains_on: Callable[[Plan], Mapping[str, float]] | None = None,
-) -> Worth:
-    """What to score before TPE is asked, given the scores so far by plan text.
+) -> Schedule:
+    """What to score before TPE is asked, given the scores so far by plan text; arguments as for `Schedule`."""
+    return Schedule(gm, space, sensitivity, trials, admits, gains_on)
+
+
+@dataclass(frozen=True)
+class Basis:
+    """The plan that later phases build on, and what it leaves of the damage.
+
+    Attributes:
+        plan: Its steps are part of every plan of these phases.
+        damage: Of this plan; above 0.
+        empty: Damage of plain int8; above 0.
+    """
+
+    plan: Plan
+    damage: float
+    empty: float
+
+
+@dataclass(frozen=True)
+class Known:
+    """What single answers on top of a basis have shown.
+
+    Attributes:
+        gain: By step, what it takes off the logarithm of the damage; 0 where nothing is known.
+        measured: The steps whose gain was measured.
+    """
+
+    gain: Mapping[Step, float]
+    measured: frozenset[Step]
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """The phases of a search before and beside TPE; call it with all scores so far.
 
     A step is taken to multiply the damage by the factor that it has alone: so the prediction never
     falls below zero, and the logarithm is additive. A layer in float that was not scored takes
     away the share of the damage that a screening of the best rung says.
 
-    Args:
+    Attributes:
         gm: Profiled canonical graph.
         space: Choices and costs.
         sensitivity: Damage of each layer.
@@ -60,85 +98,200 @@ def worth_trying(
             name; asked of the ladder's best rung, where other layers hurt than in plain int8. None:
             the shares of plain int8 stand for it.
     """
-    first = reference_plans([d.node for d in sensitivity.layers], space)
-    singles = [p for p in single_plans(space, max(6, trials // 3)) if not of_the_ladder(p)]
-    alone = {Step(KEEP_FLOAT, d.node): d.damage for d in sensitivity.layers}
-    splits = splits_of(gm, space, sensitivity)
-    nodes = {d.layer: d.node for d in sensitivity.layers}
-    asked_of: dict[Plan, dict[Step, float]] = {}
 
-    def shares(base: Plan, empty: float) -> dict[Step, float]:
-        """Of the damage of a plan, by layer in float."""
-        if gains_on is None:
-            return {step: damage / empty for step, damage in alone.items()}
-        if base not in asked_of:
-            found = gains_on(base)
-            asked_of[base] = {
+    gm: fx.GraphModule
+    space: Space
+    sensitivity: Sensitivity
+    trials: int
+    admits: Callable[[Plan], bool] = lambda plan: True
+    gains_on: Callable[[Plan], Mapping[str, float]] | None = None
+    _shares: dict[Plan, dict[Step, float]] = field(
+        default_factory=dict[Plan, dict[Step, float]], init=False, repr=False, compare=False
+    )
+    _ladders: dict[tuple[Score, ...], tuple[Rung, ...] | Plan] = field(
+        default_factory=dict[tuple[Score, ...], "tuple[Rung, ...] | Plan"],
+        init=False,
+        repr=False,
+        compare=False,
+    )
+
+    @property
+    def phases(self) -> tuple[Phase, ...]:
+        """In the order in which they are carried out."""
+        return (
+            self.ladder,
+            self.layers_in_float,
+            self.without_damage,
+            self.single_answers,
+            self.predicted,
+            self.corrected,
+        )
+
+    def __call__(self, scores: Scores) -> list[Plan]:
+        """The plans of all phases up to the first that has one which is not scored, in order."""
+        plans: list[Plan] = []
+        for phase in self.phases:
+            plans += phase(scores)
+            if any(str(p) not in scores for p in plans):
+                break
+        return plans
+
+    def ladder(self, scores: Scores) -> list[Plan]:
+        """Plain int8 and the free remedies, one on top of the other; it may be all that a small budget reaches."""
+        ladder = self._climbed(scores)
+        if isinstance(ladder, Plan):
+            plans = (*self._curve[:1], *_below(self.gm, scores, self._splits), ladder)
+            return list(dict.fromkeys(plans))
+        return [*self._curve[:1], *(r.plan for r in ladder if not r.note)]
+
+    def layers_in_float(self, scores: Scores) -> list[Plan]:
+        """On the ladder's best rung, the layers in float that should gain most."""
+        rung = self._rung(scores)
+        return [] if rung is None else self._in_float(rung)
+
+    def without_damage(self, scores: Scores) -> list[Plan]:
+        """Where no damage is known, or none is left, nothing can be predicted: the references and the single answers."""
+        if self._rung(scores) is not None:
+            return []
+        ladder = self._climbed(scores)
+        if isinstance(ladder, Plan):
+            return []
+        return [*self._curve[1:], *self._on_top(start(ladder), self._singles)]
+
+    def single_answers(self, scores: Scores) -> list[Plan]:
+        """On top of both, single answers, a few at a time, and after each few the best of them together.
+
+        Between them stand the references, a curve of layers in float to compare with.
+        """
+        basis = self._basis(scores)
+        if basis is None:
+            return []
+        plans: list[Plan] = []
+        references = iter(self._curve[1:])
+        seen: list[Plan] = []
+        for answers in self._rounds(basis, scores):
+            plans += _interleaved(answers, references)
+            if any(str(p) not in scores for p in plans):
+                return plans
+            seen += answers
+            known = self._known(basis, seen, scores)
+            plans += self._on_top(basis.plan, self._best_of(known.gain, basis.damage))
+        return [*plans, *references]
+
+    def predicted(self, scores: Scores) -> list[Plan]:
+        """The front that the single answers predict."""
+        basis = self._basis(scores)
+        if basis is None or any(str(p) not in scores for p in self.single_answers(scores)):
+            return []
+        return self._front(basis, self._all_known(basis, scores).gain)
+
+    def corrected(self, scores: Scores) -> list[Plan]:
+        """Every other time, while TPE proposes the others: the front that all scores predict."""
+        basis = self._basis(scores)
+        if basis is None or len(scores) % 2:
+            return []
+        before = [*self.single_answers(scores), *self.predicted(scores)]
+        if any(str(p) not in scores for p in before):
+            return []
+        known = self._all_known(basis, scores)
+        gains = refitted(known.gain, known.measured, basis.plan, scores)
+        return [*self._front(basis, gains.mean), *self._front(basis, gains.hoped())]
+
+    @cached_property
+    def _curve(self) -> list[Plan]:
+        """Plain int8 and the most harmful layers in float, one more at a time."""
+        return reference_plans([d.node for d in self.sensitivity.layers], self.space)
+
+    @cached_property
+    def _singles(self) -> list[Plan]:
+        found = single_plans(self.space, max(6, self.trials // 3))
+        return [p for p in found if not of_the_ladder(p)]
+
+    @cached_property
+    def _splits(self) -> Splits:
+        return splits_of(self.gm, self.space, self.sensitivity)
+
+    def _climbed(self, scores: Scores) -> tuple[Rung, ...] | Plan:
+        """The ladder as far as it is scored; every phase asks for that of the same scores."""
+        key = tuple(scores.values())
+        if key not in self._ladders:
+            self._ladders.clear()
+            self._ladders[key] = rungs(self.gm, scores, self._splits)
+        return self._ladders[key]
+
+    def _rung(self, scores: Scores) -> Basis | None:
+        """The best rung of the ladder; None while it is not known, or where its damage is none or infinite."""
+        ladder = self._climbed(scores)
+        if isinstance(ladder, Plan):
+            return None
+        base = start(ladder)
+        empty, bottom = scores[""].damage, scores[str(base)].damage
+        return Basis(base, bottom, empty) if empty and bottom else None
+
+    def _basis(self, scores: Scores) -> Basis | None:
+        """The best rung, with those layers in float where that leaves less; None until both are scored."""
+        rung = self._rung(scores)
+        in_float = [] if rung is None else self._in_float(rung)
+        if rung is None or any(str(p) not in scores for p in in_float):
+            return None
+        plan, damage = _least([rung.plan, *in_float], scores)
+        return Basis(plan, damage, rung.empty)
+
+    def _in_float(self, rung: Basis) -> list[Plan]:
+        share = self._shares_of(rung)
+        floats = {step: _gain(1 - s) for step, s in share.items() if s >= LEAST_SHARE}
+        return self._on_top(rung.plan, self._best_of(floats, rung.damage))
+
+    def _shares_of(self, rung: Basis) -> dict[Step, float]:
+        """Of the damage of a plan, what each layer in float takes away; asked once for each plan."""
+        layers = self.sensitivity.layers
+        if self.gains_on is None:
+            return {Step(KEEP_FLOAT, d.node): d.damage / rung.empty for d in layers}
+        if rung.plan not in self._shares:
+            nodes = {d.layer: d.node for d in layers}
+            found = self.gains_on(rung.plan)
+            self._shares[rung.plan] = {
                 Step(KEEP_FLOAT, nodes[name]): share
                 for name, share in found.items()
                 if name in nodes
             }
-        return asked_of[base]
+        return self._shares[rung.plan]
 
-    def best_of(gain: Mapping[Step, float], bottom: float) -> list[Plan]:
-        """What is predicted to leave the least damage."""
-        return [plan for plan, _ in predicted_front(space, gain, math.log(bottom))[-1:]]
+    def _rounds(self, basis: Basis, scores: Scores) -> list[list[Plan]]:
+        """Single answers on top of a basis, a few at a time."""
+        asked = [p for p in self._on_top(basis.plan, self._singles) if p != basis.plan]
+        asked = _without_harmful(asked, basis.plan, HARM * basis.damage, scores)
+        return [asked[at : at + TOGETHER] for at in range(0, len(asked), TOGETHER)]
 
-    def on_top(base: Plan, plans: Iterable[Plan]) -> list[Plan]:
-        """Each plan together with the steps of the base, where that can be carried out."""
-        both = dict.fromkeys(space.repair([*base.steps, *p.steps]) for p in plans)
-        return [plan for plan in both if admits(plan)]
+    def _all_known(self, basis: Basis, scores: Scores) -> Known:
+        answers = itertools.chain.from_iterable(self._rounds(basis, scores))
+        return self._known(basis, list(answers), scores)
 
-    def worth(scores: Mapping[str, Score]) -> list[Plan]:
-        ladder = rungs(gm, scores, splits)
-        if isinstance(ladder, Plan):
-            return list(dict.fromkeys([*first[:1], *_below(gm, scores, splits), ladder]))
-        base = start(ladder)
-        plans = [*first[:1], *(r.plan for r in ladder if not r.note)]
-        if any(str(p) not in scores for p in plans):
-            return plans
-        empty, bottom = scores[""].damage, scores[str(base)].damage
-        if not empty or not bottom:
-            return [*plans, *first[1:], *on_top(base, singles)]
-
-        share = shares(base, empty)
-        floats = {step: _gain(1 - s) for step, s in share.items() if s >= LEAST_SHARE}
-        plans += on_top(base, best_of(floats, bottom))
-        if any(str(p) not in scores for p in plans):
-            return plans
-        base, bottom = _least([base, *plans[-1:]], scores)
-
-        steps = [step for step in space.steps() if step not in base.steps]
+    def _known(self, basis: Basis, answers: Sequence[Plan], scores: Scores) -> Known:
+        """What those of some answers have shown that are scored."""
+        steps = [step for step in self.space.steps() if step not in basis.plan.steps]
         gain = dict.fromkeys(steps, 0.0)
         measured: set[Step] = set()
-        asked = [p for p in on_top(base, singles) if p != base]
-        asked = _without_harmful(asked, base, HARM * bottom, scores)
-        references = iter(first[1:])
-        for at in range(0, len(asked), TOGETHER):
-            answers = asked[at : at + TOGETHER]
-            plans += _interleaved(answers, references)
-            if any(str(p) not in scores for p in plans):
-                return plans
-            for step in steps:
-                plan = space.repair([*base.steps, step])
-                if plan in answers and (damage := scores[str(plan)].damage) is not None:
-                    gain[step] = _gain(damage / bottom)
-                    measured.add(step)
-            plans += on_top(base, best_of(gain, bottom))
-        plans += references
-        if any(str(p) not in scores for p in plans):
-            return plans
+        for step in steps:
+            plan = self.space.repair([*basis.plan.steps, step])
+            score = scores.get(str(plan))
+            if plan in answers and score is not None and score.damage is not None:
+                gain[step] = _gain(score.damage / basis.damage)
+                measured.add(step)
+        return Known(gain, frozenset(measured))
 
-        total = math.log(bottom)
-        plans += on_top(base, [p for p, _ in predicted_front(space, gain, total)])
-        if len(scores) % 2 == 0 and all(str(p) in scores for p in plans):
-            gains = refitted(gain, frozenset(measured), base, scores)
-            for belief in (gains.mean, gains.hoped()):
-                found = predicted_front(space, belief, total)
-                plans += on_top(base, [plan for plan, _ in found])
-        return plans
+    def _best_of(self, gain: Mapping[Step, float], bottom: float) -> list[Plan]:
+        """What is predicted to leave the least damage."""
+        return [plan for plan, _ in predicted_front(self.space, gain, math.log(bottom))[-1:]]
 
-    return worth
+    def _front(self, basis: Basis, gain: Mapping[Step, float]) -> list[Plan]:
+        found = predicted_front(self.space, gain, math.log(basis.damage))
+        return self._on_top(basis.plan, [plan for plan, _ in found])
+
+    def _on_top(self, base: Plan, plans: Iterable[Plan]) -> list[Plan]:
+        """Each plan together with the steps of the base, where that can be carried out."""
+        both = dict.fromkeys(self.space.repair([*base.steps, *p.steps]) for p in plans)
+        return [plan for plan in both if self.admits(plan)]
 
 
 def _gain(left: float) -> float:

@@ -1,20 +1,25 @@
-"""What a network is for: how good its outputs are, and how far they are from the float model's."""
+"""What a network is for: how good its outputs are, and how far they are from the float model's.
+
+A new task is a file here, called as the task, with ``make(cfg) -> Task``, its name in `search.config.schema.Config`, and a test.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import importlib
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Protocol
 
-from search.config.schema import ConfigError
-from search.data.user_code import call_factory
-from search.tasks.classification import Classification
-from search.tasks.detection import Detection
-from search.tasks.video import Video
+from search.config import schema
 
 if TYPE_CHECKING:
-    from torch import Tensor
+    from torch import Tensor, fx
 
     from search.config.schema import Config
+
+__all__ = ["TASKS", "Task", "task"]
+
+TASKS: Mapping[str, str] = {name: f"{__name__}.{name}" for name in schema.TASKS}
+"""Name of a task to the module that makes it."""
 
 
 class Task(Protocol):
@@ -64,21 +69,16 @@ class Task(Protocol):
         """The loss on labelled data, differentiable."""
         ...
 
+    def attach(self, gm: fx.GraphModule) -> None:
+        """Edit the traced network, whose outputs the task reads, before it is used; note how they are nested."""
+        ...
+
 
 def task(cfg: Config) -> Task:
     """The task that a config names.
 
     Raises:
-        ConfigError: detection has no usable postprocess.
+        ConfigError: it lacks something, such as detection a usable postprocess.
     """
-    if cfg.task == "classification":
-        return Classification()
-    if cfg.task == "detection":
-        if cfg.postprocess is None:
-            raise ConfigError(f"{cfg.path.name}: task detection: missing postprocess: factory")
-        made = call_factory(cfg, "postprocess", cfg.postprocess.factory, cfg.postprocess.args)
-        if not hasattr(made, "__call__"):  # noqa: B004 - callable() would lose the type Any
-            kind = type(made).__name__
-            raise ConfigError(f"postprocess: factory returned nothing that can be called: {kind}")
-        return Detection(made)
-    return Video()
+    make: Callable[[Config], Task] = importlib.import_module(TASKS[cfg.task]).make
+    return make(cfg)

@@ -7,10 +7,10 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, fx
 
 from rewriter.damage import kl_divergence
-from search.config.schema import ConfigError
+from search.config.schema import Config, ConfigError
 
 
 class Classification:
@@ -73,6 +73,16 @@ class Classification:
         """Mean cross-entropy, differentiable."""
         logits = _logits(outputs).float()
         return F.cross_entropy(logits, torch.as_tensor(targets, device=logits.device).reshape(-1))
+
+    def attach(self, gm: fx.GraphModule) -> None:
+        """The logits are the first output, whatever stands beside them."""
+        del gm
+
+
+def make(cfg: Config) -> Classification:
+    """The task; a config says nothing more of it."""
+    del cfg
+    return Classification()
 
 
 def _logits(outputs: Sequence[Tensor]) -> Tensor:

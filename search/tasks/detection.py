@@ -10,11 +10,12 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import Tensor
+from torch import Tensor, fx
 
 from rewriter.damage import damage as fidelity_damage
-from search.config.schema import ConfigError
-from search.data.user_code import blame
+from rewriter.graph import unflatten
+from search.config.schema import Config, ConfigError
+from search.data.user_code import blame, call_factory
 from search.tasks.average_precision import Matches, average_precision, match
 
 Detections = list[dict[str, Tensor]]
@@ -100,6 +101,25 @@ class Detection:
         raise ConfigError(
             "finetune.loss: labels: a detector's loss is not known; use distillation, which needs no labels"
         )
+
+    def attach(self, gm: fx.GraphModule) -> None:
+        """The postprocess reads the outputs nested as the user's ``forward`` returns them."""
+        self.unflatten = lambda flat: unflatten(gm, list(flat))
+
+
+def make(cfg: Config) -> Detection:
+    """The task with the config's postprocess.
+
+    Raises:
+        ConfigError: there is none that can be called.
+    """
+    if cfg.postprocess is None:
+        raise ConfigError(f"{cfg.path.name}: task detection: missing postprocess: factory")
+    made = call_factory(cfg, "postprocess", cfg.postprocess.factory, cfg.postprocess.args)
+    if not hasattr(made, "__call__"):  # noqa: B004 - callable() would lose the type Any
+        kind = type(made).__name__
+        raise ConfigError(f"postprocess: factory returned nothing that can be called: {kind}")
+    return Detection(made)
 
 
 def _checked(made: Any, count: int) -> Detections:

@@ -11,10 +11,11 @@ import torch
 import torch.nn.functional as F
 from numpy.typing import NDArray
 from sklearn.metrics import roc_auc_score
-from torch import Tensor
+from torch import Tensor, fx
 
 from rewriter.damage import damage as fidelity_damage
-from search.config.schema import ConfigError
+from rewriter.export import first_output_only
+from search.config.schema import Config, ConfigError
 
 Floats = NDArray[np.float64]
 
@@ -114,6 +115,17 @@ class Video:
         if bool(((scores >= 0) & (scores <= 1)).all()):
             return F.binary_cross_entropy(scores.clamp(1e-6, 1 - 1e-6), labels)
         return F.binary_cross_entropy_with_logits(scores, labels)
+
+    def attach(self, gm: fx.GraphModule) -> None:
+        """Edit gm: its outputs are scores, and states are not among them."""
+        gm.meta["kind"] = self.kind
+        first_output_only(gm)
+
+
+def make(cfg: Config) -> Video:
+    """The task; a config says nothing more of it."""
+    del cfg
+    return Video()
 
 
 def scores_of(outputs: Sequence[Tensor]) -> Floats:

@@ -33,7 +33,7 @@ KEYS = [
     ),
     Bad(
         "yes for a number",
-        ("search.trials: is true; no key takes true or false",),
+        ("search.trials: is true; this key takes neither true nor false",),
         {"search": {"trials": True}},
     ),
     Bad("not finite", ("search.max_macs: should be",), {"search": {"max_macs": float("nan")}}),
@@ -201,6 +201,11 @@ MODELS = [
         "unknown timm model",
         ("model.timm: unknown to timm", "mobilenetv2_100"),
         {"model": {"timm": "mobilnetv2_100"}},
+    ),
+    Bad(
+        "unknown torchvision model",
+        ("model.torchvision: unknown to torchvision", "mobilenet_v2"),
+        {"model": {"torchvision": "mobilnet_v2"}},
     ),
 ]
 

@@ -1,0 +1,277 @@
+"""What the commands do, once their arguments are read; `search.cli.main` imports this when one is carried out."""
+
+from __future__ import annotations
+
+from contextlib import nullcontext
+from pathlib import Path
+from typing import Any
+
+import typer
+
+from rewriter import Plan, RewriteError, cost, find_sites
+from search.cli.console import err, out, progress, say
+from search.cli.finetune_commands import as_trained, train_chosen, with_training
+from search.cli.options import Plans
+from search.cli.summary import show_results
+from search.cli.tables import sensitivity_table, sites_table
+from search.config.schema import Config, ConfigError, load_config
+from search.job import Job, float_metric, load_network, open_job
+from search.report import write_report
+from search.report.finish import draw, reported
+from search.report.rows import loss_said
+from search.report.sensitivity_svg import write_sensitivity_svg
+from search.results import Results, load_results, write_front
+from search.run import (
+    Goal,
+    cheapest,
+    confirm_front,
+    note_run,
+    noted_goal,
+    run_search,
+    sensitivity_of,
+    with_options,
+)
+from search.run_dir.files import RunError
+from search.run_dir.scores import Score, read_run
+from search.workers.processes import helpers, work
+from search.workers.ray import search_on_ray
+
+GOAL_NOT_MET = 1
+
+
+def check(config: Path, quiet: bool = False) -> None:
+    """Load, trace and run the float network; say what it costs and what is wrong. Changes nothing."""
+    cfg = load_config(config)
+    network = load_network(cfg, progress(quiet))
+    gm, data = network.gm, network.data
+    spent, found = cost(gm), find_sites(gm)
+    near = sum(bool(s.blocked) for s in found)
+    facts = [
+        ("config", str(cfg.path)),
+        ("network", f"{type(gm).__name__}, inputs {', '.join(map(str, gm.meta['example']))}"),
+        ("cost", f"{spent.macs / 1e6:.2f} M MACs, {spent.params / 1e6:.3f} M parameters"),
+        ("", "convolutions, linear layers, matrix products; batch norm is not counted"),
+        ("samples", f"{len(data.calibration)} calibration, {len(data.evaluation)} evaluation"),
+        ("target", cfg.target),
+        ("float", float_metric(network)),
+        ("sites", f"{len(found) - near}, and {near} near misses (quantfix sites)"),
+    ]
+    facts += [
+        ("opaque", f"{part.name} ({part.kind}): {part.reason} {part.line}")
+        for part in gm.meta["opaque"]
+    ]
+    for name, fact in [] if quiet else facts:
+        say(f"{name:>10}  {fact}")
+
+
+def analyze(
+    config: Path,
+    exact: bool = False,
+    out_dir: Path | None = None,
+    quiet: bool = False,
+    seed: int | None = None,
+) -> None:
+    """Which layers int8 breaks, why, and which rules answer them. Writes DIR/sensitivity.json, .svg."""
+    cfg, folder = _opened(config, out_dir, seed=seed)
+    job = open_job(cfg, folder, progress(quiet))
+    sensitivity = sensitivity_of(job, progress(quiet), exact=exact)
+    picture = write_sensitivity_svg(folder)
+    if not quiet:
+        out.print(sensitivity_table(sensitivity))
+        for line in sensitivity.remarks:
+            say(line)
+        say(f"written: {folder / 'sensitivity.json'}, {picture}")
+
+
+def sites(config: Path, quiet: bool = False) -> None:
+    """Every place where a rule may act, what it would cost, and near misses with the reason."""
+    gm = load_network(load_config(config), progress(quiet)).gm
+    found = find_sites(gm)
+    out.print(sites_table(gm, found))
+
+
+def run(
+    config: Path,
+    out_dir: Path | None = None,
+    trials: int | None = None,
+    timeout: float | None = None,
+    workers: int | None = None,
+    storage: str | None = None,
+    ray: str | None = None,
+    tuned: Plans | None = None,
+    quiet: bool = False,
+    seed: int | None = None,
+) -> None:
+    """The whole job: check, analyze, fit, search, report. The same command again resumes."""
+    cfg, folder = _opened(
+        config, out_dir, seed=seed, trials=trials, timeout=timeout, workers=workers
+    )
+    job, results = _run(with_training(cfg, tuned), folder, storage, quiet, ray=ray)
+    show_results(train_chosen(job, results, quiet), quiet)
+
+
+def worker(folder: Path, storage: str | None = None, quiet: bool = False) -> None:
+    """Be one more worker of a running search, wherever its run directory is seen."""
+    facts = read_run(folder)
+    options = facts.get("options")
+    if options is None or "config" not in facts or not (folder / "sensitivity.json").exists():
+        raise RunError(
+            f"{folder}: no search is running there: "
+            f"start one with quantfix run {facts.get('config', 'CONFIG')}"
+        )
+    place, goal = storage or facts.get("storage"), noted_goal(facts)
+    outcome = work(Path(facts["config"]), folder, options, place, goal=goal)
+    if not quiet:
+        out.print(f"done: {outcome.reason}, {outcome.plans} plans scored")
+
+
+def front(folder: Path, pictures: bool = False, quiet: bool = False) -> None:
+    """The Pareto front as a table. Writes DIR/front.json, report.html and report.md."""
+    results = load_results(folder)
+    if pictures:
+        draw(_reopened(results, quiet), progress(quiet))
+        results = load_results(folder)
+    write_front(results)
+    write_report(results)
+    show_results(results, quiet)
+
+
+def export(
+    folder: Path,
+    pick: str = "best",
+    out_dir: Path | None = None,
+    compared: bool = False,
+    untrained: bool = False,
+    quiet: bool = False,
+) -> None:
+    """The chosen network: int8 ONNX, float source and weights, ranges, and what changed.
+
+    A plan that was fine-tuned is shipped with its trained weights.
+    """
+    results = load_results(folder)
+    score = results.picked(pick)
+    job = _reopened(results, quiet)
+    if not untrained:
+        job, score = as_trained(job, results, score, quiet)
+    _export(job, score, out_dir or folder / "export", quiet, compared)
+
+
+def fix(
+    config: Path,
+    max_drop: float | None = None,
+    max_macs: float | None = None,
+    max_damage: float | None = None,
+    out_dir: Path | None = None,
+    trials: int | None = None,
+    timeout: float | None = None,
+    workers: int | None = None,
+    storage: str | None = None,
+    quiet: bool = False,
+    seed: int | None = None,
+) -> None:
+    """The cheapest plan that meets both goals, in DIR/fixed; exit 1 and the best if none does."""
+    given = {"max_drop": max_drop, "max_macs": max_macs, "max_damage": max_damage}
+    cfg, folder = _opened(
+        config, out_dir, seed=seed, trials=trials, timeout=timeout, workers=workers, **given
+    )
+    goal, ratio = Goal(cfg.search.max_drop, cfg.search.max_damage), cfg.search.max_macs
+    if goal == Goal():
+        raise ConfigError(
+            "fix: how much may be lost? --max-drop POINTS, without labels --max-damage DAMAGE (or "
+            "search.max_drop, search.max_damage in the config)"
+        )
+    job, results = _run(cfg, folder, storage, quiet, goal)
+    chosen = cheapest(job, goal, ratio)
+    score = chosen or results.best()
+    _export(job, score, folder / "fixed", quiet)
+    said = loss_said(results, score)
+    asked = f"{goal} at {ratio:g} x MACs"
+    if chosen is None:
+        say(f"goal not met ({asked}); best so far: {said}", err)
+        raise typer.Exit(GOAL_NOT_MET)
+    if not quiet:
+        say(f"goal met: {score.plan or 'the network as it is'}: {said}")
+
+
+def _run(
+    cfg: Config,
+    folder: Path,
+    storage: str | None,
+    quiet: bool,
+    goal: Goal | None = None,
+    ray: str | None = None,
+) -> tuple[Job, Results]:
+    """Analyse and search; whatever ends it, the front of what is scored is on disk."""
+    bars = progress(quiet)
+    job = open_job(cfg, folder, bars)
+    if goal and goal.max_drop is not None and job.evaluator.samples.targets is None:
+        raise ConfigError(
+            "fix: the evaluation data have no labels, so a drop cannot be measured: give "
+            "--max-damage instead, such as half of what plain int8 does (quantfix analyze)"
+        )
+    sensitivity = sensitivity_of(job, bars)
+    note_run(job, storage, goal)
+    if not quiet:
+        out.print(sensitivity_table(sensitivity, 8))
+        for line in sensitivity.remarks:
+            say(line)
+    with reported(job, bars):
+        with (
+            nullcontext() if ray else helpers(job, storage, goal),
+            bars("scoring plans") as tick,
+        ):
+            if ray is not None:
+                search_on_ray(job, storage, ray, tick)
+            else:
+                run_search(
+                    job,
+                    sensitivity,
+                    storage,
+                    lambda score, count: tick(count, cfg.search.trials),
+                    goal,
+                )
+        confirm_front(job, bars)
+    return job, load_results(folder)
+
+
+def _opened(config: Path, folder: Path | None, **options: Any) -> tuple[Config, Path]:
+    cfg = with_options(load_config(config), **options)
+    return cfg, folder or Path("runs") / cfg.path.stem
+
+
+def _reopened(results: Results, quiet: bool) -> Job:
+    cfg = load_config(Path(results.facts["config"]))
+    cfg = with_options(cfg, **results.facts.get("options", {}))
+    return open_job(cfg, results.folder, progress(quiet))
+
+
+def _export(job: Job, score: Score, folder: Path, quiet: bool, compared: bool = False) -> None:
+    from search.export.export import export as write
+
+    with progress(quiet)("writing and measuring the file") as tick:
+        tick(0, 1)
+        exported = write(job.evaluator, Plan.parse(score.plan), folder, score, compared)
+        tick(1, 1)
+    files, refusal = exported.files, ""
+    if job.cfg.task == "video" and exported.quantized is not None:
+        from search.export.streaming import export_stream
+
+        try:
+            files += export_stream(job, Plan.parse(score.plan), exported.quantized, folder)
+        except RewriteError as fact:  # the file for whole sequences is written all the same
+            refusal = str(fact)
+    if not quiet:
+        if refusal:
+            say(f"no streaming file: {refusal}")
+        for found in exported.findings:
+            say(f"{found.code}: {found.node + ': ' if found.node else ''}{found.message}")
+        if compared:
+            first = exported.departure
+            say(
+                "simulation and ONNX Runtime agree on every value"
+                if first is None
+                else f"simulation and ONNX Runtime first depart at {first.layer}: {first.differs:.2%} of its "
+                f"elements differ, {first.sqnr_db:.1f} dB"
+            )
+        for file in files:
+            say(f"written: {file}")
