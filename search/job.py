@@ -33,7 +33,7 @@ from search.data.datasets import Data, Inputs, batches, load_data
 from search.data.evaluation_set import Tick, check_outputs, chosen_on, load_samples, shuffled
 from search.data.model import load_model
 from search.data.overlap import mark, warn_of_overlap
-from search.engines import EngineError, scoring_engine
+from search.engines import EngineError, refusal, scoring_engine
 from search.run_dir.fingerprint import rules_digest, source_digest
 from search.run_dir.scores import Confirmations, Records, Score, fingerprint, open_run
 from search.scoring.evaluator import RewriteEvaluator
@@ -174,7 +174,11 @@ def open_job(
     chosen = chosen_on(samples.count, cfg.search.confirmation)
     scheme = target(cfg.target)
     try:
-        engine = scoring_engine(cfg.target, cfg.engines)
+        engine = scoring_engine(
+            cfg.target,
+            cfg.engines,
+            lambda e: refusal(e, network.gm, scheme, network.calibration[0][:2]),
+        )
     except EngineError as cause:
         raise ConfigError(f"{cfg.path.name}: {cause}") from cause
     calibration = Digest()

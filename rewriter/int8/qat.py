@@ -199,6 +199,8 @@ def _ends(quantized: Quantized, node: fx.Node, factor: float) -> tuple[float, fl
     assert spec is not None, node.name
     scale, zero = quantized.value_params(node)
     step = float(torch.tensor(scale) * factor)
+    if spec.symmetric:
+        return -spec.qmax * step, spec.qmax * step
     return (spec.qmin - zero) * step, (spec.qmax - zero) * step
 
 

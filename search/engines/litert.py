@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib.metadata
 import importlib.util
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from torch import Tensor
@@ -21,7 +21,9 @@ class LiteRT:
     scores = frozenset({"tflite"})
     ships = frozenset({"tflite"})
     form = "tflite"
+    target = "tflite"
     file = "model_int8.tflite"
+    stand_in = ""
     on_device = False
 
     def version(self) -> str:
@@ -44,6 +46,14 @@ class LiteRT:
         from rewriter.int8.litert import lint
 
         return lint(quantized, model)
+
+    def values(
+        self, quantized: Quantized, names: Sequence[str], x: Tensor
+    ) -> Mapping[str, Tensor]:
+        from rewriter.int8.litert import to_tflite
+
+        found = LiteRTSession(to_tflite(quantized, names), 1).run(x)
+        return dict(zip(names, found[-len(names) :], strict=True))
 
 
 class LiteRTSession:

@@ -4,6 +4,7 @@ from rewriter.int8.onnx.compare import Comparison, compare, first_departure
 from rewriter.int8.onnx.export import float_onnx, to_onnx
 from rewriter.int8.onnx.lint import Finding, lint
 from rewriter.int8.onnx.session import Session
+from rewriter.int8.onnx.tensorrt import tensorrt_faults
 
 __all__ = [
     "Comparison",
@@ -13,5 +14,6 @@ __all__ = [
     "first_departure",
     "float_onnx",
     "lint",
+    "tensorrt_faults",
     "to_onnx",
 ]
