@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 
+from search.engines import ENGINES
 from search.finetune.run import Finetuned, read_finetuned
 from search.pareto.front import Cost, Front, best, cost_named, hypervolume, knee, select_front
 from search.pareto.front_json import baseline_of, point
@@ -18,6 +19,7 @@ from search.pareto.step_effects import step_effects
 from search.run_dir.files import RunError, write_json
 from search.run_dir.scores import Baseline, Confirmations, Records, Score, fingerprint, read_run
 from search.scoring.confirm import Confirmed, confirmed, confirmed_front
+from search.scoring.deployed import Deployed, read_deployed
 from search.sensitivity.run import Sensitivity, read_sensitivity
 
 # of run.json; what makes a report of it
@@ -40,6 +42,7 @@ class Results:
         confirmed: Plans that were run on the images held back, by text.
         held_back: How many images are held back.
         finetuned: Plans that were fine-tuned, by text.
+        deployed: What runtimes that ship the target, but did not score the run, measured: by plan and engine.
     """
 
     folder: Path
@@ -55,6 +58,7 @@ class Results:
     confirmed: Mapping[str, Confirmed] = field(default_factory=dict[str, Confirmed])
     held_back: int = 0
     finetuned: Mapping[str, Finetuned] = field(default_factory=dict[str, Finetuned])
+    deployed: Deployed = field(default_factory=dict[str, "dict[str, dict[str, Any]]"])
 
     @property
     def metric(self) -> str:
@@ -210,7 +214,17 @@ class Results:
         tuned = self.finetuned.get(score.plan)
         more: dict[str, Any] = {} if tuned is None else {"finetuned": tuned.to_dict()}
         more["steps"] = [e.to_dict() for e in step_effects(score.plan, self.scores)]
+        more["confirmed"] = self._confirmed_on(score)
         return point(score) | ({} if known is None else known.to_dict()) | more
+
+    def _confirmed_on(self, score: Score) -> dict[str, Any]:
+        """What the engines that ship the target measured of a plan, on all samples."""
+        found: dict[str, Any] = {}
+        if score.engine in {e.name for e in ENGINES if self.facts["target"] in e.ships}:
+            found[score.engine] = {"int8": score.metric, "damage": score.damage}
+        for engine, entry in self.deployed.get(score.plan, {}).items():
+            found[engine] = {"int8": entry["int8"], "damage": entry["damage"]}
+        return found
 
     def _dearest(self) -> float:
         """The cost beyond which a plan adds nothing to the hypervolume."""
@@ -335,6 +349,7 @@ def results_of(folder: Path, facts: Mapping[str, Any], records: Records) -> Resu
         scores=scores,
         sensitivity=sensitivity,
         confirmed=known,
+        deployed=read_deployed(folder, records.fingerprint),
         held_back=count - selection,
     )
     options: dict[str, Any] = {
