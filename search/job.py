@@ -16,6 +16,7 @@ from torch import Tensor, fx
 from torch.utils import _pytree as pytree
 
 from rewriter import profile, target, trace
+from rewriter.damage import MeaningError, declared, fidelity_of, measure_fidelity
 from rewriter.graph import layers
 from rewriter.int8 import QuantScheme
 from rewriter.storage import (
@@ -122,6 +123,11 @@ def load_network(cfg: Config, progress: Progress = silent) -> Network:
     goal = task(cfg)
     goal.attach(gm)
     profile(gm, found)
+    try:
+        said = None if cfg.outputs is None else declared(cfg.outputs)
+        gm.meta["fidelity"] = measure_fidelity(gm, found, said, goal.purpose)
+    except MeaningError as error:
+        raise ConfigError(f"{cfg.path.name}: {error}") from error
     return Network(cfg, gm, data, goal, tuple(found))
 
 
@@ -188,6 +194,7 @@ def open_job(
         "calibration": calibration.hex(),
         "evaluation": samples.digest,
         "target": _scheme_digest(scheme, engine.name),
+        "damage": fidelity_of(network.gm).digest,
         "metric": source_digest(network.task, *_user_functions(network.task)),
         "rules": rules_digest(),
         "seed": str(cfg.search.seed),
@@ -201,6 +208,7 @@ def open_job(
         "target": cfg.target,
         "engine": engine.name,
         "samples": samples.count,
+        "outputs": list(fidelity_of(network.gm).about),
         "selection_samples": chosen,
         "calibration_samples": sum(len(x) for x in network.calibration),
         "versions": {

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from math import inf, isfinite
@@ -10,8 +11,8 @@ from typing import Any
 
 import numpy as np
 
-from search.engines import ENGINES
 from search.finetune.run import Finetuned, read_finetuned
+from search.pareto.controls import controls, separable
 from search.pareto.front import Cost, Front, best, cost_named, hypervolume, knee, select_front
 from search.pareto.front_json import baseline_of, point
 from search.pareto.limits import Limits
@@ -19,7 +20,7 @@ from search.pareto.step_effects import step_effects
 from search.run_dir.files import RunError, write_json
 from search.run_dir.scores import Baseline, Confirmations, Records, Score, fingerprint, read_run
 from search.scoring.confirm import Confirmed, confirmed, confirmed_front
-from search.scoring.deployed import Deployed, read_deployed
+from search.scoring.deployed import Deployed, confirmed_on, read_deployed
 from search.sensitivity.run import Sensitivity, read_sensitivity
 
 # of run.json; what makes a report of it
@@ -43,6 +44,7 @@ class Results:
         held_back: How many images are held back.
         finetuned: Plans that were fine-tuned, by text.
         deployed: What runtimes that ship the target, but did not score the run, measured: by plan and engine.
+        separable: How many points of the front differ from the one before beyond the noise.
     """
 
     folder: Path
@@ -59,6 +61,7 @@ class Results:
     held_back: int = 0
     finetuned: Mapping[str, Finetuned] = field(default_factory=dict[str, Finetuned])
     deployed: Deployed = field(default_factory=dict[str, "dict[str, dict[str, Any]]"])
+    separable: int = 0
 
     @property
     def metric(self) -> str:
@@ -108,7 +111,7 @@ class Results:
         return points[knee(macs, value, extent)]
 
     def picked(self, which: str) -> Score:
-        """The score of ``best``, ``knee``, or of a plan's text.
+        """The score of ``best``, ``knee``, ``macs<=0.85`` (the best of at most so many), or of a plan's text.
 
         Raises:
             RunError: no such plan was scored, or it failed.
@@ -119,6 +122,8 @@ class Results:
                     f"{self.folder}: no plan is scored yet: quantfix run {self.facts['config']}"
                 )
             return self.best() if which == "best" else self.knee()
+        if bound := re.fullmatch(r"macs\s*<=\s*(\d*\.?\d+)", which.strip()):
+            return self._within(float(bound[1]))
         text = " ".join(sorted(which.split()))
         for score in self.scores:
             if " ".join(sorted(score.plan.split())) == text:
@@ -129,6 +134,15 @@ class Results:
         raise RunError(
             f"plan {which!r}: not among the {len(self.scores)} plans scored in {self.folder}"
         )
+
+    def _within(self, ratio: float) -> Score:
+        """The best plan of the front at no more than a ratio of the MACs."""
+        points = [s for s in self.front.all() if s.macs_ratio <= ratio]
+        if not points:
+            least = min((s.macs_ratio for s in self.front.all()), default=1.0)
+            raise RunError(f"macs<={ratio:g}: the cheapest plan of the front has {least:.3f}")
+        cheap = Front(tuple(points), cost=self.cost)
+        return best(cheap, objective=self.objective, higher_is_better=self.higher_is_better)
 
     def within_limits(self, score: Score) -> bool:
         """Whether a plan may be on the front; the empty one always may."""
@@ -195,6 +209,8 @@ class Results:
             "ties": [self._point(s) for s in self.front.ties],
             "overtaken": [s.plan for s in self.overtaken()],
             "references": [self._point(s) for s in self.references],
+            "control": controls(self.scores),
+            "separable": self.separable,
             "best": self.best().plan if points else None,
             "knee": self.knee().plan if points else None,
             "hypervolume": hypervolume(np.array(macs), np.array(quality), corner),
@@ -214,17 +230,8 @@ class Results:
         tuned = self.finetuned.get(score.plan)
         more: dict[str, Any] = {} if tuned is None else {"finetuned": tuned.to_dict()}
         more["steps"] = [e.to_dict() for e in step_effects(score.plan, self.scores)]
-        more["confirmed"] = self._confirmed_on(score)
+        more["confirmed"] = confirmed_on(score, self.facts["target"], self.deployed)
         return point(score) | ({} if known is None else known.to_dict()) | more
-
-    def _confirmed_on(self, score: Score) -> dict[str, Any]:
-        """What the engines that ship the target measured of a plan, on all samples."""
-        found: dict[str, Any] = {}
-        if score.engine in {e.name for e in ENGINES if self.facts["target"] in e.ships}:
-            found[score.engine] = {"int8": score.metric, "damage": score.damage}
-        for engine, entry in self.deployed.get(score.plan, {}).items():
-            found[engine] = {"int8": entry["int8"], "damage": entry["damage"]}
-        return found
 
     def _dearest(self) -> float:
         """The cost beyond which a plan adds nothing to the hypervolume."""
@@ -366,7 +373,10 @@ def results_of(folder: Path, facts: Mapping[str, Any], records: Records) -> Resu
     shown = [known[s.plan].whole if s.plan in known else s for s in scores]
     references = _references(shown, sensitivity)
     tuned = read_finetuned(records, facts, {s.plan: s for s in shown})
-    return replace(results, chosen=chosen, front=front, references=references, finetuned=tuned)
+    whole = kept.whole if kept is not None and front is not chosen else records
+    differ = separable(front.points, whole.samples, results.objective)
+    found = replace(results, chosen=chosen, front=front, references=references)
+    return replace(found, finetuned=tuned, separable=differ)
 
 
 def write_front(results: Results) -> None:

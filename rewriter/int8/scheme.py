@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from rewriter.errors import QuantizeError
+from rewriter.graph.ops import CLIP_TYPES, fused_on
 
 # The smallest scale: keeps a dead tensor from dividing by zero, far below any range that occurs.
 TINY = 1e-12
@@ -175,31 +176,21 @@ class QuantScheme:
 # What saturation of the int8 output can carry out by itself. ONNX Runtime's kernels absorb only
 # these: a convolution with another activation behind it and no int8 value in between would run in
 # float, slower than the float network.
-CLIPS = frozenset({nn.ReLU, nn.ReLU6, nn.Hardtanh})
-_POINTWISE = CLIPS | {
-    nn.LeakyReLU,
-    nn.PReLU,
-    nn.SiLU,
-    nn.Hardswish,
-    nn.Sigmoid,
-    nn.Tanh,
-    nn.GELU,
-    nn.ELU,
-    nn.Mish,
-    nn.Hardsigmoid,
-}
+CLIPS = frozenset(CLIP_TYPES)
 _PER_CHANNEL = QuantSpec(symmetric=True, signed=True, ch_axis=0)
 _PER_TENSOR = QuantSpec(symmetric=True, signed=True)
 _UINT8 = QuantSpec()
 
-_ONNXRUNTIME = QuantScheme("onnxruntime", _PER_CHANNEL, _PER_TENSOR, _UINT8, fuses=CLIPS)
+_ONNXRUNTIME = QuantScheme(
+    "onnxruntime", _PER_CHANNEL, _PER_TENSOR, _UINT8, fused_on("onnxruntime")
+)
 _TENSORRT = replace(
     _ONNXRUNTIME,
     name="tensorrt",
     linear_weights=_PER_CHANNEL,
     # QuantizeLinear saturates at the bounds of int8, and no zero point moves them
     activations=QuantSpec(symmetric=True, signed=True, full=True),
-    fuses=frozenset(_POINTWISE),
+    fuses=fused_on("tensorrt"),
     float_bias=True,  # its parser refuses DequantizeLinear of int32
 )
 # From LiteRT's kernels (Prepare of activations.cc, pooling.cc, concatenation.cc, resize_bilinear.cc), which refuse
@@ -208,6 +199,7 @@ _TENSORRT = replace(
 _TFLITE = replace(
     _ONNXRUNTIME,
     name="tflite",
+    fuses=fused_on("tflite"),
     activations=QuantSpec(signed=True),
     shared_at=frozenset({"cat", "pool", "resize"}),
     fixed_ranges=(
@@ -229,6 +221,7 @@ _TFLITE = replace(
 _QNN = replace(
     _ONNXRUNTIME,
     name="qnn",
+    fuses=fused_on("qnn"),
     weights=replace(_PER_CHANNEL, least_scale=1e-4),
     wide=QuantSpec(bits=16),
     fixed_ranges=(

@@ -5,12 +5,14 @@ from __future__ import annotations
 import importlib.metadata
 import importlib.util
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 from torch import Tensor
 
 from rewriter import Quantized
 from rewriter.int8 import Finding
+from rewriter.int8.onnx import ReadBack, by_annotation
 
 PACKAGE = "ai-edge-litert"
 
@@ -46,6 +48,11 @@ class LiteRT:
         from rewriter.int8.litert import lint
 
         return lint(quantized, model)
+
+    def read_back(self, quantized: Quantized, model: bytes) -> ReadBack:
+        from rewriter.int8.litert import float_operators
+
+        return replace(by_annotation(quantized), float_ops=float_operators(model))
 
     def values(
         self, quantized: Quantized, names: Sequence[str], x: Tensor

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from rewriter import Quantized
 from rewriter.int8 import Finding
-from rewriter.int8.onnx import Session, lint, to_onnx
+from rewriter.int8.onnx import ReadBack, Session, lint, opened, to_onnx
 
 
 class OnnxSession:
@@ -58,3 +58,7 @@ class OnnxRuntime:
     ) -> Mapping[str, Tensor]:
         found = OnnxSession(to_onnx(quantized, names), 1).run(x)
         return dict(zip(names, found[-len(names) :], strict=True))
+
+    def read_back(self, quantized: Quantized, model: bytes) -> ReadBack:
+        _, found = opened(quantized, onnx.load_from_string(model), threads=1)
+        return found

@@ -16,7 +16,7 @@ import torch
 
 from rewriter import Plan, Quantized, RewriteError
 from rewriter.int8 import guilty, int8_values, isolated
-from search.engines import Engine, shipping_engines
+from search.engines import ENGINES, Engine, shipping_engines
 from search.run_dir.files import read_json, write_json
 from search.run_dir.scores import Score
 from search.scoring.evaluator import RewriteEvaluator
@@ -40,6 +40,16 @@ def read_deployed(folder: Path, fingerprint: str) -> Deployed:
         return {}
     known = read_json(file)
     return known["plans"] if known.get("fingerprint") == fingerprint else {}
+
+
+def confirmed_on(score: Score, target: str, known: Deployed) -> dict[str, Any]:
+    """``confirmed`` of a point in ``front.json``: what each engine that ships the target measured, on all samples."""
+    found: dict[str, Any] = {}
+    if score.engine in {e.name for e in ENGINES if target in e.ships}:
+        found[score.engine] = {"int8": score.metric, "damage": score.damage}
+    for engine, entry in known.get(score.plan, {}).items():
+        found[engine] = {"int8": entry["int8"], "damage": entry["damage"]}
+    return found
 
 
 def score_deployed(evaluator: RewriteEvaluator, folder: Path, scores: Sequence[Score]) -> Deployed:

@@ -6,6 +6,7 @@ integer operators, static shapes, tensors of at most three dimensions beside the
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator
 from typing import Any
 
@@ -84,6 +85,14 @@ def lint(quantized: Quantized, file: bytes) -> list[Finding]:
     """Findings: operators in float, and operators that Edge TPU compilers leave to the processor."""
     del quantized
     return [*_float_operators(file), *_edge_tpu(file)]
+
+
+def float_operators(file: bytes) -> dict[str, int]:
+    """How many operators of each kind compute in float; those that only give values another shape are left out."""
+    found = Counter(
+        name for name, int8, _ in operators(file) if not int8 and name not in (*ENDS, "RESHAPE")
+    )
+    return dict(found)
 
 
 def _float_operators(file: bytes) -> Iterator[Finding]:
