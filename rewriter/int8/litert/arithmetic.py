@@ -26,7 +26,7 @@ from rewriter.int8.litert.builder import (
     shape_of,
     source_of,
 )
-from rewriter.int8.litert.writer import options
+from rewriter.int8.litert.writer import Grid, options
 
 Emitter = Callable[[Emission, fx.Node], None]
 
@@ -46,6 +46,18 @@ def _operand(e: Emission, value: Any, node: fx.Node, rank: int, in_float: bool) 
     return x
 
 
+def _is_read(value: Any, reads: tuple[str, ...]) -> bool:
+    return isinstance(value, fx.Node) and value.name in reads
+
+
+def _number(e: Emission, value: float) -> Value:
+    """A number as an int8 constant: 127 steps of its own."""
+    scale = np.float32(abs(value) / 127 or 1.0)
+    q = np.array(int(np.sign(value)) * 127, np.int8)
+    index = e.w.constant(f"{e.place}.number", q, Grid(scale))  # type: ignore[arg-type]
+    return Value(index, (), (float(scale), 0))
+
+
 def _sides(node: fx.Node) -> tuple[Any, Any]:
     if node.kwargs and set(node.kwargs) != {"other"}:
         raise UnsupportedError(f"{', '.join(node.kwargs)} of an arithmetic operation")
@@ -60,9 +72,16 @@ def _arithmetic(code: str, kind: str, reverse: bool = False) -> Emitter:
         shape = shape_of(node)
         found = e.written(node)
         reads = annotation(node).reads
-        int8 = found is not None and all(isinstance(s, fx.Node) and s.name in reads for s in sides)
-        int8 = int8 and code in ("ADD", "MUL", "SUB")
-        x, y = (_operand(e, s, node, len(shape), not int8) for s in sides)
+        # numbers beside an int8 value are int8 constants, exact to the last bit of their scale
+        int8 = found is not None and code in ("ADD", "MUL", "SUB")
+        int8 = int8 and any(isinstance(s, fx.Node) for s in sides)
+        int8 = int8 and all(isinstance(s, (int, float)) or _is_read(s, reads) for s in sides)
+        x, y = (
+            _number(e, s)
+            if int8 and not isinstance(s, fx.Node)
+            else _operand(e, s, node, len(shape), not int8)
+            for s in sides
+        )
         if reverse:
             x, y = y, x
         if not int8 or found is None:
