@@ -7,6 +7,7 @@ difference is that of the one operation.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -28,6 +29,7 @@ class Agreement:
         node: name of the node that makes it.
         layer: the module's own name, where it is one.
         kind: what the operation is, in a word.
+        sqnr_db: energy of the value over that of the difference; infinite where equal.
         differs: share of the elements that lie more than half a step apart.
         largest: largest difference in steps.
     """
@@ -35,6 +37,7 @@ class Agreement:
     node: str
     layer: str
     kind: str
+    sqnr_db: float
     differs: float
     largest: float
 
@@ -84,12 +87,19 @@ def isolated(
                 node.name,
                 layer_name(origin) if origin.op == "call_module" else node.name,
                 _kind(quantized.gm, origin),
+                _ratio(expected, found[node.name]),
                 float((steps > 0.5).float().mean()),
                 float(steps.max()),
             )
         )
         values[node] = found[node.name]
     return rows
+
+
+def _ratio(expected: Tensor, found: Tensor) -> float:
+    noise = float((expected.double() - found.double()).square().sum())
+    energy = float(expected.double().square().sum())
+    return 10 * math.log10(energy / noise) if noise > 0 and energy > 0 else math.inf
 
 
 def _kind(gm: fx.GraphModule, node: fx.Node) -> str:

@@ -20,6 +20,7 @@ from rewriter.errors import RewriteError
 from rewriter.export import Source, construct, source_of
 from rewriter.fitting import FitReport
 from rewriter.graph import layer_name, layers, module_of
+from rewriter.int8 import int8_values, isolated
 from rewriter.int8.onnx import (
     Comparison,
     Finding,
@@ -28,7 +29,8 @@ from rewriter.int8.onnx import (
 )
 from rewriter.plan import rule_named
 from rewriter.storage import replacing
-from search.export.forms import engine_of_target, write_form
+from search.engines import engine_named
+from search.export.forms import Written, engine_of_target, write_form
 from search.run_dir.files import write_json
 from search.run_dir.scores import Score
 from search.scoring.evaluator import RewriteEvaluator
@@ -110,7 +112,7 @@ def export(
         file.write(linted(findings))
     if not compared:
         return Exported(folder, tuple(files), score, findings, quantized=quantized)
-    rows = compare(quantized, evaluator.calibration[0][:COMPARED], threads=evaluator.threads)
+    rows = _compared(evaluator, quantized, written)
     files.append(folder / "comparison.json")
     # no difference at all is an infinite ratio, which JSON cannot hold
     values = [{**asdict(r), "sqnr_db": r.sqnr_db if r.differs else None} for r in rows]
@@ -118,6 +120,19 @@ def export(
     return Exported(
         folder, tuple(files), score, findings, first_departure(rows, quantized), quantized
     )
+
+
+def _compared(
+    evaluator: RewriteEvaluator, quantized: Quantized, written: Written
+) -> list[Comparison]:
+    """Simulation and runtime, value by value: on the whole network, or each operation on the runtime's own inputs."""
+    inputs = evaluator.calibration[0][:COMPARED]
+    engine = engine_named(written.engine)
+    if written.file.suffix == ".onnx":
+        return compare(quantized, inputs, threads=evaluator.threads)
+    names = int8_values(quantized)
+    rows = isolated(quantized, inputs, engine.values(quantized, names, inputs), fixed_point=False)
+    return [Comparison(r.node, r.layer, r.sqnr_db, r.differs, r.largest) for r in rows]
 
 
 def linted(findings: Sequence[Finding]) -> str:
