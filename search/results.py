@@ -21,6 +21,7 @@ from search.pareto.step_effects import step_effects
 from search.run_dir.files import RunError, write_json
 from search.run_dir.scores import Baseline, Confirmations, Records, Score, fingerprint, read_run
 from search.scoring.confirm import Confirmed, confirmed, confirmed_front
+from search.scoring.deployed import Deployed, confirmed_on, read_deployed
 from search.sensitivity.run import Sensitivity, read_sensitivity
 
 # of run.json; what makes a report of it
@@ -43,6 +44,7 @@ class Results:
         confirmed: Plans that were run on the images held back, by text.
         held_back: How many images are held back.
         finetuned: Plans that were fine-tuned, by text.
+        deployed: What runtimes that ship the target, but did not score the run, measured: by plan and engine.
         separable: How many points of the front differ from the one before beyond the noise.
     """
 
@@ -59,6 +61,7 @@ class Results:
     confirmed: Mapping[str, Confirmed] = field(default_factory=dict[str, Confirmed])
     held_back: int = 0
     finetuned: Mapping[str, Finetuned] = field(default_factory=dict[str, Finetuned])
+    deployed: Deployed = field(default_factory=dict[str, "dict[str, dict[str, Any]]"])
     separable: int = 0
 
     @property
@@ -234,6 +237,7 @@ class Results:
         tuned = self.finetuned.get(score.plan)
         more: dict[str, Any] = {} if tuned is None else {"finetuned": tuned.to_dict()}
         more["steps"] = [e.to_dict() for e in step_effects(score.plan, self.scores)]
+        more["confirmed"] = confirmed_on(score, self.facts["target"], self.deployed)
         return point(score) | ({} if known is None else known.to_dict()) | more
 
     def _dearest(self) -> float:
@@ -359,6 +363,7 @@ def results_of(folder: Path, facts: Mapping[str, Any], records: Records) -> Resu
         scores=scores,
         sensitivity=sensitivity,
         confirmed=known,
+        deployed=read_deployed(folder, records.fingerprint),
         held_back=count - selection,
     )
     options: dict[str, Any] = {

@@ -28,7 +28,7 @@ from rewriter.int8.onnx import float_onnx
 from rewriter.plan import rule_named
 from rewriter.storage import Store
 from search.data.evaluation_set import SampleSet, Tick, check_outputs
-from search.engines import Engine, OnnxRuntime, engine_named, read_back
+from search.engines import OnnxRuntime, engine_named, read_back
 from search.pareto.limits import size_of, with_file
 from search.run_dir.scores import Baseline, Confirmations, Records, Samples, Score
 from search.scoring.child_process import LateError, LostError, apart
@@ -269,14 +269,6 @@ class RewriteEvaluator:
                     return outputs, (score, samples)
             found = [outputs]
         return found[0], None
-
-    def score_outputs(self, plan: Plan, outputs: list[Tensor], engine: Engine) -> Score:
-        """Score outputs over all samples computed elsewhere, such as by a file that is to ship."""
-        known = self(plan)
-        measured, _ = self.measured.compare(outputs, (0, self.samples.count))
-        return replace(
-            _filled(measured, known), engine=engine.name, engine_version=engine.version()
-        )
 
     def baseline(self) -> Baseline:
         """The network as it is, on all samples; the empty plan is scored where it is not yet.
