@@ -19,7 +19,9 @@ from search.data.overlap import mark
 
 IN_MEMORY = 2 << 30  # bytes; more inputs than that are decoded again for each plan
 BATCH = 32
-MIN_HELD_BACK_SAMPLES = 300  # with fewer samples than these none is held back unless the config says so
+MIN_HELD_BACK_SAMPLES = (
+    300  # with fewer samples than these none is held back unless the config says so
+)
 HELD_BACK = 1 / 3
 Tick = Callable[[int, int], None]
 

@@ -87,7 +87,9 @@ def pool_of(cfg: Config, data: Data) -> Pool:
         kind = type(dataset).__name__
         raise ConfigError(f"{name}: no map-style data set (len() and []): {kind}")
     if len(dataset) < MIN_INPUTS:
-        raise ConfigError(f"{name}: at least {MIN_INPUTS} inputs are needed to train: {len(dataset)}")
+        raise ConfigError(
+            f"{name}: at least {MIN_INPUTS} inputs are needed to train: {len(dataset)}"
+        )
     first = next(batches(Subset(dataset, [0]), 1))  # pyright: ignore[reportArgumentType]
     if options.loss == "labels" and not isinstance(first, tuple):
         raise ConfigError(
