@@ -11,6 +11,7 @@ from torch import fx
 
 from rewriter.damage.meaning import meanings
 from rewriter.errors import RewriteError
+from rewriter.graph import facts
 from rewriter.plan import Plan, Step, rule_named
 from rewriter.rules import Site
 
@@ -189,7 +190,7 @@ def exact_splits(
 
 def _classes(gm: fx.GraphModule) -> bool:
     """Whether all that counts is one score for each class: of one kind, and so of one range."""
-    fixed = gm.meta.get("fidelity")
+    fixed = facts.FIDELITY.get(gm)
     if fixed is not None:
         return fixed.only_classes
     kinds = {p.kind for meaning, _ in meanings(gm) for p in meaning.parts}

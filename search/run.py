@@ -22,9 +22,10 @@ from search.pareto.front import cost_named, select_front
 from search.pareto.limits import Limits
 from search.results import load_results
 from search.run_dir.scores import Samples, Score, note
+from search.scoring.added_macs import extra_macs
 from search.scoring.child_process import possible
 from search.scoring.confirm import confirm
-from search.scoring.evaluator import extra_macs
+from search.scoring.deployed import score_deployed
 from search.scoring.failure import to_be_tried_again
 from search.scoring.racing import Race
 from search.sensitivity.run import Sensitivity, analyze, float_gains_on, read_sensitivity
@@ -266,14 +267,16 @@ def _meets(job: Job, goal: Goal | None) -> Callable[[Score], bool]:
 
 
 def confirm_front(job: Job, progress: Progress = silent) -> None:
-    """Run what the run directory shows on all images, where some are held back."""
-    if job.evaluator.confirmations is None:
-        return
+    """Run what the run directory shows on all images, where some are held back, and on the engine that ships it."""
     job.records.refresh()
     results = load_results(job.folder)
     plans = [s.plan for s in (*results.chosen.all(), *results.references)]
-    with progress("confirming the front") as tick:
-        confirm(job.evaluator, list(dict.fromkeys(["", *plans])), tick)
+    if job.evaluator.confirmations is not None:
+        with progress("confirming the front") as tick:
+            confirm(job.evaluator, list(dict.fromkeys(["", *plans])), tick)
+        results = load_results(job.folder)
+    with progress("confirming on the runtime that ships"):
+        score_deployed(job.evaluator, job.folder, [results.empty(), *results.front.points])
 
 
 def cheapest(job: Job, goal: Goal, max_macs: float) -> Score | None:

@@ -19,6 +19,7 @@ from torch import Tensor, fx
 from rewriter.damage.fidelity import Fidelity
 from rewriter.damage.grouping import fidelity_of
 from rewriter.errors import QuantizeError
+from rewriter.graph import facts
 from rewriter.graph.cost import cost, layer_macs
 from rewriter.graph.lookup import layer_name, layers
 from rewriter.graph.ops import RECURRENT_TYPES
@@ -111,7 +112,7 @@ def analyze(
         raise QuantizeError("sensitivity: evaluation inputs: none was given")
     calibration_batches = list(calibration_batches)
     fidelity = fidelity or fidelity_of(gm, calibration_batches)
-    method = gm.meta.get("calibration", "minmax")
+    method = facts.CALIBRATION.get(gm, "minmax")
     quantized = quantize(gm, scheme, calibration_batches, method)
     names = {n.name: n for n in layers(gm) if annotation(n).weight is not None}
     if not names:
@@ -179,7 +180,7 @@ def float_gains(quantized: Quantized, inputs: Tensor, *, seed: int = 0) -> dict[
 def _network_macs(gm: fx.GraphModule) -> int:
     """``cost(gm).macs``; a plain network does without torch's counter, which loads for seconds."""
     products = ("matmul", "mm", "einsum", "attention", "linear", "conv")
-    other = gm.meta.get("opaque") or any(
+    other = facts.OPAQUE.get(gm) or any(
         word in str(n.target).lower()
         for n in gm.graph.nodes
         if n.op in ("call_function", "call_method")

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
+from rewriter.graph import facts
 from rewriter.graph.axes import channel_axes
 from rewriter.graph.channel_ranges import channel_range
 from rewriter.graph.interpret import walk
@@ -29,7 +30,7 @@ THRESHOLDS: dict[str, float] = {
     "weight_channel_spread": 3.0,
     "weight_outliers": 4.0,
     "dead_channels": 2.0,
-    "bias_overflow": float(2**30),
+    "bias_overflow": float(2**31),  # the weight scale is then twice as coarse as it need be
     "activation_channel_spread": 3.0,
     "activation_outliers": 0.5,
     "shared_range": 2.5,
@@ -262,7 +263,7 @@ def _has_partners(quantized: Quantized, value: fx.Node) -> bool:
     sharing = [
         n
         for n in quantized.gm.graph.nodes
-        if "int8" in n.meta
+        if facts.INT8.known(n)
         and annotation(n).range_of == owner
         and not moves_values(quantized.gm, n)
     ]

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from rewriter.graph import copy_graph, layers
+from rewriter.graph import copy_graph, facts, layers
 from rewriter.plan import Plan
 from rewriter.sensitivity import analyze as analyze_layers
 from rewriter.sensitivity import float_gains
@@ -127,7 +127,7 @@ def analyze(
         metric=metric,
         metric_name=evaluator.task.metric,
         higher_is_better=evaluator.task.higher_is_better,
-        fidelity=evaluator.gm.meta.get("fidelity"),
+        fidelity=facts.FIDELITY.get(evaluator.gm),
         exact=exact,
         seed=evaluator.seed,
         journal=folder / "sensitivity.jsonl",
@@ -142,7 +142,7 @@ def analyze(
         "samples": count,
         "layer_samples": max(len(inputs) if exact else 0, *(r.samples for r in found.layers)),
         "engine": "simulate",
-        "opaque": [asdict(part) for part in evaluator.gm.meta["opaque"]],
+        "opaque": [asdict(part) for part in facts.OPAQUE.of(evaluator.gm)],
         "exact": exact,
         "fingerprint": evaluator.records.fingerprint,
     }

@@ -119,8 +119,8 @@ class Schedule:
     _shares: dict[Plan, dict[Step, float]] = field(
         default_factory=dict[Plan, dict[Step, float]], init=False, repr=False, compare=False
     )
-    _ladders: dict[tuple[Score, ...], tuple[Rung, ...] | Plan] = field(
-        default_factory=dict[tuple[Score, ...], "tuple[Rung, ...] | Plan"],
+    _ladders: dict[tuple[object, ...], tuple[Rung, ...] | Plan] = field(
+        default_factory=dict[tuple[object, ...], "tuple[Rung, ...] | Plan"],
         init=False,
         repr=False,
         compare=False,
@@ -251,7 +251,7 @@ class Schedule:
 
     def _climbed(self, scores: Scores) -> tuple[Rung, ...] | Plan:
         """The ladder as far as it is scored; every phase asks for that of the same scores."""
-        key = tuple(scores.values())
+        key = tuple((s.plan, s.damage, s.metric) for s in scores.values())
         if key not in self._ladders:
             self._ladders.clear()
             self._ladders[key] = rungs(self.gm, scores, self._splits)

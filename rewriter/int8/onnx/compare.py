@@ -12,9 +12,9 @@ from torch import Tensor
 from rewriter.graph.interpret import walk
 from rewriter.graph.lookup import layer_name
 from rewriter.int8.annotate import annotation
+from rewriter.int8.integer_grid import fake_quantize
 from rewriter.int8.onnx.export import to_onnx
 from rewriter.int8.onnx.session import Session
-from rewriter.int8.scheme import fake_quantize
 from rewriter.int8.simulate import Quantized, simulate
 
 # A value departs where more than this share of its elements lies more than half a step apart.
