@@ -52,14 +52,14 @@ MUTANTS = [
     # the eleven that once survived
     Mutant(
         "rewriter/repair/bias_and_rounding.py",
-        "return (bias if axis is not None else bias.amax()) / (step * 2.0**30)",
-        "return 0 * (bias if axis is not None else bias.amax()) / (step * 2.0**30)",
+        "return least_weight_scale(layer.bias.double(), step, axis is not None)",
+        "return 0 * least_weight_scale(layer.bias.double(), step, axis is not None)",
         "tests/repair/test_bias_and_rounding.py",
     ),
     Mutant(
         "rewriter/int8/qat.py",
-        "return ((bias if scale.ndim else bias.amax()) / (step * 2.0**30)).float()",
-        "return 0 * ((bias if scale.ndim else bias.amax()) / (step * 2.0**30)).float()",
+        "return least_weight_scale(layer.bias, step, scale.ndim > 0).float()",
+        "return 0 * least_weight_scale(layer.bias, step, scale.ndim > 0).float()",
         "tests/int8/test_qat.py",
     ),
     Mutant(
@@ -253,7 +253,7 @@ MUTANTS = [
     # schemes
     Mutant(
         "rewriter/int8/scheme.py",
-        "+ (1 if self.symmetric else 0)",
+        "+ (1 if self.symmetric and not self.full else 0)",
         "",
         "tests/int8/test_scheme.py",
     ),
@@ -290,7 +290,7 @@ MUTANTS = [
     ),
     Mutant(
         "rewriter/graph/cost.py",
-        'if not n.meta.get("keep_float")]',
+        "if not facts.KEEP_FLOAT.get(n)]",
         "]",
         "tests/graph/test_cost.py",
     ),
