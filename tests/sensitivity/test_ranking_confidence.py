@@ -136,3 +136,9 @@ def test_layers_are_compared_on_the_samples_that_both_have() -> None:
     assert undecided(harm, (1,), 2.5) == set()
     harm = {"stopped": {0: high}, "on": {1: low}}
     assert undecided(harm, (1,), 2.5) == {"stopped", "on"}  # nothing to compare them by
+
+
+def test_two_halves_that_agree_somewhat_tell_how_far_the_whole_agrees_with_the_truth() -> None:
+    """Spearman's rho of the halves is 1 - 6 * 4 / (4 * 15) = 0.6; by Spearman and Brown, sqrt(1.2 / 1.6)."""
+    harm = torch.tensor([[1.0, 2.0], [2.0, 1.0], [3.0, 4.0], [4.0, 3.0]], dtype=torch.float64)
+    assert reliability(harm) == pytest.approx((1.2 / 1.6) ** 0.5)
