@@ -34,7 +34,8 @@ def trace(model: nn.Module, example: Tensor | tuple[Tensor, ...]) -> fx.GraphMod
 
     Returns:
         A graph module with the same outputs; ``meta`` holds ``opaque``, ``example`` (input
-        shapes without the batch) and ``structure`` (how the outputs are nested).
+        shapes without the batch), ``structure`` (how the outputs are nested) and ``names`` (of
+        inputs and outputs, where the model has ``input_names`` and ``output_names``).
 
     Raises:
         TraceError: the outermost forward cannot be traced, or the graph does not compute what
@@ -42,6 +43,7 @@ def trace(model: nn.Module, example: Tensor | tuple[Tensor, ...]) -> fx.GraphMod
     """
     examples = example if isinstance(example, tuple) else (example,)
     examples = tuple(e.detach().float().cpu() for e in examples)
+    names = tuple(getattr(model, k, ()) for k in ("input_names", "output_names"))
     model = _prepared_copy(model)
     reference = copy.deepcopy(model)  # the graph shares its modules with the model
     few, many = (tuple(batch_of(e, size) for e in examples) for size in BATCHES)
@@ -55,6 +57,7 @@ def trace(model: nn.Module, example: Tensor | tuple[Tensor, ...]) -> fx.GraphMod
     gm = fx.GraphModule(model, graph, class_name=type(model).__name__)
     gm.meta["example"] = tuple(tuple(e.shape[1:]) for e in examples)
     gm.meta["opaque"] = opaque
+    gm.meta["names"] = names
     _record_structure(gm)
     try:
         gm = canonicalise(gm)
