@@ -16,9 +16,10 @@ from torch import Tensor, fx
 from torch.utils import _pytree as pytree
 
 from rewriter import profile, target, trace
-from rewriter.export import first_output_only
-from rewriter.graph import layers, unflatten
+from rewriter.damage import MeaningError, declared, fidelity_of, measure_fidelity
+from rewriter.graph import layers
 from rewriter.int8 import QuantScheme
+from rewriter.int8.onnx import ReadBack
 from rewriter.storage import (
     Digest,
     Mirror,
@@ -34,13 +35,12 @@ from search.data.datasets import Data, Inputs, batches, load_data
 from search.data.evaluation_set import Tick, check_outputs, chosen_on, load_samples, shuffled
 from search.data.model import load_model
 from search.data.overlap import mark, warn_of_overlap
-from search.engines import EngineError, scoring_engine
+from search.engines import Engine, EngineError, scoring_engine
 from search.run_dir.fingerprint import rules_digest, source_digest
 from search.run_dir.scores import Confirmations, Records, Score, fingerprint, open_run
 from search.scoring.evaluator import RewriteEvaluator
+from search.scoring.trial import trial
 from search.tasks import Task, task
-from search.tasks.detection import Detection
-from search.tasks.video import Video
 
 log = logging.getLogger(__name__)
 
@@ -57,13 +57,14 @@ def silent(label: str) -> Generator[Tick]:
 
 @dataclass(frozen=True)
 class Network:
-    """A config's network, traced, and its data."""
+    """A config's network, traced, its data, and what the file of plain int8 computes."""
 
     cfg: Config
     gm: fx.GraphModule
     data: Data
     task: Task
     calibration: tuple[Tensor, ...]
+    file: ReadBack
 
 
 @dataclass(frozen=True)
@@ -97,7 +98,7 @@ def load_network(cfg: Config, progress: Progress = silent) -> Network:
     """Load a config's model and data and trace the model.
 
     Raises:
-        ConfigError: the model or the data cannot be had.
+        ConfigError: the model or the data cannot be had, or no int8 file of it can be run.
         TraceError: the model cannot be traced.
     """
     model, data = load_model(cfg), load_data(cfg)
@@ -121,15 +122,28 @@ def load_network(cfg: Config, progress: Progress = silent) -> Network:
             f"model: no convolution, linear layer or matrix product to quantize{why}"
         )
     gm.meta["calibration"] = cfg.calibration.method
-    gm.meta["scheme"] = target(cfg.target)
-    goal: Any = task(cfg)
-    if isinstance(goal, Video):
-        gm.meta["kind"] = goal.kind
-        first_output_only(gm)
-    elif isinstance(goal, Detection):
-        goal.unflatten = lambda flat: unflatten(gm, list(flat))
+    scheme = gm.meta["scheme"] = target(cfg.target)
+    goal = task(cfg)
+    goal.attach(gm)
     profile(gm, found)
-    return Network(cfg, gm, data, goal, tuple(found))
+    try:
+        said = None if cfg.outputs is None else declared(cfg.outputs)
+        gm.meta["fidelity"] = measure_fidelity(gm, found, said, goal.purpose)
+    except MeaningError as error:
+        raise ConfigError(f"{cfg.path.name}: {error}") from error
+    return Network(cfg, gm, data, goal, tuple(found), trial(gm, scheme, found, engine_of(cfg)))
+
+
+def engine_of(cfg: Config) -> Engine:
+    """What scores the candidates of a run.
+
+    Raises:
+        ConfigError: none of the engines asked for can run here.
+    """
+    try:
+        return scoring_engine(cfg.target, cfg.engines)
+    except EngineError as cause:
+        raise ConfigError(f"{cfg.path.name}: {cause}") from cause
 
 
 def float_metric(network: Network, count: int = 256) -> str:
@@ -180,10 +194,7 @@ def open_job(
     warn_of_overlap(network.calibration, samples.marks)
     chosen = chosen_on(samples.count, cfg.search.confirmation)
     scheme = target(cfg.target)
-    try:
-        engine = scoring_engine(cfg.target, cfg.engines)
-    except EngineError as cause:
-        raise ConfigError(f"{cfg.path.name}: {cause}") from cause
+    engine = engine_of(cfg)
     calibration = Digest()
     calibration.add([cfg.calibration.method, *network.calibration])
     parts = {
@@ -191,6 +202,7 @@ def open_job(
         "calibration": calibration.hex(),
         "evaluation": samples.digest,
         "target": _scheme_digest(scheme, engine.name),
+        "damage": fidelity_of(network.gm).digest,
         "metric": source_digest(network.task, *_user_functions(network.task)),
         "rules": rules_digest(),
         "seed": str(cfg.search.seed),
@@ -204,6 +216,7 @@ def open_job(
         "target": cfg.target,
         "engine": engine.name,
         "samples": samples.count,
+        "outputs": list(fidelity_of(network.gm).about),
         "selection_samples": chosen,
         "calibration_samples": sum(len(x) for x in network.calibration),
         "versions": {
@@ -295,5 +308,5 @@ def _scheme_digest(scheme: QuantScheme, engine: str) -> str:
 
 
 def _user_functions(goal: Task) -> list[object]:
-    found = getattr(goal, "postprocess", None)
-    return [] if found is None else [found]
+    found = (getattr(goal, name, None) for name in ("postprocess", "function"))
+    return [f for f in found if f is not None]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from math import inf, isfinite
@@ -11,6 +12,7 @@ from typing import Any
 import numpy as np
 
 from search.finetune.run import Finetuned, read_finetuned
+from search.pareto.controls import controls, separable
 from search.pareto.front import Cost, Front, best, cost_named, hypervolume, knee, select_front
 from search.pareto.front_json import baseline_of, point
 from search.pareto.limits import Limits
@@ -40,6 +42,7 @@ class Results:
         confirmed: Plans that were run on the images held back, by text.
         held_back: How many images are held back.
         finetuned: Plans that were fine-tuned, by text.
+        separable: How many points of the front differ from the one before beyond the noise.
     """
 
     folder: Path
@@ -55,6 +58,7 @@ class Results:
     confirmed: Mapping[str, Confirmed] = field(default_factory=dict[str, Confirmed])
     held_back: int = 0
     finetuned: Mapping[str, Finetuned] = field(default_factory=dict[str, Finetuned])
+    separable: int = 0
 
     @property
     def metric(self) -> str:
@@ -104,7 +108,7 @@ class Results:
         return points[knee(macs, value, extent)]
 
     def picked(self, which: str) -> Score:
-        """The score of ``best``, ``knee``, or of a plan's text.
+        """The score of ``best``, ``knee``, ``macs<=0.85`` (the best of at most so many), or of a plan's text.
 
         Raises:
             RunError: no such plan was scored, or it failed.
@@ -115,6 +119,8 @@ class Results:
                     f"{self.folder}: no plan is scored yet: quantfix run {self.facts['config']}"
                 )
             return self.best() if which == "best" else self.knee()
+        if bound := re.fullmatch(r"macs\s*<=\s*(\d*\.?\d+)", which.strip()):
+            return self._within(float(bound[1]))
         text = " ".join(sorted(which.split()))
         for score in self.scores:
             if " ".join(sorted(score.plan.split())) == text:
@@ -125,6 +131,15 @@ class Results:
         raise RunError(
             f"plan {which!r}: not among the {len(self.scores)} plans scored in {self.folder}"
         )
+
+    def _within(self, ratio: float) -> Score:
+        """The best plan of the front at no more than a ratio of the MACs."""
+        points = [s for s in self.front.all() if s.macs_ratio <= ratio]
+        if not points:
+            least = min((s.macs_ratio for s in self.front.all()), default=1.0)
+            raise RunError(f"macs<={ratio:g}: the cheapest plan of the front has {least:.3f}")
+        cheap = Front(tuple(points), cost=self.cost)
+        return best(cheap, objective=self.objective, higher_is_better=self.higher_is_better)
 
     def within_limits(self, score: Score) -> bool:
         """Whether a plan may be on the front; the empty one always may."""
@@ -191,6 +206,8 @@ class Results:
             "ties": [self._point(s) for s in self.front.ties],
             "overtaken": [s.plan for s in self.overtaken()],
             "references": [self._point(s) for s in self.references],
+            "control": controls(self.scores),
+            "separable": self.separable,
             "best": self.best().plan if points else None,
             "knee": self.knee().plan if points else None,
             "hypervolume": hypervolume(np.array(macs), np.array(quality), corner),
@@ -351,7 +368,10 @@ def results_of(folder: Path, facts: Mapping[str, Any], records: Records) -> Resu
     shown = [known[s.plan].whole if s.plan in known else s for s in scores]
     references = _references(shown, sensitivity)
     tuned = read_finetuned(records, facts, {s.plan: s for s in shown})
-    return replace(results, chosen=chosen, front=front, references=references, finetuned=tuned)
+    whole = kept.whole if kept is not None and front is not chosen else records
+    differ = separable(front.points, whole.samples, results.objective)
+    found = replace(results, chosen=chosen, front=front, references=references)
+    return replace(found, finetuned=tuned, separable=differ)
 
 
 def write_front(results: Results) -> None:

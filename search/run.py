@@ -11,7 +11,8 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from rewriter import Plan, Step, cost, find_sites
+from rewriter import RULES, Plan, Step, cost, find_sites
+from rewriter.fitting import Price, thin_table
 from rewriter.graph import layers
 from rewriter.ladder import HEAD, RANGES, TAIL, exact_splits
 from search.config.messages import dotted, explain
@@ -27,6 +28,7 @@ from search.scoring.evaluator import extra_macs
 from search.scoring.failure import to_be_tried_again
 from search.scoring.racing import Race
 from search.sensitivity.run import Sensitivity, analyze, float_gains_on, read_sensitivity
+from search.strategy.budgets import Savings
 from search.strategy.ladder_replay import climbed
 from search.strategy.schedule import of_the_ladder, splits_of, worth_trying
 from search.strategy.space import KEEP_FLOAT, Budget, Space, make_space
@@ -75,7 +77,7 @@ def limits_of(job: Job) -> Limits:
         most = max(1, len(layers(job.gm)) // 20)
     spent = cost(job.gm)
     return Limits(
-        macs=options.max_macs * spent.macs,
+        macs=options.most_macs * spent.macs,
         params=None if options.max_params is None else options.max_params * spent.params,
         weight_bytes=options.max_weight_bytes,
         float_layers=most,
@@ -96,8 +98,11 @@ def space_of(job: Job, sensitivity: Sensitivity) -> Space:
 
     damage = sensitivity.damage_by_node()
     limits = limits_of(job)
-    budget = Budget(macs=limits.macs, float_layers=limits.float_layers)
-    sites = find_sites(job.gm)
+    least = job.cfg.search.least_macs
+    budget = Budget(limits.macs, limits.float_layers, least * macs)
+    fixed = job.cfg.search.resolution == "fixed"
+    unwanted = [r.name for r in RULES if r.saves and (least >= 1 or (r.scales and fixed))]
+    sites = [s for s in find_sites(job.gm) if s.rule not in unwanted]
     split = [s.anchor for _, steps in exact_splits(job.gm, sites, damage) for s in steps]
     space = make_space(
         sites, damage, price, macs, budget, always=split, clashes=partial(clashes, job.gm)
@@ -191,9 +196,25 @@ def run_search(
     job.evaluator.limit_s = _time_limit(job)
     place = storage_at(storage or str(job.folder / "journal.log"))
     gains_on = partial(float_gains_on, job.evaluator)
-    worth = worth_trying(job.gm, space, sensitivity, options.trials, settings.admits, gains_on)
+    savings = _savings(job, space)
+    worth = worth_trying(
+        job.gm, space, sensitivity, options.trials, settings.admits, gains_on, savings
+    )
     enough = _meets(job, goal)
     return search(job.evaluator, job.records, space, worth, settings, place, told, enough)
+
+
+def _savings(job: Job, space: Space) -> Savings | None:
+    """What to take away for less compute, where the config asks for it."""
+    options, known = job.cfg.search, job.evaluator
+    if options.least_macs >= 1:
+        return None
+
+    def table() -> Mapping[Step, Price]:
+        batches = known.calibration
+        return thin_table(job.gm, batches, known.scheme, known.store, known.seed)
+
+    return Savings(space, options.least_macs, options.most_macs, table)
 
 
 def _time_limit(job: Job) -> float | None:

@@ -8,12 +8,10 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Any, Literal, get_args
 
 import yaml
 from pydantic import (
-    BaseModel,
-    ConfigDict,
     Field,
     PrivateAttr,
     ValidationError,
@@ -23,140 +21,19 @@ from pydantic import (
 
 from rewriter import QuantizeError
 from rewriter import target as named_target
+from rewriter.damage import MeaningError, declared
+from search.config.inputs import DataConfig, FactoryConfig, ModelConfig, Section
 from search.config.messages import Location, dotted, explain, line_of, reason, walk
 from search.engines import check_engines
 
-Channels = Annotated[tuple[float, ...], Field(min_length=1)]
-Factory = Annotated[str, Field(pattern=r"^[A-Za-z_][\w.]*:[A-Za-z_]\w*$")]
-
-SOURCES = ("factory", "imagefolder", "csv", "npz", "coco", "yolo", "digits")
 VIDEO_SOURCES = ("factory", "csv", "npz")
-PREPROCESSING = ("size", "mean", "std", "crop", "interpolation")
 
 
 class ConfigError(Exception):
     """What the user gave cannot be used: a config file, a model, data, or an argument."""
 
 
-class _Section(BaseModel):
-    """A mapping of the file; unknown keys and true/false where a number belongs are errors."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
-
-    @field_validator("*", mode="before")
-    @classmethod
-    def _no_booleans(cls, value: Any) -> Any:
-        # YAML reads yes, no, on, off as booleans, and a boolean passes for the number 0 or 1
-        if isinstance(value, bool):
-            fact = f"is {str(value).lower()}; no key takes true or false"
-            raise ValueError(fact)  # noqa: TRY004 - pydantic passes a TypeError on
-        return value
-
-
-class FactoryConfig(_Section):
-    """A callable of the user's own code and its keyword arguments."""
-
-    factory: Factory
-    args: dict[str, Any] = Field(default_factory=dict)
-
-
-class ModelConfig(_Section):
-    """The network: a timm name with weights, or a factory that returns an ``nn.Module``.
-
-    Attributes:
-        timm: Name of a timm model.
-        weights: ``pretrained`` (fetched by timm; the default), or a state-dict file, relative to
-            the config file.
-        factory: ``module:callable``.
-        args: Keyword arguments of the factory, or of ``timm.create_model``.
-    """
-
-    timm: str | None = None
-    weights: str | None = None
-    factory: Factory | None = None
-    args: dict[str, Any] = Field(default_factory=dict)
-
-    @model_validator(mode="after")
-    def _one_source(self) -> ModelConfig:
-        if (self.timm is None) == (self.factory is None):
-            raise ValueError("needs either timm or factory")
-        if self.factory is not None and self.weights is not None:
-            raise ValueError("weights go with timm; a factory loads its own")
-        return self
-
-
-class DataConfig(_Section):
-    """The images: a factory, or one of the built-in sources.
-
-    Attributes:
-        factory: ``module:callable`` that returns an object with ``calibration``, ``evaluation``
-            and ``training``.
-        args: Keyword arguments of the factory.
-        imagefolder: Folder of images, in sub-folders by class, or flat where there are no labels.
-        csv: Table ``file,label`` of images in ``images``.
-        images: Folder that the files of ``csv``, ``coco`` or ``yolo`` are relative to.
-        npz: Archive of ``x``, (N, C, H, W) float or (N, H, W, C) uint8, and ``y``, (N,) integers.
-        coco: Annotations in COCO's JSON format.
-        yolo: Folder of YOLO text labels, one file for each image.
-        digits: Side in pixels of scikit-learn's handwritten digits.
-        names: Of the classes, for the report: a list, or a file (YAML with ``names``, or a name in each line).
-        frames: Video only: frames of a sequence that the network reads at once.
-        calibration: How many images calibrate; the others evaluate. None: 300, or a quarter where
-            there are few.
-        evaluation: At most how many images evaluate. None: all others.
-        seed: Of the shuffle that splits the images.
-        size: Side of the square that the network reads, in pixels.
-        mean: Of a channel, subtracted after scaling to [0, 1].
-        std: Of a channel, divided by.
-        crop: Fraction of the resized image that the central crop keeps.
-        interpolation: Of the resize.
-    """
-
-    factory: Factory | None = None
-    args: dict[str, Any] = Field(default_factory=dict)
-    imagefolder: str | None = None
-    csv: str | None = None
-    images: str | None = None
-    npz: str | None = None
-    coco: str | None = None
-    yolo: str | None = None
-    digits: int | None = Field(default=None, ge=8, le=512)
-    names: list[str] | str | None = None
-    frames: int | None = Field(default=None, ge=1)
-    calibration: int | None = Field(default=None, ge=1)
-    evaluation: int | None = Field(default=None, ge=1)
-    seed: int = Field(default=0, ge=0)
-    size: int | None = Field(default=None, ge=1)
-    mean: Channels | None = None
-    std: Channels | None = None
-    crop: float | None = Field(default=None, gt=0, le=1)
-    interpolation: Literal["nearest", "bilinear", "bicubic"] | None = None
-
-    @model_validator(mode="after")
-    def _one_source(self) -> DataConfig:
-        given = [key for key in SOURCES if getattr(self, key) is not None]
-        if len(given) != 1:
-            found = f"; found {' and '.join(given)}" if given else ""
-            raise ValueError(f"needs one of {', '.join(SOURCES)}{found}")
-        if self.args and self.factory is None:
-            raise ValueError(f"args go with factory, not with {given[0]}")
-        if (self.images is not None) != (given[0] in ("csv", "coco", "yolo")):
-            raise ValueError("images (a folder) goes with csv, coco or yolo, which need it")
-        if given[0] in ("factory", "digits") and self._preprocessed:
-            keys = ", ".join(self._preprocessed)
-            raise ValueError(f"{keys}: not used with {given[0]}, which prepares its own inputs")
-        if self.mean and self.std and len(self.mean) != len(self.std):
-            raise ValueError(f"mean has {len(self.mean)} channels, std {len(self.std)}")
-        if self.std and min(self.std) <= 0:
-            raise ValueError(f"std must be above 0: {min(self.std)}")
-        return self
-
-    @property
-    def _preprocessed(self) -> list[str]:
-        return [key for key in PREPROCESSING if getattr(self, key) is not None]
-
-
-class CalibrationConfig(_Section):
+class CalibrationConfig(Section):
     """How the ranges of the activations are found.
 
     Attributes:
@@ -168,15 +45,22 @@ class CalibrationConfig(_Section):
     method: Literal["minmax", "percentile", "mse"] = "minmax"
 
 
-class SearchConfig(_Section):
+MOST_MACS, BELOW = 1.15, 0.9  # by default; of a largest cost under 1, how low the front goes
+
+
+class SearchConfig(Section):
     """What is searched, and for how long.
 
     Attributes:
         trials: How many plans are tried.
-        max_macs: Largest cost, as a ratio to the original: 1.15 allows 15 % more.
+        macs: Costs to cover, as ratios to the original: below 1, channels may be taken away.
+        resolution: ``fixed``: images are not made smaller to save compute.
+        max_macs: Largest cost alone: 1.15 allows 15 % more. Default: that of `macs`, or 1.15.
         max_params: Most parameters, as a ratio to the original.
         max_weight_bytes: Largest size of the stored weights, in bytes.
         max_float_layers: Most layers that may stay in float.
+        min_int8_share: Least share of the MACs that the file should compute on int8 kernels; a run whose
+            files compute less warns and says which layers run in float.
         max_float_islands: Most connected groups of such layers.
         max_latency_ms: Longest time for one input, in ONNX Runtime on the machine that searches.
         max_drop: Largest loss against the float model, in points of the metric; for ``fix``.
@@ -200,10 +84,13 @@ class SearchConfig(_Section):
     """
 
     trials: int = Field(default=100, ge=1)
-    max_macs: float = Field(default=1.15, gt=0, le=100)
+    macs: tuple[float, float] | None = None
+    resolution: Literal["free", "fixed"] = "free"
+    max_macs: float | None = Field(default=None, gt=0, le=100)
     max_params: float | None = Field(default=None, gt=0, le=100)
     max_weight_bytes: int | None = Field(default=None, ge=1)
     max_float_layers: int | None = Field(default=None, ge=0)
+    min_int8_share: float = Field(default=0.95, ge=0, le=1)
     max_float_islands: int | None = Field(default=None, ge=0)
     max_latency_ms: float | None = Field(default=None, gt=0)
     max_drop: float | None = Field(default=None, ge=0, le=100)
@@ -221,8 +108,27 @@ class SearchConfig(_Section):
     worker_cpus: int = Field(default=1, ge=1)
     worker_gpus: float = Field(default=0.0, ge=0)
 
+    @field_validator("macs")
+    @classmethod
+    def _rising(cls, value: tuple[float, float] | None) -> tuple[float, float] | None:
+        if value is not None and not 0 < value[0] <= value[1] <= 100:
+            raise ValueError(f"two ratios from small to large, such as [0.7, 1.15]: {list(value)}")
+        return value
 
-class FinetuneConfig(_Section):
+    @property
+    def most_macs(self) -> float:
+        """Largest cost of a plan, as a ratio to the original."""
+        return self.max_macs or (MOST_MACS if self.macs is None else self.macs[1])
+
+    @property
+    def least_macs(self) -> float:
+        """Smallest cost that the front has to cover: 1 where nothing is to be saved."""
+        if self.macs:
+            return min(self.macs[0], self.most_macs)
+        return 1.0 if self.most_macs >= 1 else self.most_macs * BELOW
+
+
+class FinetuneConfig(Section):
     """How chosen plans are trained end to end; see docs/video.md.
 
     Attributes:
@@ -260,21 +166,38 @@ class FinetuneConfig(_Section):
     inputs: FactoryConfig | None = None
 
 
-class Config(_Section):
+class MetricConfig(FactoryConfig):
+    """How good the outputs of a custom task are.
+
+    Attributes:
+        factory: ``module:callable``, called with the outputs on all samples and their targets; returns a number.
+        higher_is_better: Direction of that number.
+    """
+
+    higher_is_better: bool = True
+
+
+class Config(Section):
     """One run. `load_config` reads it.
 
     Attributes:
+        task: What the network is for: one of `TASKS`, each of which has a file in `search.tasks`.
         postprocess: Detection only: raw outputs to boxes, scores and labels.
+        metric: Custom only: outputs and targets to a number.
+        outputs: What each output of the network means, where the task does not say it or says
+            something else; see docs/damage.md.
         target: Name of an int8 profile of `rewriter.TARGETS`.
         engine: What scores a candidate, or several, best first, of which the first that can run here does. ``auto``: the
             target's own kernels where they run here, else a simulation.
         device: Where torch runs. ``auto``: a GPU where there is one.
     """
 
-    task: Literal["classification", "detection", "video"]
+    task: Literal["classification", "detection", "video", "custom"]
     model: ModelConfig
     data: DataConfig
     postprocess: FactoryConfig | None = None
+    metric: MetricConfig | None = None
+    outputs: Any = None
     target: str = "onnxruntime"
     engine: str | list[str] = "auto"
     device: str = Field(default="auto", pattern=r"^(auto|cpu|cuda(:\d+)?)$")
@@ -306,10 +229,28 @@ class Config(_Section):
         check_engines(self.engines, self.target)
         return self
 
+    @field_validator("outputs")
+    @classmethod
+    def _readable_outputs(cls, value: Any) -> Any:
+        if value is not None:
+            try:
+                declared(value)
+            except MeaningError as error:
+                raise ValueError(str(error).removeprefix("outputs: ")) from error
+        return value
+
     @model_validator(mode="after")
     def _detection_has_boxes(self) -> Config:
         if self.postprocess is not None and self.task != "detection":
             raise ValueError(f"postprocess goes with task detection, not {self.task}")
+        return self
+
+    @model_validator(mode="after")
+    def _custom_has_a_metric(self) -> Config:
+        if self.metric is not None and self.task != "custom":
+            raise ValueError(f"metric goes with task custom, not {self.task}, which has its own")
+        if self.metric is None and self.task == "custom":
+            raise ValueError("task custom needs metric: {factory: module:callable}")
         return self
 
     @model_validator(mode="after")
@@ -333,6 +274,10 @@ class Config(_Section):
     def resolve(self, name: str) -> Path:
         """A path of the file, relative to the file's folder; ``~`` is the home folder."""
         return Path(os.path.normpath(self._path.parent / Path(name).expanduser()))
+
+
+TASKS: tuple[str, ...] = get_args(Config.model_fields["task"].annotation)
+"""Names of the tasks."""
 
 
 def load_config(path: str | Path) -> Config:

@@ -8,9 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import timm
 import torch
-from timm.data.config import resolve_data_config
 from torch import Tensor
 
 from search.config.schema import Config, ConfigError
@@ -26,6 +24,7 @@ from search.data.images import (
     image_folder,
     image_table,
 )
+from search.data.sources import preprocessing_of
 from search.data.user_code import blame, call_factory
 from search.data.video import frame_table, sequence_arrays
 
@@ -96,21 +95,8 @@ def batches(dataset: Samples, size: int) -> Iterator[Any]:
 
 
 def _preprocessing(cfg: Config) -> Preprocessing:
-    """The config's keys; what they leave out is timm's own for a timm model, else an error."""
-    known: dict[str, Any] = {}
-    if cfg.model.timm is not None and timm.is_model(cfg.model.timm):
-        pretrained = timm.get_pretrained_cfg(cfg.model.timm)
-        resolved = resolve_data_config(
-            dict(cfg.model.args), pretrained_cfg=pretrained.to_dict() if pretrained else {}
-        )
-        known = {
-            "size": resolved["input_size"][-1],
-            "mean": resolved["mean"],
-            "std": resolved["std"],
-            "crop": resolved["crop_pct"],
-            "interpolation": resolved["interpolation"],
-            "crop_mode": resolved["crop_mode"],
-        }
+    """The config's keys; what they leave out is as the network's source knows it, else an error."""
+    known = preprocessing_of(cfg)
     given = {
         key: getattr(cfg.data, key) for key in ("size", "mean", "std", "crop", "interpolation")
     }
@@ -119,7 +105,7 @@ def _preprocessing(cfg: Config) -> Preprocessing:
     if missing:
         raise ConfigError(
             f"{cfg.path.name}: data: missing {', '.join(missing)}: how an image becomes the input "
-            "is known for timm models only; pixels are scaled to [0, 1] before mean and std"
+            "is known for models of timm and torchvision only; pixels are scaled to [0, 1] before mean and std"
         )
     return Preprocessing(**known)
 

@@ -6,7 +6,7 @@ convolutions, none on batch norm, ReLU6. Some channels go nearly silent under it
 after the following depthwise convolution amplifies what is left of them, so that one channel of a
 folded depthwise weight is tens of times larger than the others and sets the scale.
 Its trained weights are shipped, because how much a network trained like this loses depends on the
-seed and on how the processor rounds; ``weights/digits.json`` records how they were trained, and
+seed and on how the processor rounds; ``shipped/digits.json`` records how they were trained, and
 ``benchmarks/digits_example.py`` trains them again.
 Source: Sandler et al., 2018 (arXiv:1801.04381); Sheng et al., 2018 (arXiv:1803.08607) on the loss.
 """
@@ -37,7 +37,7 @@ log = logging.getLogger(__name__)
 log.setLevel(logging.INFO)  # training takes a while, which must not pass in silence
 
 SEED = 1  # of the shipped weights
-WEIGHTS = Path(__file__).with_name("weights")  # shipped, one file for each embedded example
+WEIGHTS = Path(__file__).with_name("shipped")  # shipped, one file for each embedded example
 CLASSES = 10
 TRAINING = 897  # of 1797 images; the other 900 evaluate
 CALIBRATION = 128  # the first of the training images

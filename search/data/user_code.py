@@ -13,10 +13,11 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-import rewriter
 from search.config.schema import Config, ConfigError
 
-OURS = (Path(rewriter.__file__).resolve().parent, Path(__file__).resolve().parents[1])
+OURS = tuple(
+    Path(__file__).resolve().parents[2] / name for name in ("quantfix", "rewriter", "search")
+)
 INSTALLED = tuple(
     Path(place).resolve()
     for place in {*map(sysconfig.get_path, ("purelib", "platlib", "stdlib")), sys.base_prefix}
@@ -70,7 +71,7 @@ def _is_users(filename: str, folder: Path | None = None) -> bool:
     return not any(path.is_relative_to(place) for place in INSTALLED)
 
 
-OWN_PACKAGES = frozenset({"rewriter", "search"})
+OWN_PACKAGES = frozenset({"quantfix", "rewriter", "search"})
 
 
 def call_factory(cfg: Config, key: str, name: str, args: Mapping[str, Any]) -> Any:
@@ -85,6 +86,19 @@ def call_factory(cfg: Config, key: str, name: str, args: Mapping[str, Any]) -> A
     Raises:
         ConfigError: there is no such callable, the arguments do not fit, or it raises.
     """
+    function = imported(cfg, key, name)
+    subject = f"{key}: factory {name}"
+    _check_arguments(subject, function, args)
+    try:
+        return function(**args)
+    except ConfigError:
+        raise
+    except (Exception, SystemExit) as error:
+        raise ConfigError(f"{subject}: {blame(error, cfg.path.parent)}") from error
+
+
+def imported(cfg: Config, key: str, name: str) -> Callable[..., Any]:
+    """A ``module:callable`` itself; arguments and errors as for `call_factory`."""
     module_name, _, attribute = name.partition(":")
     subject, folder = f"{key}: factory {name}", cfg.path.parent
     try:
@@ -104,13 +118,7 @@ def call_factory(cfg: Config, key: str, name: str, args: Mapping[str, Any]) -> A
         near = difflib.get_close_matches(attribute, names, 1)
         hint = f"; did you mean {near[0]}?" if near else ""
         raise ConfigError(f"{subject}: {module_name} has no callable {attribute}{hint}")
-    _check_arguments(subject, function, args)
-    try:
-        return function(**args)
-    except ConfigError:
-        raise
-    except (Exception, SystemExit) as error:
-        raise ConfigError(f"{subject}: {blame(error, folder)}") from error
+    return function
 
 
 def _import_user_module(name: str, folder: Path) -> ModuleType:

@@ -52,6 +52,10 @@ class Score:
         damage: Fidelity damage to the float network, lower is better; see the task.
         engine: What computed the int8 outputs, such as ``onnxruntime`` or ``simulate``.
         engine_version: Version of that runtime.
+        int8_share: Share of the MACs that the file computes on int8 kernels, in [0, 1]; None where a
+            version scored the plan that did not look. So are the next two.
+        float_ops: How many operators of each kind run in float in the file.
+        float_reasons: Why layers with weights run in float in it, by name.
         samples: How many samples these numbers are of.
         stopped: Whether the plan was given up after so many samples, because it was clear that it
             is not on the front. Its numbers are no substitute for those on all of them.
@@ -74,6 +78,9 @@ class Score:
     damage: float | None = None
     engine: str = ""
     engine_version: str = ""
+    int8_share: float | None = None
+    float_ops: dict[str, int] | None = None
+    float_reasons: dict[str, str] | None = None
     samples: int = 0
     seconds: float = 0.0
     stopped: bool = False
@@ -122,13 +129,15 @@ class Samples:
 
 @dataclass(frozen=True)
 class Baseline:
-    """The network as it is: metric in float and in int8, cost, and the damage that int8 does."""
+    """The network as it is: metric in float and in int8, cost, the damage that int8 does, and what its file does in int8."""
 
     float: float | None
     int8: float | None
     macs: int
     damage: float | None
     interval: tuple[float, float] | None = None
+    int8_share: float | None = None
+    float_ops: dict[str, int] | None = None
 
 
 @dataclass

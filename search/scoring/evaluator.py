@@ -18,8 +18,9 @@ import torch
 from torch import Tensor, fx
 from torch.utils import _pytree as pytree
 
-from rewriter import Plan, Quantized, cost
+from rewriter import Plan, Quantized, Step, cost
 from rewriter.assemble import Assembled, assemble, prepare
+from rewriter.damage import fidelity_of
 from rewriter.errors import RewriteError
 from rewriter.graph import channels_last
 from rewriter.int8 import QuantScheme
@@ -27,8 +28,8 @@ from rewriter.int8.onnx import float_onnx
 from rewriter.plan import rewrite, rule_named
 from rewriter.storage import Store
 from search.data.evaluation_set import SampleSet, Tick, check_outputs
-from search.engines import Engine, OnnxRuntime, engine_named
-from search.pareto.limits import size_of
+from search.engines import Engine, OnnxRuntime, engine_named, read_back
+from search.pareto.limits import size_of, with_file
 from search.run_dir.scores import Baseline, Confirmations, Records, Samples, Score
 from search.scoring.child_process import LateError, LostError, apart
 from search.scoring.failure import CandidateError, blamed, failed, to_be_tried_again
@@ -46,7 +47,7 @@ class RewriteEvaluator:
     Attributes:
         gm: Profiled canonical graph of the float network.
         scheme: The target.
-        task: Metric and damage.
+        task: The metric; the damage is that of ``gm``.
         calibration: Unlabelled inputs, (n, ...) each.
         samples: What the plans are compared on.
         records: Where scores are kept.
@@ -232,7 +233,10 @@ class RewriteEvaluator:
         """
         with blamed():
             quantized = self.assembled(plan).quantized
-            known, runner = size_of(plan, quantized.gm), self.runner(quantized)
+            engine = engine_named(self.engine)
+            model = engine.emit(quantized)
+            known = with_file(size_of(plan, quantized.gm), read_back(engine, quantized, model))
+            runner = engine.open(model, self.threads, self.device).run
         if self.timed:
             (x,) = self.samples.batches(1, 0, 1)
             with blamed():
@@ -280,7 +284,15 @@ class RewriteEvaluator:
         score = (self._plain or self).confirm(Plan(()))
         if score.error is not None:
             raise RewriteError(f"the network as it is cannot be scored: {score.error}")
-        return Baseline(score.original, score.metric, score.macs, score.damage, score.interval)
+        return Baseline(
+            score.original,
+            score.metric,
+            score.macs,
+            score.damage,
+            score.interval,
+            score.int8_share,
+            score.float_ops,
+        )
 
     def reference(self) -> list[Tensor]:
         """Flat float outputs over all samples, each (n, ...); computed once."""
@@ -293,7 +305,9 @@ class RewriteEvaluator:
     def measured(self) -> Measure:
         """What outputs are compared by."""
         if self._measure is None or self._measure.task is not self.task:
-            self._measure = Measure(self.task, self.samples, self.reference)
+            self._measure = Measure(
+                self.task, fidelity_of(self.gm, self.calibration), self.samples, self.reference
+            )
         return self._measure
 
     def runner(self, quantized: Quantized) -> Runner:
@@ -354,11 +368,22 @@ def extra_macs(gm: fx.GraphModule, plans: Sequence[Plan], before: int) -> dict[s
         if all(rule_named(step.rule).free for step in plan.steps):
             found[str(plan)] = 0
             continue
+        known = [_added(gm, step) for step in plan.steps] if len(plan.steps) == 1 else [None]
+        if known[0] is not None:
+            found[str(plan)] = known[0]
+            continue
         try:
             found[str(plan)] = cost(rewrite(gm, plan)).macs - before
         except RewriteError as cause:
             log.warning("plan %r: %s", str(plan), cause)
     return found
+
+
+def _added(gm: fx.GraphModule, step: Step) -> int | None:
+    """MACs of a single step, where its rule knows them without a rewrite."""
+    rule = rule_named(step.rule)
+    site = rule.site_at(gm, step.anchor) if rule.stage == "thin" else None
+    return None if site is None or site.blocked else rule.added_macs(gm, site)
 
 
 def _filled(measured: Score, known: Score) -> Score:

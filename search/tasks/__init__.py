@@ -1,24 +1,30 @@
-"""What a network is for: how good its outputs are, and how far they are from the float model's."""
+"""What a network is for: how good its outputs are, and how far they are from the float model's.
+
+A new task is a file here, called as the task, with ``make(cfg) -> Task``, its name in `search.config.schema.Config`, and a test.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import importlib
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Protocol
 
-from search.config.schema import ConfigError
-from search.data.user_code import call_factory
-from search.tasks.classification import Classification
-from search.tasks.detection import Detection
-from search.tasks.video import Video
+from search.config import schema
 
 if TYPE_CHECKING:
-    from torch import Tensor
+    from torch import Tensor, fx
 
+    from rewriter.damage import Purpose
     from search.config.schema import Config
+
+__all__ = ["TASKS", "Task", "task"]
+
+TASKS: Mapping[str, str] = {name: f"{__name__}.{name}" for name in schema.TASKS}
+"""Name of a task to the module that makes it."""
 
 
 class Task(Protocol):
-    """Metric and damage of one kind of network.
+    """Metric of one kind of network, and what its outputs mean.
 
     `outputs` is the list of flat output tensors over the whole set, each (n, ...); `targets` holds
     n targets in the form that the data yields them.
@@ -39,6 +45,11 @@ class Task(Protocol):
         """Direction of the metric."""
         ...
 
+    @property
+    def purpose(self) -> Purpose:
+        """What the outputs mean where the user does not say it; the damage follows from it."""
+        ...
+
     def per_sample(self, outputs: Sequence[Tensor], targets: Any) -> Tensor | None:
         """(n,) contribution of each sample, whose mean is the metric; None where it is no mean."""
         ...
@@ -52,16 +63,12 @@ class Task(Protocol):
         """The metric on all samples, or on those (repeats allowed) that `index` lists."""
         ...
 
-    def damage(self, reference: Sequence[Tensor], outputs: Sequence[Tensor]) -> Tensor:
-        """(n,) distance of each sample's outputs from the float model's, 0 where equal."""
-        ...
-
-    def distillation_loss(self, outputs: Sequence[Tensor], reference: Sequence[Tensor]) -> Tensor:
-        """Distance of a batch's outputs from the float model's, differentiable; what training lowers."""
-        ...
-
     def training_loss(self, outputs: Sequence[Tensor], targets: Any) -> Tensor:
         """The loss on labelled data, differentiable."""
+        ...
+
+    def attach(self, gm: fx.GraphModule) -> None:
+        """Edit the traced network, whose outputs the task reads, before it is used; note how they are nested."""
         ...
 
 
@@ -69,16 +76,7 @@ def task(cfg: Config) -> Task:
     """The task that a config names.
 
     Raises:
-        ConfigError: detection has no usable postprocess.
+        ConfigError: it lacks something, such as detection a usable postprocess.
     """
-    if cfg.task == "classification":
-        return Classification()
-    if cfg.task == "detection":
-        if cfg.postprocess is None:
-            raise ConfigError(f"{cfg.path.name}: task detection: missing postprocess: factory")
-        made = call_factory(cfg, "postprocess", cfg.postprocess.factory, cfg.postprocess.args)
-        if not hasattr(made, "__call__"):  # noqa: B004 - callable() would lose the type Any
-            kind = type(made).__name__
-            raise ConfigError(f"postprocess: factory returned nothing that can be called: {kind}")
-        return Detection(made)
-    return Video()
+    make: Callable[[Config], Task] = importlib.import_module(TASKS[cfg.task]).make
+    return make(cfg)

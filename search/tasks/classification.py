@@ -7,10 +7,10 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, fx
 
-from rewriter.damage import kl_divergence
-from search.config.schema import ConfigError
+from rewriter.damage import Purpose
+from search.config.schema import Config, ConfigError
 
 
 class Classification:
@@ -19,6 +19,7 @@ class Classification:
     name: str = "classification"
     metric: str = "top1"
     higher_is_better: bool = True
+    purpose: Purpose = "classes"
 
     def per_sample(self, outputs: Sequence[Tensor], targets: Any) -> Tensor:
         """(n,) float64: 1 where the largest logit is the target's, else 0.
@@ -58,21 +59,20 @@ class Classification:
         hits = self.per_sample(outputs, targets)
         return float((hits if index is None else hits[torch.as_tensor(index)]).mean())
 
-    def damage(self, reference: Sequence[Tensor], outputs: Sequence[Tensor]) -> Tensor:
-        """(n,) float64: KL(reference || outputs) of the class distributions, in nats.
-
-        An output that is not finite does infinite damage, so that no ranking lets it pass.
-        """
-        return kl_divergence(_logits(outputs), _logits(reference))
-
-    def distillation_loss(self, outputs: Sequence[Tensor], reference: Sequence[Tensor]) -> Tensor:
-        """Mean KL(reference || outputs), differentiable."""
-        return kl_divergence(_logits(outputs), _logits(reference)).mean()
-
     def training_loss(self, outputs: Sequence[Tensor], targets: Any) -> Tensor:
         """Mean cross-entropy, differentiable."""
         logits = _logits(outputs).float()
         return F.cross_entropy(logits, torch.as_tensor(targets, device=logits.device).reshape(-1))
+
+    def attach(self, gm: fx.GraphModule) -> None:
+        """The logits are the first output, whatever stands beside them."""
+        del gm
+
+
+def make(cfg: Config) -> Classification:
+    """The task; a config says nothing more of it."""
+    del cfg
+    return Classification()
 
 
 def _logits(outputs: Sequence[Tensor]) -> Tensor:

@@ -10,11 +10,12 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import Tensor
+from torch import Tensor, fx
 
-from rewriter.damage import damage as fidelity_damage
-from search.config.schema import ConfigError
-from search.data.user_code import blame
+from rewriter.damage import Purpose
+from rewriter.graph import unflatten
+from search.config.schema import Config, ConfigError
+from search.data.user_code import blame, call_factory
 from search.tasks.average_precision import Matches, average_precision, match
 
 Detections = list[dict[str, Tensor]]
@@ -34,6 +35,7 @@ class Detection:
     name = "detection"
     metric = "ap"
     higher_is_better = True
+    purpose: Purpose = "decoded"
 
     def __init__(self, postprocess: Callable[[Any], Detections]) -> None:
         self.postprocess = postprocess
@@ -83,14 +85,6 @@ class Detection:
             outputs, targets = [o[rows] for o in outputs], [targets[int(i)] for i in index]
         return coco_ap(self.detect(outputs), list(targets))[0]
 
-    def damage(self, reference: Sequence[Tensor], outputs: Sequence[Tensor]) -> Tensor:
-        """(N,) squared error relative to the float outputs, averaged over output groups."""
-        return fidelity_damage(list(outputs), list(reference))
-
-    def distillation_loss(self, outputs: Sequence[Tensor], reference: Sequence[Tensor]) -> Tensor:
-        """Mean squared error relative to the float outputs, averaged over output groups, differentiable."""
-        return fidelity_damage(list(outputs), list(reference)).mean()
-
     def training_loss(self, outputs: Sequence[Tensor], targets: Any) -> Tensor:
         """There is none: how raw outputs are matched with boxes is known to the user's training code alone.
 
@@ -100,6 +94,25 @@ class Detection:
         raise ConfigError(
             "finetune.loss: labels: a detector's loss is not known; use distillation, which needs no labels"
         )
+
+    def attach(self, gm: fx.GraphModule) -> None:
+        """The postprocess reads the outputs nested as the user's ``forward`` returns them."""
+        self.unflatten = lambda flat: unflatten(gm, list(flat))
+
+
+def make(cfg: Config) -> Detection:
+    """The task with the config's postprocess.
+
+    Raises:
+        ConfigError: there is none that can be called.
+    """
+    if cfg.postprocess is None:
+        raise ConfigError(f"{cfg.path.name}: task detection: missing postprocess: factory")
+    made = call_factory(cfg, "postprocess", cfg.postprocess.factory, cfg.postprocess.args)
+    if not hasattr(made, "__call__"):  # noqa: B004 - callable() would lose the type Any
+        kind = type(made).__name__
+        raise ConfigError(f"postprocess: factory returned nothing that can be called: {kind}")
+    return Detection(made)
 
 
 def _checked(made: Any, count: int) -> Detections:

@@ -11,10 +11,11 @@ import torch
 import torch.nn.functional as F
 from numpy.typing import NDArray
 from sklearn.metrics import roc_auc_score
-from torch import Tensor
+from torch import Tensor, fx
 
-from rewriter.damage import damage as fidelity_damage
-from search.config.schema import ConfigError
+from rewriter.damage import Purpose
+from rewriter.export import first_output_only
+from search.config.schema import Config, ConfigError
 
 Floats = NDArray[np.float64]
 
@@ -44,7 +45,7 @@ class Video:
     name = "video"
     metric = "auc"
     higher_is_better = True
-    kind = "values"  # the T scores of a sequence are no distribution over T classes
+    purpose: Purpose = "scores"  # the T scores of a sequence are no distribution over T classes
 
     def per_sample(self, outputs: Sequence[Tensor], targets: Any) -> Tensor | None:
         """AUC is no mean over sequences: there is no value for each of them."""
@@ -90,16 +91,6 @@ class Video:
             return float("nan")
         return float(roc_auc_score(labels[used], scores[used]))
 
-    def damage(self, reference: Sequence[Tensor], outputs: Sequence[Tensor]) -> Tensor:
-        """(n,) squared error of the scores relative to those of the float network."""
-        return fidelity_damage(list(outputs[:1]), list(reference[:1]), self.kind)
-
-    def distillation_loss(self, outputs: Sequence[Tensor], reference: Sequence[Tensor]) -> Tensor:
-        """Squared error of the scores relative to the teacher's energy, differentiable."""
-        wanted = reference[0].float()
-        error = (outputs[0].float() - wanted).square().sum()
-        return error / wanted.square().sum().clamp_min(1e-12)
-
     def training_loss(self, outputs: Sequence[Tensor], targets: Any) -> Tensor:
         """Mean binary cross-entropy of the labelled frames' scores, differentiable.
 
@@ -114,6 +105,16 @@ class Video:
         if bool(((scores >= 0) & (scores <= 1)).all()):
             return F.binary_cross_entropy(scores.clamp(1e-6, 1 - 1e-6), labels)
         return F.binary_cross_entropy_with_logits(scores, labels)
+
+    def attach(self, gm: fx.GraphModule) -> None:
+        """Edit gm: its outputs are scores, and states are not among them."""
+        first_output_only(gm)
+
+
+def make(cfg: Config) -> Video:
+    """The task; a config says nothing more of it."""
+    del cfg
+    return Video()
 
 
 def scores_of(outputs: Sequence[Tensor]) -> Floats:

@@ -33,7 +33,7 @@ KEYS = [
     ),
     Bad(
         "yes for a number",
-        ("search.trials: is true; no key takes true or false",),
+        ("search.trials: is true; this key takes neither true nor false",),
         {"search": {"trials": True}},
     ),
     Bad("not finite", ("search.max_macs: should be",), {"search": {"max_macs": float("nan")}}),
@@ -44,6 +44,16 @@ KEYS = [
         "two sources",
         ("data: needs one of", "found npz and digits"),
         {"data": {"npz": "x.npz", "digits": 8}},
+    ),
+    Bad(
+        "unknown meaning",
+        ("outputs: unknown: 'boxes'; known: logits,",),
+        {"outputs": "boxes"},
+    ),
+    Bad(
+        "meanings of outputs that are not there",
+        ("outputs: 2 listed, but the network returns 1",),
+        {"outputs": ["logits", "values"]},
     ),
     Bad("unknown task", ("task: should be", "did you mean detection?"), {"task": "detektion"}),
     Bad(
@@ -190,7 +200,7 @@ MODELS = [
     Bad(
         "channels of the input",
         ("fails by itself on an input of shape (2, 3, 16, 16)", "to have 1 channels, but got 3"),
-        model("grey"),
+        model("gray"),
     ),
     Bad(
         "fewer classes than labels",
@@ -201,6 +211,11 @@ MODELS = [
         "unknown timm model",
         ("model.timm: unknown to timm", "mobilenetv2_100"),
         {"model": {"timm": "mobilnetv2_100"}},
+    ),
+    Bad(
+        "unknown torchvision model",
+        ("model.torchvision: unknown to torchvision", "mobilenet_v2"),
+        {"model": {"torchvision": "mobilnet_v2"}},
     ),
 ]
 

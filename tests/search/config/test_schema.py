@@ -67,7 +67,11 @@ def test_the_config_cannot_be_changed(tmp_path: Path) -> None:
         ("search:", "\n\nserch:", "run.yaml:7: serch: unknown key; did you mean search?"),
         ("npz:", "zzz: 1, npz:", "run.yaml:3: data.zzz: unknown key; known here: factory, args"),
         ("trials: 7", "trials: many", "run.yaml:5: search.trials: should be a valid integer"),
-        ("trials: 7", "trials: yes", "run.yaml:5: search.trials: is true; no key takes true"),
+        (
+            "trials: 7",
+            "trials: yes",
+            "run.yaml:5: search.trials: is true; this key takes neither true",
+        ),
         ("trials: 7", "trials: 0", "run.yaml:5: search.trials: should be greater than or equal"),
         ("trials: 7", "trials: 2.5", "run.yaml:5: search.trials: should be a valid integer"),
         ("1.2", ".nan", "run.yaml:5: search.max_macs: should be"),
@@ -91,11 +95,11 @@ def test_the_config_cannot_be_changed(tmp_path: Path) -> None:
         (
             "classification",
             "clasification",
-            "run.yaml:1: task: should be 'classification', 'detection' or 'video'; "
+            "run.yaml:1: task: should be 'classification', 'detection', 'video' or 'custom'; "
             "is 'clasification'; did you mean classification?",
         ),
         ("zoo:net", "zoo.net", 'run.yaml:2: model.factory: must be "module:callable"; is'),
-        ("factory:", "timm: x, factory:", "run.yaml:2: model: needs either timm or factory"),
+        ("factory:", "timm: x, factory:", "model: needs one of timm, torchvision, factory"),
         ("factory:", "weights: x, factory:", "run.yaml:2: model: weights go with timm"),
         ("npz: digits.npz, ", "", "run.yaml:3: data: needs one of factory, imagefolder, csv"),
         ("npz:", "digits: 32, npz:", "digits; found npz and digits"),
@@ -107,7 +111,7 @@ def test_the_config_cannot_be_changed(tmp_path: Path) -> None:
         ("npz:", "mean: [1, 0], std: [1], npz:", "run.yaml:3: data: mean has 2 channels, std 1"),
         ("npz:", "mean: [1, a], npz:", "run.yaml:3: data.mean.1: should be a valid number"),
         ("target:", "device: gpu\ntarget:", "run.yaml:4: device: must be auto, cpu, cuda or cuda"),
-        ("model:", "model: abc\n#", "run.yaml:2: model: must hold keys (keys: timm, weights"),
+        ("model:", "model: abc\n#", "run.yaml:2: model: must hold keys (keys: timm, torchvision"),
         ("target:", "postprocess: {factory: 'a:b'}\ntarget:", "postprocess goes with task detect"),
         ("target:", "task: video\ntarget:", "run.yaml:4: task: given twice, first in line 1"),
         ("target:", "? [a]\n: 1\ntarget:", "run.yaml:4: not YAML: found unhashable key"),
