@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from rewriter.damage import damage as fidelity_damage
+from rewriter.damage import Purpose
 from rewriter.graph import unflatten
 from search.config.schema import Config, ConfigError
 from search.data.user_code import blame, call_factory
@@ -27,11 +27,16 @@ class PredictionTask:
     name = ""
     metric = ""
     higher_is_better = True
-    kind = "values"
+    means: Purpose = "numbers"
 
     def __init__(self, postprocess: Postprocess | None = None) -> None:
         self.postprocess = postprocess
         self.unflatten: Callable[[list[Tensor]], Any] | None = None
+
+    @property
+    def purpose(self) -> Purpose:
+        """What the outputs mean; what a post-processing makes of them is not known."""
+        return self.means if self.postprocess is None else "decoded"
 
     def values(self, prediction: Any, targets: Any) -> Tensor:
         """(n,) float64 value of each sample, NaN where its target says nothing."""
@@ -63,14 +68,6 @@ class PredictionTask:
         except Exception as error:
             raise ConfigError(f"postprocess: {blame(error)}") from error
 
-    def damage(self, reference: Sequence[Tensor], outputs: Sequence[Tensor]) -> Tensor:
-        """(n,) distance of the outputs from the float network's."""
-        return fidelity_damage(list(outputs), list(reference), self.kind)
-
-    def distillation_loss(self, outputs: Sequence[Tensor], reference: Sequence[Tensor]) -> Tensor:
-        """The mean damage, differentiable."""
-        return fidelity_damage(list(outputs), list(reference), self.kind).mean()
-
     def training_loss(self, outputs: Sequence[Tensor], targets: Any) -> Tensor:
         """There is none for this task.
 
@@ -83,12 +80,8 @@ class PredictionTask:
         )
 
     def attach(self, gm: fx.GraphModule) -> None:
-        """Edit gm: note what the outputs are; and keep how they are nested."""
-        gm.meta["kind"] = self.kind
-        structure = {k: gm.meta[k] for k in ("structure", "constant_outputs")}
-        holder = fx.GraphModule(torch.nn.Module(), fx.Graph())
-        holder.meta.update(structure)
-        self.unflatten = lambda flat: unflatten(holder, flat)
+        """The post-processing reads the outputs nested as the user's ``forward`` returns them."""
+        self.unflatten = lambda flat: unflatten(gm, list(flat))
 
 
 def postprocess_of(cfg: Config) -> Postprocess | None:

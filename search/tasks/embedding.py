@@ -10,6 +10,7 @@ import torch
 from sklearn.metrics import roc_auc_score
 from torch import Tensor
 
+from rewriter.damage import Purpose
 from search.config.schema import Config, ConfigError
 from search.tasks.custom import Custom
 from search.tasks.keypoints import option
@@ -27,6 +28,7 @@ class Embedding(Custom):
     """
 
     name = "embedding"
+    purpose: Purpose = "vectors"
 
     def __init__(self, measure: str = "auc") -> None:
         super().__init__(partial(measured, measure=measure))

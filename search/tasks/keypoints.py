@@ -7,6 +7,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from rewriter.damage import Purpose
 from search.config.schema import Config, ConfigError
 from search.tasks._prediction import Postprocess, PredictionTask, postprocess_of, targets_as
 
@@ -31,6 +32,7 @@ class Keypoints(PredictionTask):
     """
 
     name = "keypoints"
+    means: Purpose = "places"
 
     def __init__(self, measure: Measure = "pck", postprocess: Postprocess | None = None) -> None:
         super().__init__(postprocess)

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from torchmetrics.functional.text import char_error_rate
 
+from rewriter.damage import Purpose
 from search.config.schema import Config, ConfigError
 from search.tasks._prediction import Postprocess, PredictionTask, postprocess_of
 from search.tasks.keypoints import option
@@ -30,6 +31,7 @@ class Ocr(PredictionTask):
     """
 
     name = "ocr"
+    means: Purpose = "steps"
 
     def __init__(
         self, alphabet: str = "", measure: str = "words", postprocess: Postprocess | None = None

@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor
 
+from rewriter.damage import Purpose
 from search.config.schema import Config, ConfigError
 from search.tasks._prediction import PredictionTask, postprocess_of, targets_as
 
@@ -40,6 +41,7 @@ class Segmentation(PredictionTask):
     """
 
     name = "segmentation"
+    means: Purpose = "pixels"
     metric = "miou"
 
     def per_sample(self, outputs: Sequence[Tensor], targets: Any) -> Tensor | None:
