@@ -18,16 +18,22 @@ from search.cli.console import err, refused, say
 from search.cli.options import (
     KINDS,
     ConfigPath,
+    FixPath,
+    Images,
     MaxDamage,
     MaxDrop,
     MaxMacs,
+    Mean,
     Out,
     Pictures,
     Quiet,
     Ray,
     RunFolder,
     Seed,
+    Shape,
+    Std,
     Storage,
+    Target,
     Timeout,
     Trials,
     Tuned,
@@ -250,7 +256,7 @@ def export(
 
 @app.command()
 def fix(
-    config: ConfigPath,
+    config: FixPath,
     max_drop: MaxDrop = None,
     max_macs: MaxMacs = None,
     max_damage: MaxDamage = None,
@@ -259,12 +265,19 @@ def fix(
     timeout: Timeout = None,
     workers: Workers = None,
     storage: Storage = None,
+    images: Images = None,
+    target: Target = None,
+    shape: Shape = None,
+    mean: Mean = None,
+    std: Std = None,
     quiet: Quiet = False,
     seed: Seed = None,
 ) -> None:
     """The cheapest plan that meets both goals, in DIR/fixed; exit 1 and the best if none does.
 
     Example: quantfix fix configs/digits.yaml --max-drop 1 --max-macs 1.1
+
+    Example without a config: quantfix fix model.onnx --images DIR
     """
     from search.cli import commands
 
@@ -280,4 +293,9 @@ def fix(
         storage,
         quiet,
         seed,
+        images,
+        target,
+        shape,
+        mean,
+        std,
     )

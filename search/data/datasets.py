@@ -66,6 +66,8 @@ def load_data(cfg: Config) -> Data:
     else:
         annotations = str(source.coco or source.yolo)
         data = boxed_images(cfg.resolve(annotations), cfg.resolve(str(source.images)), source)
+    if cfg.task == "unlabelled" and len(data.evaluation) and isinstance(data.evaluation[0], tuple):
+        data = replace(data, evaluation=Inputs(data.evaluation))
     names = class_names(cfg, made)
     data = replace(data, names=names) if names else data
     _check_splits(data, cfg.path.parent, "(T, C, H, W)" if cfg.task == "video" else "(C, H, W)")
@@ -105,7 +107,7 @@ def _preprocessing(cfg: Config) -> Preprocessing:
     if missing:
         raise ConfigError(
             f"{cfg.path.name}: data: missing {', '.join(missing)}: how an image becomes the input "
-            "is known for models of timm and torchvision only; pixels are scaled to [0, 1] before mean and std"
+            "is known for models of timm and torchvision only, of an ONNX file its size; pixels are scaled to [0, 1] before mean and std"
         )
     return Preprocessing(**known)
 
