@@ -107,8 +107,8 @@ def node_macs(gm: fx.GraphModule) -> dict[str, int]:
 
 
 def _product_macs(node: fx.Node, shapes: list[Any]) -> int:
-    made = node.meta.get("shape")
-    if node.target in _PRODUCTS:
+    made: Any = node.meta.get("shape")
+    if node.target in _PRODUCTS and made:
         return math.prod(made) * shapes[0][-1]
     if node.target is torch.nn.functional.scaled_dot_product_attention:
         query, key, value = (n.meta["shape"] for n in node.args[:3])  # type: ignore[union-attr]
