@@ -144,6 +144,19 @@ class Baseline:
     int8_share: float | None = None
     float_ops: dict[str, int] | None = field(default=None, hash=False)
 
+    @classmethod
+    def of(cls, score: Score) -> Baseline:
+        """What the score of the empty plan says."""
+        return cls(
+            score.original,
+            score.metric,
+            score.macs,
+            score.damage,
+            score.interval,
+            score.int8_share,
+            score.float_ops,
+        )
+
 
 @dataclass
 class Records:

@@ -279,15 +279,7 @@ class RewriteEvaluator:
         score = (self._plain or self).confirm(Plan(()))
         if score.error is not None:
             raise RewriteError(f"the network as it is cannot be scored: {score.error}")
-        return Baseline(
-            score.original,
-            score.metric,
-            score.macs,
-            score.damage,
-            score.interval,
-            score.int8_share,
-            score.float_ops,
-        )
+        return Baseline.of(score)
 
     def reference(self) -> list[Tensor]:
         """Flat float outputs over all samples, each (n, ...); computed once."""
