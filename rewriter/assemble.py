@@ -64,7 +64,8 @@ def assemble(
 
     Single places are rewritten and fitted first, then the rules of the whole model act on what came out, then int8
     ranges are measured, and at last weights and biases are repaired layer by layer. The graph's weights and structure are not
-    touched; what was measured of it (``influence``) is kept in its nodes' meta for the next plan.
+    touched; what was measured of it (``influence``, and the damage where none is fixed yet) is kept in its
+    meta for the next plan.
 
     Args:
         gm: canonical graph of the float network.

@@ -149,7 +149,7 @@ def _entry(item: Any, where: str) -> Meaning:
 
 
 def _group(item: Any, kind: Kind | None, where: str) -> Part:
-    channels = item
+    channels: Any = item
     if isinstance(item, Mapping):
         _only(item, ("kind", "channels"), where)
         kind = _kind(item["kind"], f"{where}.kind") if "kind" in item else kind

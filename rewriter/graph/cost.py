@@ -108,7 +108,7 @@ def node_macs(gm: fx.GraphModule) -> dict[str, int]:
 
 
 def _product_macs(node: fx.Node, shapes: list[Any]) -> int:
-    made = facts.SHAPE.get(node)
+    made: Any = facts.SHAPE.get(node)
     if node.target in _PRODUCTS and made:
         return math.prod(made) * shapes[0][-1]
     if node.target is torch.nn.functional.scaled_dot_product_attention:

@@ -25,7 +25,7 @@ from rewriter.damage.grouping import fidelity_of
 from rewriter.graph.interpret import walk
 from rewriter.graph.lookup import is_call, module_of, outputs
 from rewriter.int8.annotate import annotation, moves_values
-from rewriter.int8.integer_grid import steps
+from rewriter.int8.integer_grid import ends, steps
 from rewriter.int8.scheme import QuantSpec
 from rewriter.int8.simulate import Quantized
 
@@ -187,9 +187,9 @@ def _better_ordered(
             yield owner
 
 
-def ties(scores: Tensor, ends: Range, spec: QuantSpec) -> tuple[float, float]:
+def ties(scores: Tensor, span: Range, spec: QuantSpec) -> tuple[float, float]:
     """Share of pairs of scores that int8 makes equal, among all and among the highest."""
-    scale, zero = spec.params(*ends)
+    scale, zero = spec.params(*span)
     whole = steps(scores.double(), scale).clamp(*ends(spec, zero))
     count = max(2, round(HIGHEST * len(scores)))
     highest = whole[scores.topk(min(count, len(scores))).indices]
