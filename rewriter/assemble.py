@@ -100,7 +100,8 @@ def assemble(
             shape = Plan(tuple(s for s in whole.steps if _whole(s).replaces))
             made = rewrite(base, shape, facts={"scheme": scheme})
             return Assembled(restored(made, found, scheme), fits)
-    quantized = repaired(_scaled(base, whole, plan, scheme, batches, store), scheme, batches)
+    scaled = _scaled(base, whole, plan, scheme, batches, store)
+    quantized = repaired(scaled, scheme, batches, store)
     if store is not None and name:
         save_to(store, name, *record(quantized))
     return Assembled(quantized, fits)
@@ -217,14 +218,19 @@ def _measured(gm: fx.GraphModule, what: tuple[str, ...]) -> dict[str, Tensor]:
     return tensors
 
 
-def repaired(gm: fx.GraphModule, scheme: QuantScheme, batches: Batches) -> Quantized:
-    """Calibrate and repair a rewritten graph as its steps asked for; edits its annotations."""
+def repaired(
+    gm: fx.GraphModule, scheme: QuantScheme, batches: Batches, store: Store | None = None
+) -> Quantized:
+    """Calibrate and repair a rewritten graph as its steps asked for; edits its annotations.
+
+    Layers repaired alike in an earlier plan are taken from the store.
+    """
     repairs: frozenset[str] = gm.meta.get("repairs", frozenset())
     quantized = quantize(gm, scheme, batches, gm.meta.get("calibration", "minmax"))
     if "ranges" in repairs:
         quantized = least_damage_ranges(quantized, batches)
     if repairs & {"biases", "rounding"}:
-        quantized = refine(quantized, batches, repairs)
+        quantized = refine(quantized, batches, repairs, store)
     return quantized
 
 
