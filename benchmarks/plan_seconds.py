@@ -34,8 +34,8 @@ RULES = ("split_range_2", "keep_float", "split_weights_2", "split_range_3", "spl
 PHASES = {
     "rewrite": [("rewriter.assemble", ("rewrite", "fit", "copy_graph"))],
     "influence": [("rewriter.assemble", ("weigh", "profile"))],
-    "calibrate": [("rewriter.assemble", ("quantize",))],
-    "ranges": [("rewriter.assemble", ("least_damage_ranges",))],
+    "calibrate": [("rewriter.assemble", ("quantize", "calibrated"))],
+    "ranges": [("rewriter.assemble", ("least_damage_ranges", "refined"))],
     "biases and rounding": [("rewriter.assemble", ("refine",))],
     "digests and store": [
         ("rewriter.assemble", ("graph_digest", "data_digest", "save_to", "load"))

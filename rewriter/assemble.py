@@ -19,10 +19,10 @@ from rewriter.graph.lookup import layers
 from rewriter.int8.annotate import annotate
 from rewriter.int8.calibrate import Calibration, ValueStats
 from rewriter.int8.scheme import QuantScheme
-from rewriter.int8.simulate import Quantized, quantize
+from rewriter.int8.simulate import Quantized
 from rewriter.plan import Plan, Step, rewrite, rule_named
-from rewriter.repair.activation_ranges import least_damage_ranges
 from rewriter.repair.bias_and_rounding import refine
+from rewriter.repair.known_ranges import calibrated, refined
 from rewriter.rules._model_rule import WholeModelRule
 from rewriter.storage.cache import Store, load, save_to
 from rewriter.storage.digest import data_digest, graph_digest, key
@@ -223,12 +223,12 @@ def repaired(
 ) -> Quantized:
     """Calibrate and repair a rewritten graph as its steps asked for; edits its annotations.
 
-    Layers repaired alike in an earlier plan are taken from the store.
+    What earlier plans share with this one (ranges of the same network, layers repaired alike) is taken from the store.
     """
     repairs: frozenset[str] = gm.meta.get("repairs", frozenset())
-    quantized = quantize(gm, scheme, batches, gm.meta.get("calibration", "minmax"))
+    quantized = calibrated(gm, scheme, batches, gm.meta.get("calibration", "minmax"), store)
     if "ranges" in repairs:
-        quantized = least_damage_ranges(quantized, batches)
+        quantized = refined(quantized, batches, store)
     if repairs & {"biases", "rounding"}:
         quantized = refine(quantized, batches, repairs, store)
     return quantized
