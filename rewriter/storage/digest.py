@@ -33,7 +33,11 @@ def graph_digest(gm: fx.GraphModule) -> str:
     if known is not None and known[0] == version:
         return known[1]
     text = key(
-        [gm.code, repr(facts.EXAMPLE.get(gm)), *(f"{n} {_tensor(t)}" for n, t in tensors.items())]
+        [
+            gm.code,
+            repr(facts.EXAMPLE.get(gm)),
+            *(f"{n} {tensor_digest(t)}" for n, t in tensors.items()),
+        ]
     )
     _digests[gm] = (version, text)
     return text
@@ -46,12 +50,13 @@ def data_digest(batches: Iterable[Tensor | tuple[Tensor, ...]]) -> str:
         for x in batch if isinstance(batch, tuple) else (batch,):
             known = _digests.get(x)
             if known is None or known[0] != x._version:
-                known = _digests[x] = (x._version, _tensor(x))
+                known = _digests[x] = (x._version, tensor_digest(x))
             found.append(known[1])
     return key(found)
 
 
-def _tensor(t: Tensor) -> str:
+def tensor_digest(t: Tensor) -> str:
+    """SHA-256 of a tensor's type, shape and numbers."""
     plain = t.detach().cpu().contiguous()
     digest = hashlib.sha256(f"{plain.dtype} {tuple(plain.shape)} ".encode())
     if plain.numel():

@@ -116,7 +116,7 @@ def _is_guard(node: fx.Node) -> bool:
 
 
 def function_of(target: Any) -> Callable[..., Any]:
-    """torch's own function for an ATen operator.
+    """Torch's own function for an ATen operator.
 
     Raises:
         TraceError: there is none.

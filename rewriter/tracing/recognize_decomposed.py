@@ -17,7 +17,6 @@ import torch
 from torch import Tensor, fx, nn
 
 from rewriter.graph import facts
-from rewriter.graph import facts
 from rewriter.graph.edit import add_module
 from rewriter.graph.lookup import is_call
 
