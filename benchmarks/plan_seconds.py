@@ -3,9 +3,9 @@
     python benchmarks/plan_seconds.py mcunet                       this tree alone
     python benchmarks/plan_seconds.py mcunet --before ../before    and another checkout (``git worktree add``)
 
-Each tree has a process of its own; they take turns plan by plan, so that other work on the machine disturbs both alike, and
-each may be asked for several networks. A plan has all four free repairs, and one more step at a place of its own, as in a search. Seconds are
-CPU seconds of the process (compare the ratios); what is measured of a network once for all plans is the line "once".
+Each tree has a process of its own; they take turns plan by plan, so that other work on the machine
+disturbs both alike, and each may be asked for several networks. A plan has all four free repairs,
+and one more step at a place of its own, as in a search. Seconds are CPU seconds of the process (compare the ratios); what is measured of a network once for all plans is the line "once".
 Networks: those of the assets, and ``silu640`` and ``resnet50``, random weights on random images.
 """
 

@@ -19,6 +19,7 @@ from rewriter import profile, target, trace
 from rewriter.damage import MeaningError, declared, fidelity_of, measure_fidelity
 from rewriter.graph import layers
 from rewriter.int8 import QuantScheme
+from rewriter.int8.onnx import ReadBack
 from rewriter.storage import (
     Digest,
     Mirror,
@@ -34,10 +35,11 @@ from search.data.datasets import Data, Inputs, batches, load_data
 from search.data.evaluation_set import Tick, check_outputs, chosen_on, load_samples, shuffled
 from search.data.model import load_model
 from search.data.overlap import mark, warn_of_overlap
-from search.engines import EngineError, refusal, scoring_engine
+from search.engines import Engine, EngineError, refusal, scoring_engine
 from search.run_dir.fingerprint import rules_digest, source_digest
 from search.run_dir.scores import Confirmations, Records, Score, fingerprint, open_run
 from search.scoring.evaluator import RewriteEvaluator
+from search.scoring.trial import trial
 from search.tasks import Task, task
 
 log = logging.getLogger(__name__)
@@ -55,13 +57,15 @@ def silent(label: str) -> Generator[Tick]:
 
 @dataclass(frozen=True)
 class Network:
-    """A config's network, traced, and its data."""
+    """A config's network, traced, its data, and what the file of plain int8 computes."""
 
     cfg: Config
     gm: fx.GraphModule
     data: Data
     task: Task
     calibration: tuple[Tensor, ...]
+    file: ReadBack
+    engine: Engine
 
 
 @dataclass(frozen=True)
@@ -95,7 +99,7 @@ def load_network(cfg: Config, progress: Progress = silent) -> Network:
     """Load a config's model and data and trace the model.
 
     Raises:
-        ConfigError: the model or the data cannot be had.
+        ConfigError: the model or the data cannot be had, or no int8 file of it can be run.
         TraceError: the model cannot be traced.
     """
     model, data = load_model(cfg), load_data(cfg)
@@ -119,7 +123,7 @@ def load_network(cfg: Config, progress: Progress = silent) -> Network:
             f"model: no convolution, linear layer or matrix product to quantize{why}"
         )
     gm.meta["calibration"] = cfg.calibration.method
-    gm.meta["scheme"] = target(cfg.target)
+    scheme = gm.meta["scheme"] = target(cfg.target)
     goal = task(cfg)
     goal.attach(gm)
     profile(gm, found)
@@ -128,7 +132,28 @@ def load_network(cfg: Config, progress: Progress = silent) -> Network:
         gm.meta["fidelity"] = measure_fidelity(gm, found, said, goal.purpose)
     except MeaningError as error:
         raise ConfigError(f"{cfg.path.name}: {error}") from error
-    return Network(cfg, gm, data, goal, tuple(found))
+    engine = engine_of(cfg, gm, found[0][:2])
+    file = trial(gm, scheme, found, engine)
+    return Network(cfg, gm, data, goal, tuple(found), file, engine)
+
+
+def engine_of(cfg: Config, gm: fx.GraphModule, x: Tensor) -> Engine:
+    """What scores the candidates of a run: the first of the target's engines that can write its network.
+
+    Args:
+        cfg: Of the run.
+        gm: Its network.
+        x: (n, ...) a few inputs.
+
+    Raises:
+        ConfigError: none of the engines asked for can run here.
+    """
+    try:
+        return scoring_engine(
+            cfg.target, cfg.engines, lambda e: refusal(e, gm, target(cfg.target), x)
+        )
+    except EngineError as cause:
+        raise ConfigError(f"{cfg.path.name}: {cause}") from cause
 
 
 def float_metric(network: Network, count: int = 256) -> str:
@@ -179,14 +204,7 @@ def open_job(
     warn_of_overlap(network.calibration, samples.marks)
     chosen = chosen_on(samples.count, cfg.search.confirmation)
     scheme = target(cfg.target)
-    try:
-        engine = scoring_engine(
-            cfg.target,
-            cfg.engines,
-            lambda e: refusal(e, network.gm, scheme, network.calibration[0][:2]),
-        )
-    except EngineError as cause:
-        raise ConfigError(f"{cfg.path.name}: {cause}") from cause
+    engine = network.engine
     calibration = Digest()
     calibration.add([cfg.calibration.method, *network.calibration])
     parts = {

@@ -104,6 +104,7 @@ def scale_variables(gm: fx.GraphModule) -> Channels:
         for n, v in of.items()
         if v and axes.get(n) == 1  # in a sequence dimension 1 holds no channels
     }
+    found.caps = {name: cap for name, cap in found.caps.items() if name in found.of}
     return found
 
 

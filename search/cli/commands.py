@@ -10,14 +10,12 @@ import typer
 
 from rewriter import Plan, RewriteError, cost, find_sites
 from rewriter.damage import fidelity_of
-from rewriter.int8 import target
 from search.cli.console import err, out, progress, say
 from search.cli.finetune_commands import as_trained, train_chosen, with_training
 from search.cli.options import Plans
 from search.cli.summary import show_results
 from search.cli.tables import forms_table, sensitivity_table, sites_table
 from search.config.schema import Config, ConfigError, load_config
-from search.engines import scoring_engine
 from search.export.forms import checked_forms, export_forms
 from search.job import Job, Network, float_metric, load_network, open_job
 from search.report import write_report
@@ -38,7 +36,6 @@ from search.run import (
 )
 from search.run_dir.files import RunError
 from search.run_dir.scores import Score, read_run
-from search.scoring.trial import trial
 from search.workers.processes import helpers, work
 from search.workers.ray import search_on_ray
 
@@ -74,8 +71,7 @@ def check(config: Path, quiet: bool = False) -> None:
 
 def _file_facts(cfg: Config, network: Network) -> list[tuple[str, str]]:
     """What the file of plain int8 computes in int8, and what not."""
-    engine = scoring_engine(cfg.target, cfg.engines)
-    done = trial(network.gm, target(cfg.target), network.calibration, engine)
+    done, engine = network.file, network.engine
     share, wanted = done.int8_share, cfg.search.min_int8_share
     facts = [("int8", f"{share:.1%} of the MACs in int8 kernels ({engine.name})")]
     reasons = {layer.layer: layer.reason for layer in done.float_layers}

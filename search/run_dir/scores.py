@@ -79,8 +79,9 @@ class Score:
     engine: str = ""
     engine_version: str = ""
     int8_share: float | None = None
-    float_ops: dict[str, int] | None = None
-    float_reasons: dict[str, str] | None = None
+    # not hashable, and what the other fields say already
+    float_ops: dict[str, int] | None = field(default=None, hash=False)
+    float_reasons: dict[str, str] | None = field(default=None, hash=False)
     samples: int = 0
     seconds: float = 0.0
     stopped: bool = False

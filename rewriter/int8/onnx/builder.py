@@ -101,6 +101,19 @@ class Emission:
         self._shared: dict[tuple[bytes, str, tuple[int, ...]], str] = {}
         self._taken: set[str] = set()
 
+    def snapshot(self) -> tuple[Any, ...]:
+        """How far the emission has come; for ``restore``."""
+        caches = dict(self._dequantized), dict(self._widened), dict(self._shared)
+        return len(self.nodes), len(self.constants), *caches
+
+    def restore(self, before: tuple[Any, ...]) -> None:
+        """Take back all that was emitted since a snapshot."""
+        nodes, constants, *caches = before
+        del self.nodes[nodes:]
+        for name in list(self.constants)[constants:]:
+            del self.constants[name]
+        self._dequantized, self._widened, self._shared = caches
+
     # ------------------------------------------------------------------------------ building
 
     def name(self, wanted: str) -> str:

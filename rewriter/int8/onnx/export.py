@@ -103,7 +103,7 @@ def _emit_node(e: Emission, node: fx.Node) -> Value:
     if _pads_convolutions_only(e, node):
         e.pads[node] = module_of(e.gm, node).padding  # type: ignore[assignment]
         return ""
-    nodes, constants = len(e.nodes), len(e.constants)
+    before = e.snapshot()
     try:
         if node.op == "call_module":
             module = module_of(e.gm, node)
@@ -116,9 +116,7 @@ def _emit_node(e: Emission, node: fx.Node) -> Value:
                 return function(e, node)
         reason = "no emitter for it"
     except UnsupportedError as unsupported:
-        del e.nodes[nodes:]
-        for name in list(e.constants)[constants:]:
-            del e.constants[name]
+        e.restore(before)
         reason = str(unsupported)
     return emit_opaque(e, node, reason)
 

@@ -131,7 +131,8 @@ def _factor(size: int, out: int) -> float:
     ONNX Runtime's last optimization level permutes the sizes of a Resize that names its axes, and then refuses the graph.
     """
     factor = np.float32(out / size)
-    while int(factor * np.float32(size)) < out:
+    # its shape inference multiplies in double precision, its kernel in single
+    while min(int(factor * np.float32(size)), int(float(factor) * size)) < out:
         factor = np.nextafter(factor, np.float32(np.inf))
     return float(factor)
 
