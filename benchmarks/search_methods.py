@@ -66,7 +66,7 @@ def prepared(options: argparse.Namespace) -> tuple[Job, Space, Any]:
     evaluator = job.evaluator
     count = min(options.images or evaluator.samples.count, evaluator.samples.count)
     if evaluator.samples.inputs is None or evaluator.samples.targets is None:
-        raise SystemExit("needs labelled images that fit into memory")
+        raise SystemExit("needs labeled images that fit into memory")
     evaluator.samples = replace(
         evaluator.samples,
         count=count,

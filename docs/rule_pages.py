@@ -33,7 +33,7 @@ REQUIRED = ("Before", "After", "Why", "Exact", "Cost")
 
 
 def rules_by_file() -> dict[str, list[RewriteRule]]:
-    """The rules of each file of rewriter/rules, in the catalogue's order."""
+    """The rules of each file of rewriter/rules, in the catalog's order."""
     found: dict[str, list[RewriteRule]] = {}
     for rule in RULES:
         found.setdefault(type(rule).__module__.rsplit(".", 1)[1], []).append(rule)

@@ -22,7 +22,7 @@ from torch import Tensor, fx, nn
 
 from rewriter.damage.grouping import fidelity_of
 from rewriter.errors import PlanError, QuantizeError
-from rewriter.fitting.distill import distil, rounded_weight
+from rewriter.fitting.distill import distill, rounded_weight
 from rewriter.fitting.least_squares import NormalEquations
 from rewriter.fitting.thinning import fit_thin, is_thin
 from rewriter.graph import facts
@@ -41,7 +41,7 @@ Batches = Sequence[Tensor | tuple[Tensor, ...]]
 # Raised whenever a fit comes out differently, so that stored ones are not taken for it.
 VERSION = 5
 # Layers after the new one that are fitted with it: about the next block.
-NEIGHBOURS = 3
+NEIGHBORS = 3
 RIDGES = (1e-7, 1e-5, 1e-4, 1e-3, 1e-2)
 
 
@@ -107,7 +107,7 @@ def fit(
     reports: list[FitReport] = []
     teacher: fx.GraphModule | None = None
     moved: list[tuple[Tensor, ...]] = []
-    near = neighbours(gm, plan) if distilled else {}
+    near = neighbors(gm, plan) if distilled else {}
     for step in plan.steps:
         rule = rule_named(step.rule)
         if rule.contract != "approximate" or rule.saves:
@@ -204,7 +204,7 @@ def _fit_step(
     steps = 0
     also = [find(alone, name) for name in after or ()]
     if after is not None:
-        steps = distil(gm, alone, node, batches, scheme, scale, also, seed)
+        steps = distill(gm, alone, node, batches, scheme, scale, also, seed)
     error = equations.error()
     seconds = time.perf_counter() - start
     report = FitReport(
@@ -220,11 +220,11 @@ def _fit_step(
     return state, report
 
 
-def neighbours(gm: fx.GraphModule, plan: Plan) -> dict[Step, tuple[str, ...]]:
+def neighbors(gm: fx.GraphModule, plan: Plan) -> dict[Step, tuple[str, ...]]:
     """The layers that are fitted with each approximate step of a plan, by name.
 
-    They are the next ``NEIGHBOURS`` layers that depend on the new one; none where another step of the plan
-    replaces one of them or has it for a neighbour already.
+    They are the next ``NEIGHBORS`` layers that depend on the new one; none where another step of the plan
+    replaces one of them or has it for a neighbor already.
 
     Args:
         gm: canonical graph of the original network.
@@ -263,7 +263,7 @@ def _followers(gm: fx.GraphModule, nodes: tuple[str, ...]) -> tuple[str, ...]:
         # weights that two layers share are not those of the next one alone
         if owners.count(id(module_of(gm, node).weight)) == 1:
             found.append(node.name)
-            if len(found) == NEIGHBOURS:
+            if len(found) == NEIGHBORS:
                 break
     return tuple(found)
 

@@ -1,6 +1,6 @@
 """The normal form of a traced graph, which every rule and both int8 engines rely on.
 
-After ``canonicalise``:
+After ``canonicalize``:
 
 * the network is in eval mode; there is no Identity, Dropout, assertion or in-place operation;
 * convolutions, linear layers, batch norms, activations, pools, pads and resizing are
@@ -43,7 +43,7 @@ from rewriter.tracing.expand_operators import expand_operators, fold_constants
 from rewriter.tracing.fold_affine import fold_affines
 from rewriter.tracing.functional_to_module import IN_PLACE, SAME, first_argument, module_for
 from rewriter.tracing.join_frame_loops import join_loops
-from rewriter.tracing.recognize_activations import recognise_activations
+from rewriter.tracing.recognize_activations import recognize_activations
 from rewriter.tracing.recognize_decomposed import recognize_decomposed
 from rewriter.tracing.static_shapes import fix_sizes, plain_dimensions, slices_for_parts
 
@@ -66,7 +66,7 @@ _DROPOUT_FUNCTIONS = (
 _CASTS = ("float", "type_as", "type", "to", "cpu", "double")
 
 
-def canonicalise(gm: fx.GraphModule) -> fx.GraphModule:
+def canonicalize(gm: fx.GraphModule) -> fx.GraphModule:
     """Bring a freshly traced graph module into the normal form, in place, and return it."""
     for node in gm.graph.nodes:
         if node.op == "call_module":
@@ -86,7 +86,7 @@ def canonicalise(gm: fx.GraphModule) -> fx.GraphModule:
     propagate_shapes(gm)
     recognize_decomposed(gm)
     expand_operators(gm)
-    recognise_activations(gm)
+    recognize_activations(gm)
     gm.graph.eliminate_dead_code()
     fold_affines(gm)
     gm.graph.eliminate_dead_code()

@@ -1,4 +1,4 @@
-"""Activations that the user wrote out by hand, recognised by what they compute.
+"""Activations that the user wrote out by hand, recognized by what they compute.
 
 g * clamp(a x + b, low, high) + d  from 0 to 1      Hardsigmoid of 6 g a x + 6 (g b + d) - 3
     relu6(x + 3) / 6, clamp(x + 3, 0, 6) * (1 / 6)  of x
@@ -26,11 +26,11 @@ CLOSE = 1e-5
 _Map = tuple[float, float]  # a and b of a x + b
 
 
-def recognise_activations(gm: fx.GraphModule) -> None:
+def recognize_activations(gm: fx.GraphModule) -> None:
     """Put one module in the place of each activation written by hand; edits gm in place."""
     for node in list(gm.graph.nodes):
         if not node.users:
-            continue  # part of one that was recognised
+            continue  # part of one that was recognized
         _hard_sigmoid(gm, node)
     for node in list(gm.graph.nodes):
         found = _hard_swish(gm, node) or _gated(gm, node)

@@ -17,7 +17,7 @@ from torch.utils import _pytree as pytree
 from rewriter.errors import TraceError
 from rewriter.graph import facts
 from rewriter.graph.interpret import without_fast_path
-from rewriter.tracing.canonicalize import canonicalise
+from rewriter.tracing.canonicalize import canonicalize
 from rewriter.tracing.open_attention import open_attention
 from rewriter.tracing.tracer import BATCHES, line_of, one_line, trace_graph
 from rewriter.tracing.unwrap import plain_weights, unwrap_parts, unwrapped
@@ -61,7 +61,7 @@ def trace(model: nn.Module, example: Tensor | tuple[Tensor, ...]) -> fx.GraphMod
     facts.NAMES.put(gm, names)
     _record_structure(gm)
     try:
-        gm = canonicalise(gm)
+        gm = canonicalize(gm)
     except TraceError:
         raise
     except Exception as cause:

@@ -1,9 +1,9 @@
 """Training of a plan's whole network, end to end, with int8 simulated.
 
 The closed forms and fits of the rules look at one layer at a time. Here all weights move together: towards the float network's
-answers (distillation: unlabelled inputs suffice), or towards labels. A step changes each weight by at most ``rate`` times the root mean
+answers (distillation: unlabeled inputs suffice), or towards labels. A step changes each weight by at most ``rate`` times the root mean
 square of its channel, so that one rate serves folded layers of any scale. The moving average of the weights is judged on inputs that
-do not train; the best judged ones are kept, the untrained ones among them, so training never makes that judgement worse.
+do not train; the best judged ones are kept, the untrained ones among them, so training never makes that judgment worse.
 
 Everything a run of it needs is in a checkpoint that is replaced in one piece, and a batch depends on nothing but the seed and its
 number: a killed run goes on where the last checkpoint was, and ends as if it had not been killed.

@@ -9,13 +9,13 @@ import torch
 from torch import nn
 
 from rewriter.sensitivity import THRESHOLDS, LayerDamage
-from tests.sensitivity.planted import Healthy, analysed, healthy, inputs
+from tests.sensitivity.planted import Healthy, analyzed, healthy, inputs
 
 
 def entry(
     model: nn.Module, layer: str, name: str = "per_tensor", **options: object
 ) -> LayerDamage:
-    found = analysed(model, name, **options)
+    found = analyzed(model, name, **options)
     return next(x for x in found.layers if x.layer == layer)
 
 
@@ -83,7 +83,7 @@ def test_the_planted_cause_is_named_and_no_other(cause: str) -> None:
 
 def test_a_healthy_network_has_no_causes() -> None:
     for name in ("per_tensor", "onnxruntime"):
-        for x in analysed(healthy(), name, top=9).layers:
+        for x in analyzed(healthy(), name, top=9).layers:
             assert not x.causes, x.evidence
 
 
@@ -131,13 +131,13 @@ def test_a_head_whose_channels_differ_names_the_shared_range() -> None:
 def test_a_planted_channel_ranks_first(name: str) -> None:
     """One channel of a depthwise convolution scaled by 1000, undone in the next layer."""
     model, broken = healthy(), healthy()
-    before = {x.layer: x.damage for x in analysed(model, name).layers}
+    before = {x.layer: x.damage for x in analyzed(model, name).layers}
     broken.dw.weight.data[5] *= 1000
     broken.dw.bias.data[5] *= 1000
     broken.pw.weight.data[:, 5] /= 1000
     x = inputs(8)
     torch.testing.assert_close(broken(x), model(x), rtol=1e-3, atol=1e-4)
-    found = analysed(broken, name)
+    found = analyzed(broken, name)
     # per tensor the weight itself is lost too; with a scale for each channel only its result is
     harmed = ["dw", "pw"] if name == "per_tensor" else ["pw"]
     first, rest = found.layers[: len(harmed)], found.layers[len(harmed) :]
@@ -160,14 +160,14 @@ def test_a_planted_depthwise_weight_ranks_first_alone() -> None:
     broken.dw.weight.data[5] *= 1000
     broken.stem.weight.data[5] /= 1000
     broken.stem.bias.data[5] /= 1000
-    found = analysed(broken)
+    found = analyzed(broken)
     assert found.layers[0].layer == "dw"
     assert found.layers[0].damage > 5 * found.layers[1].damage
     assert "weight_channel_spread" in found.layers[0].causes
 
 
 def test_answers_touch_the_layer_and_free_ones_come_first() -> None:
-    for x in analysed(healthy(), top=9).layers:
+    for x in analyzed(healthy(), top=9).layers:
         assert f"keep_float@{x.node}" == x.answers[-1]
         assert len(x.answers) == len(x.answer_macs) == len(set(x.answers))
         assert list(x.answer_macs[:-1]) == sorted(x.answer_macs[:-1])

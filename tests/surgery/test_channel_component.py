@@ -116,3 +116,12 @@ def test_groups_are_joined_where_that_does_less_damage(
 
     other = {depthwise.name} if not joined else set[str]()
     assert hurt({n.name for n in chosen}) < hurt(other)
+
+
+def test_an_error_counts_relative_to_the_power_of_what_the_reader_makes() -> None:
+    gm, found = component(nn.Sequential(nn.Conv2d(3, 5, 1), nn.Conv2d(5, 4, 1)))
+    (entry,) = found.entries
+    before = importance(gm, found)[entry]
+    ((reader, _),) = found.exits
+    reader.meta["channel_range"] = (torch.zeros(4), torch.full((4,), 3.0))
+    torch.testing.assert_close(importance(gm, found)[entry], before / 9)

@@ -125,3 +125,9 @@ def test_thousands_of_channels_lose_nothing_by_fewer_places(
     assert sorted(c for g in found for c in g) == list(range(1500))
     few, all_ = (rounding_error(-widths, widths, g) for g in (found, exact))
     assert few == pytest.approx(all_, rel=0.01)
+
+
+def test_each_of_several_values_counts_relative_to_its_own_mean_square() -> None:
+    """(2 * 9 / 5 + 2 * 4 / 4) over (2 + 2): worked out by hand."""
+    high = torch.tensor([[1.0, 3.0], [2.0, 2.0]])
+    assert rounding_error(torch.zeros(2, 2), high, [[0, 1]]) == pytest.approx(5.6 / 4)

@@ -116,17 +116,17 @@ def same_weights(a: Quantized, b: Quantized) -> bool:
 
 
 @pytest.mark.slow
-def test_the_table_of_a_labelled_network(
+def test_the_table_of_a_labeled_network(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    (tmp_path / "labelled.py").write_text(
+    (tmp_path / "labeled.py").write_text(
         "import small\n"
         "def data():\n"
         "    d = small.data()\n"
         "    return small.Splits(d.calibration, d.evaluation, small.data(seed=5, count=32).evaluation)\n"
     )
     config = write_config(
-        tmp_path, data={"factory": "labelled:data"}, finetune={**TRAINED, "quantization": "fixed"}
+        tmp_path, data={"factory": "labeled:data"}, finetune={**TRAINED, "quantization": "fixed"}
     )
     out = tmp_path / "out"
     assert quantfix(monkeypatch, "table", config, "--out", out, "--steps", "6") == 0
