@@ -81,8 +81,8 @@ class Score:
     engine: str = ""
     engine_version: str = ""
     int8_share: float | None = None
-    float_ops: dict[str, int] | None = None
-    float_reasons: dict[str, str] | None = None
+    float_ops: dict[str, int] | None = field(default=None, hash=False)
+    float_reasons: dict[str, str] | None = field(default=None, hash=False)
     samples: int = 0
     seconds: float = 0.0
     stopped: bool = False
@@ -141,7 +141,7 @@ class Baseline:
     damage: float | None
     interval: tuple[float, float] | None = None
     int8_share: float | None = None
-    float_ops: dict[str, int] | None = None
+    float_ops: dict[str, int] | None = field(default=None, hash=False)
 
 
 @dataclass

@@ -159,3 +159,10 @@ def test_the_fingerprint_depends_on_every_part_and_not_on_their_order() -> None:
     assert (
         len({fingerprint(PARTS | {name: "other"}) for name in PARTS} | {fingerprint(PARTS)}) == 6
     )
+
+
+def test_scores_are_keys() -> None:
+    """The schedule remembers what it made of some scores under the scores themselves."""
+    known = {Score(plan="", macs=1, float_ops={"Add": 2}, float_reasons={"a": "b"}): 3}
+    assert known[Score(plan="", macs=1, float_ops={"Add": 2}, float_reasons={"a": "b"})] == 3
+    assert Score(plan="", macs=1, float_ops={"Add": 3}) not in known
