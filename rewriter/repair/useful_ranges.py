@@ -86,6 +86,18 @@ def cut_to_useful(
     return replace(quantized, calibration=replace(quantized.calibration, values=ranges))
 
 
+def useful_share(quantized: Quantized, value: fx.Node, fidelity: Fidelity) -> float:
+    """Share of a value's range that what reads it can tell apart, in (0, 1]."""
+    owner = annotation(value).range_of
+    low, high = quantized.calibration.values[owner]
+    members = _members(quantized.gm)[owner]
+    needed = [n.bounds for v in members for n in _readers(quantized, v, fidelity)]
+    least, most = _inside((low, high), needed)
+    whole = max(high, 0.0) - min(low, 0.0)
+    part = max(most, 0.0) - min(least, 0.0)
+    return part / whole if whole > 0 and part > 0 else 1.0
+
+
 def _members(gm: fx.GraphModule) -> dict[str, list[fx.Node]]:
     """The values that have each range, by its owner."""
     found: dict[str, list[fx.Node]] = {}
