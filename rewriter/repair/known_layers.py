@@ -16,7 +16,8 @@ from torch.fx.node import map_arg
 
 from rewriter.graph.lookup import module_of
 from rewriter.int8.annotate import annotation
-from rewriter.int8.scheme import channel_axis, on_axis, quantize_weight
+from rewriter.int8.integer_grid import on_axis, quantize_weight
+from rewriter.int8.scheme import channel_axis
 from rewriter.int8.simulate import Quantized
 from rewriter.storage.cache import Mirror, Store, load, save_to
 from rewriter.storage.digest import data_digest, key, tensor_digest
