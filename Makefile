@@ -3,13 +3,16 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test lint check slow cluster clean
+.PHONY: demo test lint check slow minimum docs cluster clean
 
 demo: $(VENV)/.installed
 	$(BIN)/quantfix run configs/digits.yaml
 
+# -n auto: a process for each core that we may use (tests/conftest.py), each with one thread
+PARALLEL := -n auto --dist worksteal
+
 test: $(VENV)/.dev
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest $(PARALLEL)
 
 lint: $(VENV)/.dev
 	$(BIN)/ruff check .
@@ -18,9 +21,19 @@ lint: $(VENV)/.dev
 
 check: lint test
 
-# All slow tests, but those that need several machines (cluster); about twenty minutes on two cores.
+# All slow tests, but those that need several machines (cluster).
 slow: $(VENV)/.dev
-	$(BIN)/python -m pytest -m slow
+	$(BIN)/python -m pytest -m slow $(PARALLEL)
+
+# The fast tests with the oldest versions that pyproject.toml claims
+minimum: $(VENV)/.dev
+	$(BIN)/python .ci/minimum.py $(PARALLEL)
+
+# The documentation site, strictly, into site/
+docs: $(VENV)/.dev
+	$(BIN)/python -m pip install --quiet --group docs
+	$(BIN)/python docs/rule_pages.py
+	$(BIN)/mkdocs build --quiet
 
 # Searches on several machines: with a PostgreSQL that the tests start themselves, if it is installed, on two local Ray nodes,
 # and under the eyes of optuna-dashboard. What is not there is skipped, with the reason.
@@ -40,4 +53,4 @@ $(VENV)/.dev: $(VENV)/.installed
 	touch $@
 
 clean:
-	rm -rf $(VENV) build dist .pytest_cache .ruff_cache .hypothesis .coverage
+	rm -rf $(VENV) build dist site .pytest_cache .ruff_cache .hypothesis .coverage

@@ -6,7 +6,7 @@ import logging
 import platform
 from collections.abc import Callable, Generator
 from contextlib import AbstractContextManager, contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
@@ -33,6 +33,7 @@ from search.data.datasets import Data, Inputs, batches, load_data
 from search.data.evaluation_set import Tick, check_outputs, chosen_on, load_samples, shuffled
 from search.data.model import load_model
 from search.data.overlap import mark, warn_of_overlap
+from search.engines import EngineError, scoring_engine
 from search.run_dir.fingerprint import rules_digest, source_digest
 from search.run_dir.scores import Confirmations, Records, Score, fingerprint, open_run
 from search.scoring.evaluator import RewriteEvaluator
@@ -172,14 +173,17 @@ def open_job(
     warn_of_overlap(network.calibration, samples.marks)
     chosen = chosen_on(samples.count, cfg.search.confirmation)
     scheme = target(cfg.target)
-    engine = scheme.engine if cfg.engine == "auto" else cfg.engine
+    try:
+        engine = scoring_engine(cfg.target, cfg.engines)
+    except EngineError as cause:
+        raise ConfigError(f"{cfg.path.name}: {cause}") from cause
     calibration = Digest()
     calibration.add([cfg.calibration.method, *network.calibration])
     parts = {
         "model": model_digest(network.gm),
         "calibration": calibration.hex(),
         "evaluation": samples.digest,
-        "target": _scheme_digest(scheme, engine),
+        "target": _scheme_digest(scheme, engine.name),
         "metric": source_digest(network.task, *_user_functions(network.task)),
         "rules": rules_digest(),
         "seed": str(cfg.search.seed),
@@ -191,13 +195,14 @@ def open_job(
         "metric": network.task.metric,
         "higher_is_better": network.task.higher_is_better,
         "target": cfg.target,
-        "engine": engine,
+        "engine": engine.name,
         "samples": samples.count,
         "selection_samples": chosen,
         "calibration_samples": sum(len(x) for x in network.calibration),
         "versions": {
             "torch": torch.__version__,
             "onnxruntime": onnxruntime.__version__,
+            engine.name: engine.version(),
             "python": platform.python_version(),
         },
     }
@@ -217,7 +222,7 @@ def open_job(
         calibration=network.calibration,
         samples=samples,
         records=records,
-        engine=engine,
+        engine=engine.name,
         device=device,
         store=_fits(folder, place),
         seed=cfg.search.seed,
@@ -277,14 +282,8 @@ def _inputs(dataset: Any) -> Any:
 
 
 def _scheme_digest(scheme: QuantScheme, engine: str) -> str:
-    # a frozenset prints in another order in each process
-    plain = replace(scheme, fuses=frozenset(), shared_at=frozenset())
     digest = Digest()
-    digest.add(
-        [repr(plain), sorted(t.__name__ for t in scheme.fuses), sorted(scheme.shared_at), engine]
-    )
-    if scheme.wide is not None:
-        digest.add(repr(scheme.wide))
+    digest.add([scheme.identity, engine])
     return digest.hex()
 
 

@@ -1,11 +1,33 @@
+"""Settings of every test: one thread in each process, however the machine is set up."""
+
 from __future__ import annotations
 
 import os
-from pathlib import Path
 
-import pytest
+# Before anything imports torch or NumPy, which read these when they are loaded; processes that
+# tests start inherit them. The networks here are small: with more threads than one, each operator
+# waits for the others' threads, and several test processes at once wait for all of them.
+for variable in ("OMP", "MKL", "OPENBLAS", "NUMEXPR", "VECLIB_MAXIMUM"):
+    os.environ[f"{variable}_NUM_THREADS"] = "1"
+os.environ["OMP_WAIT_POLICY"] = "PASSIVE"
+
+from pathlib import Path  # noqa: E402
+
+import pytest  # noqa: E402
+import torch  # noqa: E402
 
 ROOT = Path(__file__).resolve().parents[1]
+MOST_WORKERS = 8  # each holds torch, up to 1.5 GiB
+
+# if a plugin was faster and loaded torch before this file
+torch.set_num_threads(1)
+
+
+def pytest_xdist_auto_num_workers() -> int:
+    """What ``-n auto`` means: a process for each core we may use; none besides on a single core."""
+    affinity = getattr(os, "sched_getaffinity", None)
+    cores = len(affinity(0)) if affinity is not None else os.cpu_count() or 1
+    return 0 if cores == 1 else min(cores, MOST_WORKERS)
 
 
 @pytest.fixture(scope="session")

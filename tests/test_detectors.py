@@ -156,7 +156,13 @@ def module(node: fx.Node) -> nn.Module:
 
 
 @pytest.mark.parametrize(
-    "make", [Yolox, lambda: Yolox(decode=True), Yolov8, Yolov5], ids=["x", "xd", "8", "5"]
+    "make",
+    [
+        pytest.param(Yolox, id="x", marks=pytest.mark.slow),
+        pytest.param(lambda: Yolox(decode=True), id="xd", marks=pytest.mark.slow),
+        pytest.param(Yolov8, id="8"),
+        pytest.param(Yolov5, id="5", marks=pytest.mark.slow),
+    ],
 )
 def test_a_whole_network_is_split_exactly_at_every_place(make: Callable[[], nn.Module]) -> None:
     gm, x = graph_of(trained(make()))
@@ -182,7 +188,14 @@ def test_a_whole_network_is_split_exactly_at_every_place(make: Callable[[], nn.M
 
 
 @pytest.mark.parametrize("name", ["onnxruntime", "per_tensor"])
-@pytest.mark.parametrize("make", [Yolox, Yolov8, Yolov5], ids=["x", "8", "5"])
+@pytest.mark.parametrize(
+    "make",
+    [
+        pytest.param(Yolox, id="x", marks=pytest.mark.slow),
+        pytest.param(Yolov8, id="8"),
+        pytest.param(Yolov5, id="5", marks=pytest.mark.slow),
+    ],
+)
 def test_splitting_the_stem_is_what_brings_a_deep_network_back(
     make: Callable[[], nn.Module], name: str
 ) -> None:

@@ -70,7 +70,7 @@ def inside(name: str, *prefixes: str) -> bool:
 # floors below its own, never from its own floor or above.
 FLOORS: tuple[tuple[str, ...], ...] = (
     ("rewriter.errors", "rewriter.graph", "rewriter.storage"),
-    ("rewriter.tracing", "rewriter.int8", "rewriter.damage"),
+    ("rewriter.tracing", "rewriter.int8", "rewriter.damage", "rewriter.onnx_import"),
     ("rewriter.surgery", "rewriter.repair"),
     ("rewriter.rules",),
     ("rewriter.plan",),
@@ -78,6 +78,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (
     ("rewriter.assemble",),
     ("rewriter.export",),
     ("rewriter",),
+    ("search.engines",),
     ("search.config",),
     ("search.data", "search.run_dir"),
     ("search.tasks", "search.pareto"),

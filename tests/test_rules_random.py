@@ -179,6 +179,7 @@ def test_each_rule_keeps_its_contract(model: nn.Module) -> None:
     assert_contracts(check.graph_of(model, SHAPE, ON))
 
 
+@pytest.mark.slow
 @FEW
 @given(networks(), CHOICES)
 def test_plans_of_several_rules_keep_theirs(model: nn.Module, chosen: list[float]) -> None:

@@ -16,7 +16,8 @@ import torch
 from torch import Tensor, fx
 
 from rewriter.errors import QuantizeError
-from rewriter.graph.channel_ranges import channel_range
+from rewriter.graph.axes import channel_axes
+from rewriter.graph.channel_ranges import channel_range, hull
 from rewriter.graph.interpret import walk
 from rewriter.graph.lookup import layer_name, layers, module_of
 from rewriter.int8.annotate import annotation, moves_values
@@ -64,7 +65,7 @@ class Histogram:
 
 @dataclass
 class ValueStats:
-    """What calibration saw of one value: its range, and that of each channel (dimension 1)."""
+    """What calibration saw of one value: its range, and that of each channel (``rewriter.graph.axes``)."""
 
     low: float
     high: float
@@ -112,7 +113,7 @@ def calibrate(
         raise QuantizeError(f"calibration: method: {method!r} is not minmax, percentile or mse")
     histograms = histograms or method != "minmax"
     stats: dict[str, ValueStats] = {}
-    samples = 0
+    samples, axes = 0, channel_axes(gm)
     with torch.no_grad():
         for batch in batches:
             inputs = batch if isinstance(batch, tuple) else (batch,)
@@ -122,17 +123,19 @@ def calibrate(
                 # what was moved in int8 has the range of its source
                 moved = moves_values(gm, node) and note.reads
                 if note.output is not None and not moved:
-                    _observe(stats, node, value, histograms)
+                    _observe(stats, node, value, histograms, axes.get(node, 1))
     if samples == 0:
         raise QuantizeError("calibration: no input was given")
     values = _ranges(gm, stats, method)
     return Calibration(values, weight_scales(gm, values), stats, samples)
 
 
-def _observe(stats: dict[str, ValueStats], node: fx.Node, value: Tensor, histograms: bool) -> None:
+def _observe(
+    stats: dict[str, ValueStats], node: fx.Node, value: Tensor, histograms: bool, axis: int
+) -> None:
     rows = value.detach()
     if rows.ndim >= 2:
-        low, high = (r.cpu() for r in channel_range(rows))
+        low, high = (r.cpu() for r in channel_range(rows, axis))
     else:
         low, high = rows.amin().view(1).cpu(), rows.amax().view(1).cpu()
     least, most = float(low.min()), float(high.max())
@@ -145,8 +148,8 @@ def _observe(stats: dict[str, ValueStats], node: fx.Node, value: Tensor, histogr
         )
     else:
         seen.low, seen.high = min(seen.low, least), max(seen.high, most)
-        seen.channel_low = torch.minimum(seen.channel_low, low)
-        seen.channel_high = torch.maximum(seen.channel_high, high)
+        known = seen.channel_low, seen.channel_high
+        seen.channel_low, seen.channel_high = hull(known, (low, high))
     if seen.histogram is not None:
         seen.histogram.add(rows, max(-least, most))
 

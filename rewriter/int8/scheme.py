@@ -95,7 +95,6 @@ class QuantScheme:
         fuses: activation modules that the target's kernels compute inside the operation before
             them, so that no int8 value exists between the two.
         shared_at: operations whose inputs and output must have one range ("cat", "add", "pool").
-        engine: which engine scores a candidate by default.
     """
 
     name: str
@@ -104,7 +103,6 @@ class QuantScheme:
     activations: QuantSpec
     fuses: frozenset[type[nn.Module]]
     shared_at: frozenset[str] = field(default_factory=frozenset)
-    engine: str = "onnxruntime"
     # Not in repr: what was stored under the identity of a target without it keeps its name.
     wide: QuantSpec | None = field(default=None, repr=False)
 
@@ -142,6 +140,8 @@ TARGETS: dict[str, QuantScheme] = {
     s.name: s
     for s in (
         _ONNXRUNTIME,
+        # the same file on another runtime
+        replace(_ONNXRUNTIME, name="openvino"),
         replace(_ONNXRUNTIME, name="per_tensor", weights=_PER_TENSOR),
         replace(
             _ONNXRUNTIME,
@@ -149,7 +149,6 @@ TARGETS: dict[str, QuantScheme] = {
             linear_weights=_PER_CHANNEL,
             activations=QuantSpec(symmetric=True, signed=True),
             fuses=frozenset(_POINTWISE),
-            engine="simulate",
         ),
         replace(
             _ONNXRUNTIME,
@@ -157,11 +156,10 @@ TARGETS: dict[str, QuantScheme] = {
             activations=QuantSpec(signed=True),
             fuses=CLIPS,
             shared_at=frozenset({"cat", "pool"}),
-            engine="simulate",
         ),
         # as onnxruntime.quantization's get_qnn_qdq_config has it: uint8 values, single ones in
         # uint16 by tensor_quant_overrides, and no linear layer with a scale per channel
-        replace(_ONNXRUNTIME, name="qnn", wide=QuantSpec(bits=16), engine="simulate"),
+        replace(_ONNXRUNTIME, name="qnn", wide=QuantSpec(bits=16)),
     )
 }
 

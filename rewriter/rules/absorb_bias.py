@@ -1,12 +1,18 @@
-"""Move what a channel never falls below into the biases after it.
+"""Move the constant that a channel never falls below into the biases after it.
 
-Before: y = W2 relu(W1 x + b1) + b2          After: y = W2 relu(W1 x + b1 - c) + (b2 + W2 c)          c (C,) >= 0
+Before: y = W2 relu(W1 x + b1) + b2
+After:  y = W2 relu(W1 x + b1 - c) + (b2 + W2 c)     c (C,) >= 0
 
-    relu(z - c) + c = relu(z)   for z >= c: exact as long as no value falls below c
+    relu(z - c) + c = relu(z)   for z >= c
 
-c is 90 % of the smallest value that a channel takes on the calibration inputs, where that is positive. The readers must multiply
-every position alike: with zero padding in a k x k reader the constant would be missing at the border. No MACs.
-Why: a constant that all values of a channel share takes up range and carries nothing; scaling channels up makes it worse.
+c is 90 % of the smallest value that a channel takes on the calibration inputs, where that is
+positive. The layers that read the value must multiply every position alike: with zero padding, a
+k x k layer would miss the constant at the border, so such places are refused.
+
+Why: a constant that all values of a channel share takes up range and carries no information, and
+    equalization, which scales channels up, makes it larger.
+Exact: on the calibration inputs; an input on which a channel falls below c would differ.
+Cost: none.
 Source: high-bias absorption, Nagel et al., 2019 (arXiv:1906.04721), section 4.1.3.
 """
 

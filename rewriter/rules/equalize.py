@@ -1,18 +1,23 @@
 """Scale the channels of every value so that int8 rounding does the least damage.
 
-Before: x -> W1 -> ReLU -> W2 -> y          After: x -> S W1 -> ReLU -> W2 S^-1 -> y     S =
-diag(s), s (C,) > 0
+Before: x -> W1 -> ReLU -> W2 -> y
+After:  x -> S W1 -> ReLU -> W2 S^-1 -> y     S = diag(s), s (C,) > 0
 
-    f(s x) = s f(x)  for ReLU, LeakyReLU, PReLU, sums, pooling, ...: exact, no MACs added
+    f(s x) = s f(x)   for ReLU, LeakyReLU, PReLU, sums, pooling, ...
 
-Depthwise layers have a scale on both sides, a residual stream one for all that is added to it
-(``rewriter.surgery.channel_scales``). All scales are chosen together, for the target's way of storing weights,
-by minimising the predicted damage (``rewriter.surgery.equalization``).
-A ReLU6 stays a ReLU6: a channel that reaches the cap on the calibration inputs keeps its scale, so
-that the cap remains one number and int8 saturation carries it out; the others are scaled up to 90
-% of the cap at most.
-Why: one scale holds a tensor whose channels differ in range badly; after scaling they are alike.
-Source: after Nagel et al., 2019 (arXiv:1906.04721), section 4.1.
+Depthwise layers have a scale on both sides, a residual stream has one for all that is added to it
+(``rewriter.surgery.channel_scales``). All scales are chosen together, for the target's way of
+storing weights, by minimizing the predicted damage (``rewriter.surgery.equalization``). A ReLU6
+stays a ReLU6: a channel that reaches the cap on the calibration inputs keeps its scale, so that
+the cap remains one number, which the saturation of int8 carries out; the others are scaled up to
+90 % of the cap at most.
+
+Why: one scale holds a tensor whose channels differ widely in range badly; after scaling they are
+    alike.
+Exact: yes, but for a ReLU6, where it is exact on the calibration inputs: on an input that reaches
+    further than all of them a scaled channel may meet the cap.
+Cost: none.
+Source: cross-layer equalization, after Nagel et al., 2019 (arXiv:1906.04721), section 4.1.
 """
 
 from __future__ import annotations

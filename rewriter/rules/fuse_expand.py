@@ -3,12 +3,14 @@
 Before: 1 x 1 convolution (C -> E) -> [activation] -> depthwise k x k (E channels)
 After:  one k x k convolution (C -> E)
 
-It starts from the product that ignores the activation,
     W[e, c] = D[e] P[e, c]   (E, C, k, k)      b[e] = d[e] + p[e] sum(D[e])   (E,)
-and is then fitted (``rewriter.fitting.fit``).
+
+This product ignores the activation; it is the start of the fit (``rewriter.fitting.fit``).
+
 Why: the depthwise convolution with the worst int8 error is often the one behind the first
-expansion, and what it reads is an activation of very uneven channels; both are gone. MACs grow to
-k * k * C * E for each output pixel.
+    expansion, and it reads an activation whose channels differ widely. Both are gone.
+Exact: no; fitted to the float network on calibration inputs.
+Cost: k * k * C * E MACs for each output pixel, instead of C * E + k * k * E.
 Source: Gupta and Tan, 2019, EfficientNet-EdgeTPU; Tan and Le, 2021 (arXiv:2104.00298).
 """
 

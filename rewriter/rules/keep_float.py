@@ -1,11 +1,16 @@
 """Leave one layer in float.
 
-Before: x -> Q -> int8 layer -> y          After: x -> float layer -> y
+Before: x -> Q -> int8 layer -> y
+After:  x -> float layer -> y
 
 The layer's weight is not quantized and it reads x before it is rounded; y is rounded only where an
-int8 operation reads it. Nothing in the graph changes: the runtime computes this layer, and the
-hand-over to it, in float.
-Why: the yardstick for every other rule, and the answer where int8 cannot represent a layer at all.
+int8 operation reads it. Nothing in the graph changes: the runtime computes this layer in float,
+and converts on the way in and out.
+
+Why: it is what every other rule is compared with, and the last resort where int8 cannot represent
+    a layer at all.
+Exact: the float network does not change, only its int8 form.
+Cost: no MACs, but the layer runs on float kernels. `search: {max_float_layers: ...}` limits them.
 """
 
 from __future__ import annotations

@@ -1,18 +1,22 @@
-"""Store in 16 bits what one layer makes.
+"""Store the output of one layer in 16 bits.
 
-Before: x -> layer -> Q8 -> reader          After: x -> layer -> Q16 -> reader
+Before: x -> layer -> Q8 -> reader
+After:  x -> layer -> Q16 -> reader
 
     step = range / 65535 instead of range / 255
 
-The value behind the layer has 65536 levels, and its readers multiply 16-bit inputs by 8-bit weights; a
-clip is computed inside the layer, and an activation that the target does not fuse writes 16 bits too,
-or its own rounding would undo it (not a sigmoid or tanh: 256 levels of [-1, 1] do). Weights stay int8,
-and the bias an int32 in steps 257 times as fine; where it would overflow, calibration takes coarser
-weight scales, as always, and ``rewriter.int8.onnx.lint`` says so. Nothing in the graph changes.
-Why: one range holds channels that differ 256 times as much, at 0 MACs and without leaving the integer
-kernels; each such value takes twice the memory, and its readers are slower.
-Source: activations of 16 bits and weights of 8 chosen per tensor, as in ONNX Runtime's QNN provider
-(``rewriter.int8.scheme``, target ``qnn``).
+The layers that read the value multiply 16-bit inputs by 8-bit weights. A clip is computed inside
+the layer. An activation that the target does not fuse writes 16 bits too, or its own rounding
+would undo the gain (not a sigmoid or tanh, whose [-1, 1] need no more than 256 levels). Weights
+stay int8, and the bias is an int32 in steps 257 times as fine; where it would overflow,
+calibration takes coarser weight scales, as always, and ``rewriter.int8.onnx.lint`` says so.
+Nothing in the graph changes. Only targets with 16-bit activations have sites (``qnn``).
+
+Why: one range then holds channels whose ranges differ by a factor of 256, on integer kernels.
+Exact: the float network does not change, only its int8 form.
+Cost: no MACs; the value takes twice the memory, and the layers that read it are slower.
+Source: 16-bit activations with 8-bit weights chosen per tensor, as in ONNX Runtime's QNN provider
+    (``rewriter.int8.scheme``, target ``qnn``).
 """
 
 from __future__ import annotations

@@ -3,14 +3,17 @@
 Before: depthwise k x k (C channels) -> [activation] -> pointwise 1 x 1 (C -> O)
 After:  one k x k convolution (C -> O)
 
-Without an activation in between both are linear and the product is exact:
     W[o, i] = P[o, i] * D[i]   (O, C, k, k)      b = P @ d + p   (O,)
-That is ``merge_linear_separable``. With an activation, ``merge_separable`` starts from the same
-product and is then fitted (``rewriter.fitting.fit``).
+
+Without an activation in between both layers are linear and this product is exact: that rule is
+``merge_linear_separable``. With an activation, ``merge_separable`` starts from the same product
+and is then fitted (``rewriter.fitting.fit``).
+
 Why: a depthwise layer has few weights per channel and channels of very different ranges, which one
-scale holds badly; a regular convolution adds over all of them. MACs grow by about k * k * C * O -
-k * k * C - C * O for each output pixel.
-Source: the step back from Howard et al., 2017 (arXiv:1704.04861).
+    scale holds badly; a regular convolution sums over all of them.
+Exact: ``merge_linear_separable`` is; ``merge_separable`` is fitted on calibration inputs.
+Cost: k * k * C * O MACs for each output pixel, instead of k * k * C + C * O.
+Source: the reverse of the step in Howard et al., 2017 (arXiv:1704.04861).
 """
 
 from __future__ import annotations

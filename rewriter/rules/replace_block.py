@@ -1,14 +1,16 @@
-"""A whole inverted residual -> one regular convolution.
+"""A whole inverted residual block -> one regular convolution.
 
 Before: 1 x 1 (C -> E) -> [activation] -> depthwise k x k (E) -> [activation] -> 1 x 1 (E -> O)
 After:  one k x k convolution (C -> O)
 
-It starts from the product that ignores the activations,
     W[o, c] = sum_e Q[o, e] D[e] P[e, c]   (O, C, k, k)      b = Q (d + p sum(D)) + q   (O,)
-and is then fitted (``rewriter.fitting.fit``).
-Why: the first block of a small network is thin (E is 8 or 16), so that one convolution costs
-little more and often less, and both int8 tensors inside, the worst of the network in many, are
-gone.
+
+This product ignores the activations; it is the start of the fit (``rewriter.fitting.fit``).
+
+Why: both int8 tensors inside the block, in many networks the worst of all, are gone.
+Exact: no; fitted to the float network on calibration inputs.
+Cost: k * k * C * O MACs for each output pixel, instead of C * E + k * k * E + E * O. The first
+    block of a small network is thin (E is 8 or 16), so this is little more and often less.
 """
 
 from __future__ import annotations

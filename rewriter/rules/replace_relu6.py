@@ -1,11 +1,15 @@
 """ReLU6 -> ReLU wherever its cap is never reached.
 
-Before: y = min(max(x, 0), 6)          After: y = max(x, 0)          the same as long as x stays below 6
+Before: y = min(max(x, 0), 6)
+After:  y = max(x, 0)
 
-Exact on the calibration inputs, where at least 10 % are left below the cap; an input that goes further than all of them
-would differ. No MACs.
-Why: without a cap the channels can be scaled freely (``equalize``), and no runtime has to carry a clip out.
-Source: Nagel et al., 2019 (arXiv:1906.04721), section 5.1.1, where all of them are replaced.
+The largest value on the calibration inputs must leave at least 10 % below the cap.
+
+Why: without a cap the channels can be scaled freely (``equalize``), and no runtime has to carry
+    the clip out.
+Exact: on the calibration inputs; an input that reaches the cap would differ.
+Cost: none.
+Source: Nagel et al., 2019 (arXiv:1906.04721), section 5.1.1, where every ReLU6 is replaced.
 """
 
 from __future__ import annotations

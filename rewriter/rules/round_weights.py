@@ -1,13 +1,17 @@
 """Round weights so that each layer's output is right, not each weight.
 
-Before: Q = round(W / step)          After: Q = argmin |(step Q) Xq - W X|^2 over integers, near
-the float weights
+Before: Q = round(W / step)
+After:  Q = argmin |(step Q) Xq - W X|^2   over integers near W / step
 
-with X the layer's inputs in float and Xq as they are in int8 after all layers before it were
-repaired: what one weight loses, others of the same filter make good, and so they do for part of
-the error upstream. Closed form (``rewriter.repair.weight_rounding``); the step is chosen too. The weights
-are left on their grid, and the calibration keeps its step.
-Why: nearest rounding is the best for each weight and far from the best for their sum.
+X are the layer's inputs in float, and Xq the same inputs as they are in int8 after all layers
+before it were repaired: the rounding error of one weight is made up for by others of the same
+filter, and so is part of the error of earlier layers. Closed form
+(``rewriter.repair.weight_rounding``); the step is chosen too. The weights are left on their grid,
+and calibration keeps their step.
+
+Why: rounding to nearest is best for each weight, and far from best for their sum.
+Exact: the float network does not change, only its int8 form.
+Cost: none at run time; one least-squares problem for each layer when the file is made.
 Source: Frantar et al., 2022 (arXiv:2210.17323); Nagel et al., 2020 (arXiv:2004.10568).
 """
 

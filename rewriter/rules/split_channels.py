@@ -1,14 +1,18 @@
 """Outlier channels -> two channels of half the size each.
 
-Before: channel c in [-a, a]          After: c and its copy, both in [-a / 2, a / 2]
+Before: channel c in [-a, a]
+After:  c and its copy, both in [-a / 2, a / 2]
 
-    w x = w (x / 2) + w (x / 2)        exact; MACs grow by the share of channels that are copied
+    w x = w (x / 2) + w (x / 2)
 
-Why: where one or a few channels stretch the range of a value, the halved channels let all others
-have twice the levels, in one tensor and without another kernel call. The halves must pass what
-stands between: only f(x / 2) = f(x) / 2 (ReLU, LeakyReLU, PReLU), and every reader must be a
-convolution or linear layer.
-Source: Zhao et al., 2019, outlier channel splitting (arXiv:1901.09504).
+The halves must pass what stands between: only f(x / 2) = f(x) / 2 (ReLU, LeakyReLU, PReLU), and
+every reader must be a convolution or a linear layer.
+
+Why: where one or a few channels stretch the range of a value, halving them gives all others twice
+    the levels, in one tensor and without another kernel call.
+Exact: yes.
+Cost: MACs and weights grow by the share of channels that are copied.
+Source: outlier channel splitting, Zhao et al., 2019 (arXiv:1901.09504).
 """
 
 from __future__ import annotations

@@ -1,19 +1,22 @@
 """Last convolution before an output -> one for each group of channels with similar ranges.
 
-Before: x -> convolution (O channels, one output range) -> moves, decoding -> output
+Before: x -> convolution (O channels, one output range) -> data movement, decoding -> output
 After:  x -> k convolutions, each with a range of its own -> concatenation and channel order in
-float -> the same
+        float -> the same
 
-    y = conv(x)  =  concat_g(W[g] x + b[g]) in the old order      exact, no MACs added
+    y = conv(x) = concat_g(W[g] x + b[g]) in the old order
+
+The concatenation must stay outside the quantized part, since one int8 tensor has one range: it and
+all that follows up to the output is left in float. Groups are found by dynamic programming on
+calibrated channel ranges (``rewriter.surgery.group_channels``), each channel's error relative to
+its own width, so that scores count as much as boxes. ``split_head_auto`` takes the fewest groups
+that leave little to gain; ``split_head_named`` takes the groups that the user named,
+``gm.meta["head_groups"] = {node name: [[channels], ...]}``.
 
 Why: a detection head's channels mean different things (box, objectness, classes), and one int8
-range for all of them spends its 256 levels on the widest. The concatenation must stay outside the
-quantized part, since one int8 tensor has
-one range: it and all that follows up to the output is left in float.
-Groups: dynamic programming on calibrated channel ranges (``rewriter.surgery.group_channels``), each channel's
-error relative to its own width, so that scores count as much as boxes. ``split_head_auto`` takes
-the fewest groups that leave little to gain; ``split_head_named`` takes the groups that the user
-named, ``gm.meta["head_groups"] = {node name: [[channels], ...]}``.
+    range for all of them spends its 256 levels on the widest.
+Exact: yes.
+Cost: no MACs; k kernel calls instead of one, and the concatenation runs in float.
 """
 
 from __future__ import annotations

@@ -1,26 +1,26 @@
-"""Channels of very different ranges -> groups of channels, each a tensor with a range of its own.
+"""Channels of very different ranges -> groups of channels, each a tensor with its own range.
 
 Before: x -> conv (C outputs) -> activation, depthwise, ... -> conv -> y
 After:  x -> k convs (C_1 + ... + C_k = C) -> the same on each group -> k convs that read one group
-each -> sum -> y
+        each -> sum -> y
 
-    conv(x) = sum_g W[:, g] x[g] + b       exact, no MACs added, k - 1 additions at each dense
-    reader
+    conv(x) = sum_g W[:, g] x[g] + b
 
 Where the ranges have become alike on the way (behind a depthwise convolution), the groups are
-concatenated before the dense reader,
-whose input channels are reordered: cheaper than a sum, and one rounding instead of k.
+concatenated before the dense layer that reads them, whose input channels are reordered: cheaper
+than a sum, and one rounding instead of k. Where a value is read by what mixes channels otherwise,
+it is joined again in float. Groups are found by dynamic programming on the calibrated ranges
+(``rewriter.surgery.group_channels``) of all int8 values that are split together, each channel's
+error weighted by what its readers make of it: a depthwise convolution amplifies the narrow
+channels that it was trained to see. ``split_weights_k`` groups by the size of the weights instead,
+for targets with one weight scale per layer.
 
 Why: one int8 tensor has one scale; where one channel reaches 125 and the others 0.2, the others
-are all zero. Scaling channels instead (equalization) stops at the first activation that is not
-homogeneous (SiLU, hardswish); a split passes all of them, and sums and products of two values when
-both are split alike. Where a value is read by what mixes channels otherwise, it is joined again in
-float. ``split_weights_k`` groups by the size of the weights instead, for targets with one weight
-scale per layer.
-Groups: dynamic programming on calibrated ranges (``rewriter.surgery.group_channels``) of all int8 values that are
-split together, each channel's
-error weighed by what its readers make of it: a depthwise convolution amplifies the narrow channels
-it was trained to see.
+    are all zero. Scaling channels instead (equalization) stops at the first activation that is not
+    homogeneous (SiLU, hardswish); a split passes all of them, and sums and products of two values
+    when both are split alike.
+Exact: yes.
+Cost: no MACs; k kernel calls instead of one, and k - 1 additions at each dense reader.
 """
 
 from __future__ import annotations

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
+from rewriter.graph.axes import channel_axes
 from rewriter.graph.channel_ranges import channel_range
 from rewriter.graph.interpret import walk
 from rewriter.graph.lookup import module_of
@@ -278,17 +279,18 @@ def _output_causes(values: Sequence[fx.Node], usage: Mapping[fx.Node, Usage]) ->
 
 def _usage(quantized: Quantized, wanted: set[fx.Node], inputs: Tensor) -> dict[fx.Node, Usage]:
     found: dict[fx.Node, Usage] = {}
+    axes = channel_axes(quantized.gm)
     with torch.no_grad():
         for node, value in walk(quantized.gm, (inputs,)):
             if node in wanted and isinstance(value, Tensor) and value.ndim >= 2:
-                found[node] = _usage_of(quantized, node, value)
+                found[node] = _usage_of(quantized, node, value, axes.get(node, 1))
             if len(found) == len(wanted):
                 break
     return found
 
 
-def _usage_of(quantized: Quantized, node: fx.Node, value: Tensor) -> Usage:
-    value = value.detach().float()
+def _usage_of(quantized: Quantized, node: fx.Node, value: Tensor, axis: int) -> Usage:
+    value = value.detach().float().movedim(axis, 1)
     least, most = (r.cpu() for r in channel_range(value))
     rows = value.transpose(0, 1)
     each = max(1, value[:, 0].numel() // ENOUGH)

@@ -19,12 +19,13 @@ class LayerDamage:
         macs: per input.
         damage: measured where ``exact``, otherwise screened; ``screened`` is the estimate in any
             case.
-        metric, drop: of the network with this layer alone in int8, and what it loses to float;
-            None where only screened.
+        metric: of the network with this layer alone in int8; None where only screened.
+        drop: what that loses to float; None where only screened.
         sqnr_db: signal to int8 noise at the outputs; where only screened, from the damage.
         causes: names, the strongest first; ``evidence`` has their numbers.
         answers: steps that touch this layer, free ones first; ``answer_macs`` is what each adds.
-        weight_damage, input_damage: screened, of either part alone.
+        weight_damage: screened, of rounding the weight alone.
+        input_damage: screened, of rounding the input alone.
         samples: on how many inputs it was measured; 0 where only screened.
         interval: 95 % interval of ``damage`` over inputs; None where there was one alone.
     """
@@ -79,7 +80,8 @@ class ValueDamage:
     Args:
         value: its name in the graph; ``layer`` is the layer that makes it, "" for an input or
             another operation.
-        low, high: its range.
+        low: lower end of its range.
+        high: upper end of its range.
         channels: those that set the range, the widest first.
         spread: width of the widest channel relative to the one in the middle.
         feeds: layers that read it in int8.

@@ -16,6 +16,8 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
+from rewriter.graph.axes import channel_axes
+from rewriter.graph.channel_ranges import range_of
 from rewriter.graph.lookup import is_call, layer_name, module_of
 
 HOMOGENEOUS = (nn.ReLU, nn.LeakyReLU, nn.PReLU)
@@ -102,21 +104,12 @@ def scale_variables(gm: fx.GraphModule) -> Channels:
     roots = [union.root(i) for i in range(len(union.parent))]
     kept = {r: k for k, r in enumerate(dict.fromkeys(roots))}
     found.fixed = torch.tensor([union.fixed[r] for r in kept], dtype=torch.bool)
-    sequences = _sequences(gm)
+    axes = channel_axes(gm)
     found.of = {
         n.name: torch.tensor([kept[roots[i]] for i in v])
         for n, v in of.items()
-        if v and n not in sequences
+        if v and axes.get(n) == 1  # in a sequence dimension 1 holds no channels
     }
-    return found
-
-
-def _sequences(gm: fx.GraphModule) -> set[fx.Node]:
-    """What linear layers read and make whose features are the last dimension, and not dimension 1: it has no channels."""
-    found: set[fx.Node] = set()
-    for node in gm.graph.nodes:
-        if is_call(gm, node, nn.Linear) and len(node.meta["shape"]) != 2:
-            found |= {node, *node.all_input_nodes}
     return found
 
 
@@ -269,8 +262,9 @@ def _rescale_layer(layer: Any, made: Tensor, read: Tensor | None) -> None:
 
 def _rescale_meta(node: fx.Node, made: Tensor, read: Tensor | None) -> None:
     """What is known of the value is true of the scaled one too."""
-    if "channel_range" in node.meta:
-        low, high = node.meta["channel_range"]
+    seen = range_of(node, len(made))
+    if seen is not None:
+        low, high = seen
         node.meta["channel_range"] = (low * made.to(low), high * made.to(high))
     known = node.meta.get("influence")
     if known is not None and known.shape == made.shape:

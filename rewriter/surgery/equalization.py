@@ -23,6 +23,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, fx, nn
 
+from rewriter.graph.channel_ranges import range_of
 from rewriter.graph.lookup import is_call, layers, module_of
 from rewriter.int8.scheme import QuantSpec
 from rewriter.surgery.channel_scales import HOMOGENEOUS, Channels
@@ -159,12 +160,12 @@ class Damage:
             spec = linear_weights if is_call(gm, node, nn.Linear) else weights
             self.terms.append((_layer(gm, node, channels, known, spec), 1 / 127**2))
         for node in gm.graph.nodes:
-            if node.name in channels.of and "channel_range" in node.meta and _stored(gm, node):
-                low, high = (r.double().numpy() for r in node.meta["channel_range"])
+            variables = channels.of.get(node.name)
+            seen = None if variables is None else range_of(node, len(variables))
+            if variables is not None and seen is not None and _stored(gm, node):
+                low, high = (r.double().numpy() for r in seen)
                 ends = np.maximum(-low, 0), np.maximum(high, 0)
-                values.append(
-                    (channels.of[node.name].numpy(), *ends, known.of_value(node).numpy())
-                )
+                values.append((variables.numpy(), *ends, known.of_value(node).numpy()))
         if values:
             self.terms.append((_Values(values), 1 / 255**2))
 
@@ -231,7 +232,8 @@ class _Known:
             return known.double()
         source = node.args[0]
         assert isinstance(source, fx.Node)
-        if "channel_range" not in source.meta or "channel_range" not in node.meta:
+        inputs = shape[1] * getattr(m, "groups", 1)
+        if range_of(source, inputs) is None or range_of(node, shape[0]) is None:
             return torch.ones(shape, dtype=torch.float64)
         power = _power(source).view(-1, shape[1])
         rows = power.repeat_interleave(shape[0] // len(power), 0)
@@ -271,10 +273,11 @@ def log_bounds(gm: fx.GraphModule, channels: Channels, margin: float) -> tuple[T
         source = nodes[name].args[0]
         assert isinstance(source, fx.Node)
         variables = channels.of[name]
-        if "channel_range" not in source.meta:
+        seen = range_of(source, len(variables))
+        if seen is None:
             free[variables] = False
             continue
-        high = source.meta["channel_range"][1].double().clamp_min(1e-9) * (1 + margin)
+        high = seen[1].double().clamp_min(1e-9) * (1 + margin)
         free[variables[high >= cap]] = False
         upper.scatter_reduce_(0, variables, torch.log(cap / high), "amin")
     return upper, free

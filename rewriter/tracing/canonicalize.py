@@ -40,6 +40,7 @@ from rewriter.tracing.fold_batch_norm import fold_batch_norms
 from rewriter.tracing.functional_to_module import IN_PLACE, SAME, first_argument, module_for
 from rewriter.tracing.join_frame_loops import join_loops
 from rewriter.tracing.recognize_activations import recognise_activations
+from rewriter.tracing.recognize_decomposed import recognize_decomposed
 from rewriter.tracing.static_shapes import fix_sizes, plain_dimensions, slices_for_parts
 
 F = nn.functional
@@ -90,6 +91,9 @@ def canonicalise(gm: fx.GraphModule) -> fx.GraphModule:
     _plain_classes(gm)
     _remove_nothings(gm)
     _flatten_by_function(gm)
+    gm.graph.eliminate_dead_code()  # sizes that nobody uses would count as readers of a value
+    propagate_shapes(gm)
+    recognize_decomposed(gm)
     recognise_activations(gm)
     fold_batch_norms(gm)
     gm.graph.eliminate_dead_code()

@@ -12,12 +12,14 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
-from torch.nn.utils import parametrize
 from torch.utils import _pytree as pytree
 
 from rewriter.errors import TraceError
+from rewriter.graph.interpret import without_fast_path
 from rewriter.tracing.canonicalize import canonicalise
+from rewriter.tracing.open_attention import open_attention
 from rewriter.tracing.tracer import BATCHES, line_of, one_line, trace_graph
+from rewriter.tracing.unwrap import plain_weights, unwrap_parts, unwrapped
 from rewriter.tracing.verify import batch_of, verify
 
 
@@ -43,8 +45,10 @@ def trace(model: nn.Module, example: Tensor | tuple[Tensor, ...]) -> fx.GraphMod
     model = _prepared_copy(model)
     reference = copy.deepcopy(model)  # the graph shares its modules with the model
     few, many = (tuple(batch_of(e, size) for e in examples) for size in BATCHES)
+    open_attention(model)
     try:
-        graph, opaque = trace_graph(model, tuple(zip(few, many, strict=True)))
+        with without_fast_path():
+            graph, opaque = trace_graph(model, tuple(zip(few, many, strict=True)))
     except TraceError:
         _must_run(reference, few)
         raise
@@ -77,7 +81,8 @@ def _must_run(model: nn.Module, batch: tuple[Tensor, ...]) -> None:
 
 
 def _prepared_copy(model: nn.Module) -> nn.Module:
-    """A float copy in eval mode on the CPU, with plain weights."""
+    """A float copy in eval mode on the CPU, without wrappers, with plain weights."""
+    model = unwrapped(model)
     if isinstance(model, torch.jit.ScriptModule):
         raise TraceError("model: a TorchScript module cannot be traced: give the nn.Module itself")
     for name, _ in model.named_children():
@@ -103,28 +108,9 @@ def _prepared_copy(model: nn.Module) -> nn.Module:
     for p in copied.parameters():
         p.requires_grad_(False)
     for module in copied.modules():
-        _plain_weights(module)
+        plain_weights(module)
+    unwrap_parts(copied)
     return copied
-
-
-def _plain_weights(module: nn.Module) -> None:
-    """Replace weight normalisation and other parametrizations by the weight itself, in place."""
-    if parametrize.is_parametrized(module):
-        # torch's own removal would change the class, which the copy shares with the user's module
-        names = list(module.parametrizations)  # type: ignore[arg-type]
-        weights = {name: getattr(module, name).detach().clone() for name in names}
-        del module.parametrizations
-        module.__class__ = type(module).__bases__[0]
-        for name, weight in weights.items():
-            module.register_parameter(name, nn.Parameter(weight, requires_grad=False))
-    hooks: dict[int, Any] = vars(module)["_forward_pre_hooks"]
-    for key, hook in list(hooks.items()):
-        if type(hook).__name__ in ("WeightNorm", "SpectralNorm"):
-            with torch.no_grad():
-                hook(module, ())
-                hook.remove(module)
-            del hooks[key]
-            getattr(module, hook.name).requires_grad_(False)
 
 
 def _record_structure(gm: fx.GraphModule) -> None:

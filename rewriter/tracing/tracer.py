@@ -27,6 +27,7 @@ from rewriter.errors import TraceError
 from rewriter.graph.lookup import Opaque
 from rewriter.tracing.assignment import assign_
 from rewriter.tracing.isolation import attributes_kept, without_autograd
+from rewriter.tracing.open_attention import ENTERED, opened_attention_forward
 from rewriter.tracing.proxy import (
     Proxy,
     equal,
@@ -53,6 +54,14 @@ _ABOUT_TYPE = (str, torch.dtype, torch.device)
 # Functions that take sizes, but no tensor that could be a proxy: torch does not offer them to a
 # proxy by itself.
 _MAKERS = ("zeros", "ones", "full", "empty", "arange", "eye", "linspace")
+_EMPTY = ("new_zeros", "new_ones", "new_full")
+# What is written in other libraries' Python and only wrapped as one call (``torch.fx.wrap``) is entered.
+_CLOSED = ("torch", "operator", "_operator", "builtins", "math", "rewriter", "numpy")
+# torch 2.15 crashes the interpreter where these, given a proxy beside a number, are dispatched in C
+_CRASHING = (
+    *("pow", "float_power", "remainder", "where", "addcmul", "addcdiv"),
+    *("baddbmm", "addmm", "addbmm", "addmv", "addr"),
+)
 _METHODS = ("expand", "repeat", "view", "reshape", "new_zeros", "new_ones", "new_full", "tile")
 
 
@@ -76,7 +85,7 @@ class Tracer(fx.Tracer):
         self.evaluating = False
 
     def trace(self, root: Any, concrete_args: dict[str, Any] | None = None) -> fx.Graph:
-        with offered(torch, _MAKERS, self), offered(Tensor, _METHODS, self):
+        with offered(torch, (*_MAKERS, *_CRASHING), self), offered(Tensor, _METHODS, self):
             return super().trace(root, concrete_args)
 
     def create_args_for_root(
@@ -104,9 +113,13 @@ class Tracer(fx.Tracer):
         return _without_names(output)
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
-        return module_qualified_name in self.leaves or (
-            type(m).__module__.startswith("torch.nn")
-            and not isinstance(m, (nn.Sequential, nn.ModuleList, nn.ModuleDict))
+        if module_qualified_name in self.leaves:
+            return True
+        hooked = m._forward_hooks or m._forward_pre_hooks  # what they compute is part of the graph
+        return (
+            not hooked
+            and type(m).__module__.startswith("torch.nn")
+            and not isinstance(m, (nn.Sequential, nn.ModuleList, nn.ModuleDict, *ENTERED))
         )
 
     def call_module(
@@ -114,6 +127,8 @@ class Tracer(fx.Tracer):
     ) -> Any:
         if self.evaluating:
             return forward(*args, **kwargs)
+        if not proxies((args, kwargs)):
+            return self._constant(forward, args, kwargs)
         try:
             path = self.path_of_module(m)
         except NameError:
@@ -132,6 +147,14 @@ class Tracer(fx.Tracer):
         finally:
             self.path.pop()
 
+    def _constant(self, forward: Callable[..., Any], args: Any, kwargs: Any) -> Any:
+        """What a module makes of constants is one too, such as a table of relative positions."""
+        self.evaluating = True
+        try:
+            return forward(*args, **kwargs)
+        finally:
+            self.evaluating = False
+
     def proxy(self, node: fx.Node) -> fx.Proxy:
         return Proxy(node, self)
 
@@ -145,6 +168,31 @@ class Tracer(fx.Tracer):
         return super().create_arg(a)
 
     def create_proxy(
+        self, kind: str, target: Any, args: Any, kwargs: Any, *rest: Any, **named: Any
+    ) -> Any:
+        if kind == "call_function" and (inside := _inside(target)) is not None:
+            return self._entered(inside, target, args, kwargs)
+        return self._called(kind, target, args, kwargs, *rest, **named)
+
+    def _entered(self, inside: Callable[..., Any], target: Any, args: Any, kwargs: Any) -> Any:
+        """What a function computes step by step; where that cannot be traced, one call of it."""
+        last = next(reversed(self.graph.nodes))
+        try:
+            made = inside(*args, **kwargs)
+        except Exception:
+            made = None
+        # torch.fx takes one value, and no more, of a function that the user has wrapped
+        if type(made) is Proxy or (made is not None and target is not inside):
+            return made
+        for node in reversed(self.graph.nodes):
+            if node is last:
+                break
+            if node.meta.get("overwrites"):
+                raise FxTraceError(f"{target.__name__} works in place and cannot be traced")
+            self.graph.erase_node(node)
+        return self._called("call_function", target, args, kwargs)
+
+    def _called(
         self, kind: str, target: Any, args: Any, kwargs: Any, *rest: Any, **named: Any
     ) -> Any:
         proxy = super().create_proxy(kind, target, args, kwargs, *rest, **named)
@@ -171,6 +219,13 @@ class Tracer(fx.Tracer):
             or isinstance(values[0], _ABOUT_TYPE)
             or (bool(used) and all(p.of_shapes for p in used))
         )
+        if (
+            target in _EMPTY
+            and isinstance(values[0], Tensor)
+            and values[0].shape == values[1].shape
+        ):
+            self.graph.erase_node(proxy.node)
+            return values[0]  # a constant, such as the mask of shifted windows
         result = self._with_values(proxy, values, static)
         if static and not holds_tensor(values[0]) and equal(*values):
             self.graph.erase_node(proxy.node)
@@ -227,6 +282,9 @@ def trace_graph(
             with without_autograd(), attributes_kept(model):
                 graph = tracer.trace(model)
             _read_what_was_overwritten(graph)
+            for node in graph.nodes:  # torch.fx marks what a wrapped function returns
+                if _inside(node.target) is None:
+                    node.meta.pop("is_wrapped", None)
         except UntraceableError as failure:
             if failure.path and failure.path not in opaque:
                 kind = type(model.get_submodule(failure.path)).__name__
@@ -269,6 +327,14 @@ def _read_what_was_overwritten(graph: fx.Graph) -> None:
                     raise UntraceableError(node.meta["path"], cause, node.meta["line"])
                 for user in later:
                     user.replace_input_with(other, node)
+
+
+def _inside(target: Any) -> Callable[..., Any] | None:
+    """The steps of a function that is offered as one call; None where it is one step."""
+    if target is nn.functional.multi_head_attention_forward:
+        return opened_attention_forward
+    home = str(getattr(target, "__module__", None)).split(".")[0]
+    return target if inspect.isfunction(target) and home not in (*_CLOSED, "None") else None
 
 
 def _is_proxy(a: Any) -> bool:

@@ -23,6 +23,7 @@ from rewriter import QuantizeError
 from rewriter import target as named_target
 from search.config.inputs import DataConfig, FactoryConfig, ModelConfig, Section
 from search.config.messages import Location, dotted, explain, line_of, reason, walk
+from search.engines import check_engines
 
 VIDEO_SOURCES = ("factory", "csv", "npz")
 
@@ -154,7 +155,8 @@ class Config(Section):
         postprocess: Detection only: raw outputs to boxes, scores and labels.
         metric: Custom only: outputs and targets to a number.
         target: Name of an int8 profile of `rewriter.TARGETS`.
-        engine: What scores a candidate. ``auto``: the target's own kernels where they run here.
+        engine: What scores a candidate, or several, best first, of which the first that can run here does. ``auto``: the
+            target's own kernels where they run here, else a simulation.
         device: Where torch runs. ``auto``: a GPU where there is one.
     """
 
@@ -164,7 +166,7 @@ class Config(Section):
     postprocess: FactoryConfig | None = None
     metric: MetricConfig | None = None
     target: str = "onnxruntime"
-    engine: Literal["auto", "onnxruntime", "simulate"] = "auto"
+    engine: str | list[str] = "auto"
     device: str = Field(default="auto", pattern=r"^(auto|cpu|cuda(:\d+)?)$")
     calibration: CalibrationConfig = Field(default_factory=CalibrationConfig)
     search: SearchConfig = Field(default_factory=SearchConfig)
@@ -181,6 +183,18 @@ class Config(Section):
             # "target: unknown: ..."; the key is put before every message anyway
             raise ValueError(str(error).removeprefix("target: ")) from error
         return value
+
+    @property
+    def engines(self) -> tuple[str, ...]:
+        """Names of the engines asked for, best first; none: those of the target."""
+        if self.engine == "auto":
+            return ()
+        return (self.engine,) if isinstance(self.engine, str) else tuple(self.engine)
+
+    @model_validator(mode="after")
+    def _engines_run_the_target(self) -> Config:
+        check_engines(self.engines, self.target)
+        return self
 
     @model_validator(mode="after")
     def _detection_has_boxes(self) -> Config:

@@ -1,11 +1,12 @@
-"""The embedded detection example: scenes of real digits, and a small detector trained on the spot.
+"""The embedded detection example: scenes of real digits, and a small detector.
 
 A scene is a dim, noisy picture with a few of scikit-learn's handwritten digits pasted at random
 sizes and places. The detector is built as small YOLOs are: a depthwise body and one head
 convolution, whose channels hold the distances to the sides of the box in pixels, the objectness
 and the classes. The graph decodes them and ends in one tensor with boxes in pixels beside
 probabilities, as exporters ship detectors. Nothing is planted: what int8 breaks here, it breaks
-because one range for pixels and probabilities leaves the probabilities two or three levels.
+because one range for pixels and probabilities leaves the probabilities two or three levels. Its
+trained weights are shipped, with the record of their training in ``weights``.
 Source: the distances to the sides, Tian et al., 2019 (arXiv:1904.01355).
 """
 
@@ -31,6 +32,7 @@ from search.data.digits import (
     parts,
     recipe,
     restore,
+    shipped,
     store,
 )
 from search.data.images import Data, Inputs
@@ -38,6 +40,7 @@ from search.data.images import Data, Inputs
 log = logging.getLogger(__name__)
 log.setLevel(logging.INFO)  # training takes a minute, which must not pass in silence
 
+SEED = 0  # of the shipped weights
 SIDE = 96
 STRIDE = 8
 SMALLEST, LARGEST = 18, 52  # sides of a digit in pixels
@@ -76,17 +79,24 @@ def scenes(training: int = SCENES, evaluation: int = EVALUATION, seed: int = 0) 
     return Data(Inputs(calibration), _scenes(known[1], evaluation, seed + 1), seen)
 
 
-def network(seed: int = 0) -> nn.Module:
+def network(seed: int = SEED) -> nn.Module:
     """(N, 1, 96, 96) to (N, 144, 15): xyxy in pixels, objectness and ten classes in [0, 1].
 
-    Trained once, then cached as ``search.data.digits.network`` is.
+    With another seed it is trained once, then cached, as ``search.data.digits.network`` is.
     """
     net = _Detector()
+    if seed == SEED:
+        return shipped(net, "digits_detection")
     file = cache_folder() / f"digits-detection-{recipe(seed, Path(__file__))}.safetensors"
     if not restore(net, file):
         train(net, seed)
         store(net, file)
     return net.eval()
+
+
+def architecture() -> nn.Module:
+    """The detector before training; it draws from torch's global generator."""
+    return _Detector()
 
 
 def train(net: _Detector, seed: int = 0, epochs: int = EPOCHS, count: int = SCENES) -> None:
@@ -149,13 +159,13 @@ class _Detector(nn.Module):
             *_separable(64, 64, 1),
         )
         self.head = nn.Conv2d(64, 5 + CLASSES, 1)
-        self.register_buffer("centres", _centres().view(1, -1, 2))
-        self.centres: Tensor
+        self.register_buffer("centers", _centers().view(1, -1, 2))
+        self.centers: Tensor
 
     def forward(self, x: Tensor) -> Tensor:
         rows = self.raw(x)
-        low = self.centres - rows[..., :2]
-        high = self.centres + rows[..., 2:4]
+        low = self.centers - rows[..., :2]
+        high = self.centers + rows[..., 2:4]
         return torch.cat([low, high, rows[..., 4:].sigmoid()], -1)
 
     def raw(self, x: Tensor) -> Tensor:
@@ -172,7 +182,7 @@ def _separable(i: int, o: int, stride: int) -> list[nn.Module]:
     return [_conv(i, i, 3, stride, groups=i), _conv(i, o, 1)]
 
 
-def _centres() -> Tensor:
+def _centers() -> Tensor:
     """(cells, 2) x and y of the middle of each cell in pixels."""
     at = (torch.arange(SIDE // STRIDE) + 0.5) * STRIDE
     y, x = torch.meshgrid(at, at, indexing="ij")
@@ -186,18 +196,18 @@ def _goals(target: Target) -> tuple[Tensor, Tensor]:
     """
     boxes, labels = target["boxes"], target["labels"]
     middle = (boxes[:, :2] + boxes[:, 2:]) / 2
-    distance, nearest = (_centres()[:, None] - middle[None]).abs().amax(2).min(1)
+    distance, nearest = (_centers()[:, None] - middle[None]).abs().amax(2).min(1)
     goal = torch.where(distance <= STRIDE, labels[nearest], -1)
     return boxes[nearest], goal
 
 
 def _loss(found: Tensor, boxes: Tensor, labels: Tensor) -> Tensor:
-    """Boxes by generalised IoU, objectness and classes by cross-entropy; ``found``: raw rows."""
+    """Boxes by generalized IoU, objectness and classes by cross-entropy; ``found``: raw rows."""
     positive = labels >= 0
     objectness = functional.binary_cross_entropy_with_logits(found[..., 4], positive.float())
     rows, wanted = found[positive], functional.one_hot(labels[positive], CLASSES).float()
     classes = functional.binary_cross_entropy_with_logits(rows[:, 5:], wanted)
-    middle = _centres().expand(len(found), -1, 2)[positive]
+    middle = _centers().expand(len(found), -1, 2)[positive]
     sides = functional.softplus(rows[:, :4])  # a negative distance is none
     box = torch.cat([middle - sides[:, :2], middle + sides[:, 2:]], 1)
     return 4 * objectness + 4 * classes + generalized_box_iou_loss(box, boxes[positive], "mean")

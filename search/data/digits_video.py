@@ -4,7 +4,8 @@ A sequence begins with one digit and goes on to others; each digit stays for a f
 picture. The label of a frame is 1 where it shows the digit that the sequence began with, after another one was
 shown in between; each later digit is that digit in half of the cases, so what a frame shows says nothing about its label.
 The network is a small depthwise one for each frame, trained to tell digits as ``search.data.digits`` trains its own, and
-a GRU over its features. Nothing is planted: what it loses in int8 comes from that training, see there.
+a GRU over its features. Nothing is planted: what it loses in int8 comes from that training, see there. The trained
+weights are shipped, with the record of their training in ``weights``.
 """
 
 from __future__ import annotations
@@ -25,6 +26,7 @@ from search.data.images import Arrays, Data, Inputs
 log = logging.getLogger(__name__)
 log.setLevel(logging.INFO)  # training takes minutes, which must not pass in silence
 
+SEED = 0  # of the shipped weights
 FRAMES = 12
 SHIFT = 4  # pixels that a digit moves away from the middle at most
 STAY = (2, 4)  # frames that one digit is shown, at least and at most
@@ -42,9 +44,11 @@ def sequences() -> Data:
     return Data(Inputs(parts["calibration"]), parts["evaluation"], parts["training"])
 
 
-def network(seed: int = 0) -> nn.Module:
-    """(N, 12, 1, 32, 32) to (N, 12) logits; trained once, then cached as ``search.data.digits.network`` is."""
+def network(seed: int = SEED) -> nn.Module:
+    """(N, 12, 1, 32, 32) to (N, 12) logits; another seed is trained, as ``search.data.digits.network`` does."""
     net = VideoDigits()
+    if seed == SEED:
+        return source.shipped(net, "digits_video")
     name = source.recipe(seed, Path(__file__), Path(source.__file__))
     file = source.cache_folder() / f"video-digits-{name}.safetensors"
     if not source.restore(net, file):

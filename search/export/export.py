@@ -23,7 +23,6 @@ from rewriter.graph import layer_name, layers, module_of
 from rewriter.int8.onnx import (
     Comparison,
     Finding,
-    Session,
     compare,
     first_departure,
     lint,
@@ -31,6 +30,7 @@ from rewriter.int8.onnx import (
 )
 from rewriter.plan import rule_named
 from rewriter.storage import replacing
+from search.engines import OnnxRuntime
 from search.run_dir.files import write_json
 from search.run_dir.scores import Score
 from search.scoring.evaluator import RewriteEvaluator
@@ -123,9 +123,11 @@ def linted(findings: Sequence[Finding]) -> str:
 
 def measure_file(evaluator: RewriteEvaluator, plan: Plan, file: Path) -> Score:
     """Score an int8 file as it lies on disk, on the kernels of ONNX Runtime."""
-    session = Session(file, threads=evaluator.threads)
-    outputs = [torch.from_numpy(o) for o in session.run_all(evaluator.samples.batches())]
-    return evaluator.score_outputs(plan, outputs, "onnxruntime")
+    engine = OnnxRuntime()
+    session = engine.open(file, evaluator.threads, evaluator.device)
+    found = [session.run(x) for x in evaluator.samples.batches()]
+    outputs = [torch.cat(parts) for parts in zip(*found, strict=True)]
+    return evaluator.score_outputs(plan, outputs, engine)
 
 
 def ranges(quantized: Quantized) -> dict[str, Any]:
@@ -192,7 +194,7 @@ def changes(
         f"{score.float_layers} weighted layers are in float.",
         f"Weights: {score.weight_bytes / 1e6:.2f} MB; {score.params} parameters.",
     ]
-    if searched is not None and searched.engine != "onnxruntime":
+    if searched is not None and searched.engine != score.engine:
         lines.append(
             f"The search scored this plan by {searched.engine}: {_number(searched.metric)}, "
             f"damage {_number(searched.damage)}."

@@ -23,6 +23,7 @@ def point(score: Score) -> dict[str, Any]:
         "float": score.metric_float,
         "damage": score.damage,
         "engine": score.engine,
+        "engine_version": score.engine_version,
         "samples": score.samples,
     }
 

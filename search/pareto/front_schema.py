@@ -56,7 +56,8 @@ class Point(_Part):
         alias="float", description="metric of the rewritten network in float"
     )
     damage: float | None = Field(description="distance to the float network, lower is better")
-    engine: str = Field(description="what computed the int8 outputs: onnxruntime or simulate")
+    engine: str = Field(description="what computed the int8 outputs: a runtime, or simulate")
+    engine_version: str = Field("", description="version of that runtime")
     samples: int
     steps: list[StepEntry] = Field(description="what each step costs and gains")
     selection: Measured | None = Field(

@@ -50,7 +50,8 @@ class Score:
         original: The metric of the network as it is, in float, on the same samples.
         metric_float: The metric of the rewritten network in float.
         damage: Fidelity damage to the float network, lower is better; see the task.
-        engine: What computed the int8 outputs: ``onnxruntime`` or ``simulate``.
+        engine: What computed the int8 outputs, such as ``onnxruntime`` or ``simulate``.
+        engine_version: Version of that runtime.
         samples: How many samples these numbers are of.
         stopped: Whether the plan was given up after so many samples, because it was clear that it
             is not on the front. Its numbers are no substitute for those on all of them.
@@ -72,6 +73,7 @@ class Score:
     metric_float: float | None = None
     damage: float | None = None
     engine: str = ""
+    engine_version: str = ""
     samples: int = 0
     seconds: float = 0.0
     stopped: bool = False

@@ -18,20 +18,21 @@ import torch
 from torch import Tensor, fx
 from torch.utils import _pytree as pytree
 
-from rewriter import Plan, Quantized, cost, simulate
+from rewriter import Plan, Quantized, cost
 from rewriter.assemble import Assembled, assemble, prepare
 from rewriter.errors import RewriteError
 from rewriter.graph import channels_last
 from rewriter.int8 import QuantScheme
-from rewriter.int8.onnx import Session, float_onnx, to_onnx
+from rewriter.int8.onnx import float_onnx
 from rewriter.plan import rewrite, rule_named
 from rewriter.storage import Store
 from search.data.evaluation_set import SampleSet, Tick, check_outputs
+from search.engines import Engine, OnnxRuntime, engine_named
 from search.pareto.limits import size_of
 from search.run_dir.scores import Baseline, Confirmations, Records, Samples, Score
 from search.scoring.child_process import LateError, LostError, apart
 from search.scoring.failure import CandidateError, blamed, failed, to_be_tried_again
-from search.scoring.measure import Measure, Part, Runner, latency, session_runner
+from search.scoring.measure import Measure, Part, Runner, latency
 from search.scoring.racing import Race
 from search.tasks import Task
 
@@ -49,11 +50,11 @@ class RewriteEvaluator:
         calibration: Unlabelled inputs, (n, ...) each.
         samples: What the plans are compared on.
         records: Where scores are kept.
-        engine: ``onnxruntime`` (the int8 kernels that ship) or ``simulate``.
+        engine: Name of what runs the int8 networks, one of ``search.engines.ENGINES``.
         device: Where torch runs; the kernels always run on the CPU.
         store: Where fitted weights are kept.
         seed: Of the fits.
-        threads: Of ONNX Runtime.
+        threads: Of engines that run on the CPU.
         confirmations: Where scores of chosen plans on all samples are kept, and how many of the
             samples choose. None: all samples choose, and none confirm.
         race: When a plan is given up early; None: never.
@@ -163,7 +164,7 @@ class RewriteEvaluator:
             parts = [(0, chosen), (chosen, count), (0, count)]
             late = self.limit_s if isinstance(cause, LateError) else None
             macs = cost(self.gm).macs
-            known = Score(plan=str(plan), macs=macs, engine=self.engine, limit_s=late)
+            known = self._unscored(plan, macs, late)
             lost = [(score, None) for score in failed(known, cause, parts)]
             return lost if method == "measure_whole" else lost[0]
 
@@ -181,10 +182,15 @@ class RewriteEvaluator:
             # what is wrong with the user's code is not the plan's fault
             self.measured.float_metric(part)
         macs = cost(self.gm).macs
-        known = Score(plan=str(plan), macs=macs, engine=self.engine)
+        unscored = known = self._unscored(plan, macs)
         try:
             known, runner, gm = self._candidate(plan)
-            known = replace(known, engine=self.engine, macs_ratio=known.macs / max(macs, 1))
+            known = replace(
+                known,
+                engine=unscored.engine,
+                engine_version=unscored.engine_version,
+                macs_ratio=known.macs / max(macs, 1),
+            )
             outputs, stopped = self._raced(runner, known, parts[-1][1], race)
             if stopped is not None:
                 return [_finished(*stopped, start)]
@@ -257,11 +263,13 @@ class RewriteEvaluator:
             found = [outputs]
         return found[0], None
 
-    def score_outputs(self, plan: Plan, outputs: list[Tensor], engine: str) -> Score:
+    def score_outputs(self, plan: Plan, outputs: list[Tensor], engine: Engine) -> Score:
         """Score outputs over all samples computed elsewhere, such as by a file that is to ship."""
         known = self(plan)
         measured, _ = self.measured.compare(outputs, (0, self.samples.count))
-        return replace(_filled(measured, known), metric_float=known.metric_float, engine=engine)
+        return replace(
+            _filled(measured, known), engine=engine.name, engine_version=engine.version()
+        )
 
     def baseline(self) -> Baseline:
         """The network as it is, on all samples; the empty plan is scored where it is not yet.
@@ -290,10 +298,12 @@ class RewriteEvaluator:
 
     def runner(self, quantized: Quantized) -> Runner:
         """What turns a batch of inputs into flat int8 outputs on this evaluator's engine."""
-        if self.engine == "onnxruntime":
-            return session_runner(Session(to_onnx(quantized), threads=self.threads))
-        simulated = simulate(quantized, kernels=True).to(self.device)
-        return lambda x: _flat(simulated(x.to(self.device)))
+        engine = engine_named(self.engine)
+        return engine.open(engine.emit(quantized), self.threads, self.device).run
+
+    def _unscored(self, plan: Plan, macs: int, limit_s: float | None = None) -> Score:
+        version = engine_named(self.engine).version()
+        return Score(str(plan), macs, engine=self.engine, engine_version=version, limit_s=limit_s)
 
     def _run(self, runner: Runner, start: int, stop: int) -> list[Tensor]:
         """Outputs over some samples; what the candidate raises, not the data set, is marked."""
@@ -324,11 +334,12 @@ class RewriteEvaluator:
         exact = all(rule_named(step.rule).contract != "approximate" for step in plan.steps)
         if exact and self.maker is None:
             return None
-        if self.engine != "onnxruntime":
+        if engine_named(self.engine).on_device:
             return self._run(lambda x: _flat(gm(x)), 0, count)
         with blamed():
-            session = Session(float_onnx(gm), threads=self.threads)
-        return self._run(session_runner(session), 0, count)
+            # the float network of every file: this runtime is always there, and fast
+            session = OnnxRuntime().open(float_onnx(gm), self.threads, self.device)
+        return self._run(session.run, 0, count)
 
     def _metric_in_float(self, outputs: list[Tensor] | None, part: Part) -> float | None:
         if outputs is None:

@@ -14,7 +14,6 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from rewriter.int8.onnx import Session
 from search.data.evaluation_set import SampleSet
 from search.pareto.front import paired_interval, replicate_interval, resampled_indices
 from search.run_dir.scores import Array, Samples, Score
@@ -123,11 +122,6 @@ class Measure:
 
     def _targets(self, part: Part) -> Any:
         return self.samples.targets[slice(*part)]
-
-
-def session_runner(session: Session) -> Runner:
-    """What runs a batch of inputs in ONNX Runtime."""
-    return lambda x: [torch.from_numpy(o) for o in session.run(x)]
 
 
 def latency(runner: Runner, x: Tensor, runs: int = RUNS) -> float:

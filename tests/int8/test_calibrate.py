@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from rewriter.errors import QuantizeError
+from rewriter.graph.axes import channel_axes
 from rewriter.graph.interpret import walk
 from rewriter.graph.lookup import find, layers, module_of
 from rewriter.int8.annotate import annotate, annotation
@@ -166,10 +167,12 @@ def test_ranges_and_channel_ranges_against_all_values_at_once() -> None:
     assert found.samples == 9
     with torch.no_grad():
         values = [{n.name: v for n, v in walk(gm, (b,))} for b in batches]
+    axes = channel_axes(gm)
     for name, stats in found.stats.items():
         x = torch.cat([v[name] for v in values])
         assert (stats.low, stats.high) == (float(x.min()), float(x.max()))
-        channels = x.transpose(0, 1).flatten(1)
+        axis = axes[next(n for n in gm.graph.nodes if n.name == name)]
+        channels = x.movedim(axis, 0).flatten(1)
         torch.testing.assert_close(stats.channel_low, channels.amin(1), rtol=0, atol=0)
         torch.testing.assert_close(stats.channel_high, channels.amax(1), rtol=0, atol=0)
     for node in gm.graph.nodes:

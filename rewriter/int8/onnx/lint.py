@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import platform
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +13,7 @@ from torch import fx
 
 from rewriter.graph.lookup import layers, module_of
 from rewriter.int8.annotate import annotation
+from rewriter.int8.findings import Finding
 from rewriter.int8.scheme import channel_axis, weight_scale
 from rewriter.int8.simulate import Quantized
 
@@ -23,22 +23,6 @@ _CLIPS = ("Relu", "Clip")
 _FLOAT_ONLY = {
     "ConvTranspose": "ONNX Runtime has no int8 kernel for transposed convolutions on CPU"
 }
-
-
-@dataclass(frozen=True)
-class Finding:
-    """One thing to know about an exported file.
-
-    Args:
-        code: ``bias_overflow``, ``merged_range``, ``saturation``, ``float_layer`` or
-            ``split_pattern``.
-        node: name of the graph's node; "" for the whole file.
-        message: what is the case and why.
-    """
-
-    code: str
-    node: str
-    message: str
 
 
 def lint(quantized: Quantized, model: onnx.ModelProto) -> list[Finding]:

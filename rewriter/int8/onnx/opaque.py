@@ -21,6 +21,7 @@ from torch import Tensor, fx, nn
 from torch.utils import _pytree as pytree
 
 from rewriter.errors import QuantizeError
+from rewriter.graph.interpret import without_fast_path
 from rewriter.graph.lookup import module_of
 from rewriter.int8.onnx.builder import OPSET, Emission, Value
 
@@ -81,7 +82,8 @@ def emit_opaque(e: Emission, node: fx.Node, reason: str) -> Value:
         if dtype is None or shape is None:
             raise QuantizeError(f"{node.name}: input {source.name}: is no tensor ({reason})")
         inputs.append(torch.zeros(shape, dtype=dtype))
-    structure = pytree.tree_structure(node.meta["shape"], is_leaf=_is_shape)
+    shapes, structure = pytree.tree_flatten(node.meta["shape"], is_leaf=_is_shape)
+    tensors = sum(shape is not None for shape in shapes)  # an output may be no tensor
     try:
         exported = _exported(part, tuple(inputs))
     except Exception as cause:
@@ -93,11 +95,11 @@ def emit_opaque(e: Emission, node: fx.Node, reason: str) -> Value:
             f"{node.name}: {what} cannot be written to ONNX: {reason}; torch's exporter: {text}"
         ) from cause
     names = _inline(e, node, exported)
-    if len(names) != structure.num_leaves:
-        raise QuantizeError(
-            f"{node.name}: outputs after export: {len(names)}, expected {structure.num_leaves}"
-        )
-    return _tuples(pytree.tree_unflatten(names, structure))
+    if len(names) != tensors:
+        raise QuantizeError(f"{node.name}: outputs after export: {len(names)}, expected {tensors}")
+    rest = iter(names)
+    found = ["" if shape is None else next(rest) for shape in shapes]
+    return _tuples(pytree.tree_unflatten(found, structure))
 
 
 def _is_shape(value: Any) -> bool:
@@ -126,7 +128,7 @@ def _exported(part: _Part, inputs: tuple[Tensor, ...]) -> onnx.ModelProto:
 def _export(part: _Part, inputs: tuple[Tensor, ...]) -> onnx.ModelProto:
     names = [f"in{i}" for i in range(len(inputs))]
     file: Any = io.BytesIO()
-    with warnings.catch_warnings(), torch.no_grad():
+    with warnings.catch_warnings(), torch.no_grad(), without_fast_path():
         warnings.simplefilter("ignore")
         torch.onnx.export(
             part.eval(),

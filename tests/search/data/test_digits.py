@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn.utils import fuse_conv_bn_eval
 
 from search.config.schema import load_config, shipped_config
-from search.data import digits
+from search.data import digits, digits_detection, digits_video
 from search.data.datasets import batches, load_data
 from search.data.model import load_model
 
@@ -35,7 +35,7 @@ def test_the_images_are_scikit_learns() -> None:
     order = np.random.default_rng(0).permutation(1797)
     x, label = data.evaluation[5]
     assert label == bunch.target[order[902]]
-    at = (np.arange(32) + 0.5) / 4 - 0.5  # pixel centres of the enlarged image, in small pixels
+    at = (np.arange(32) + 0.5) / 4 - 0.5  # pixel centers of the enlarged image, in small pixels
     rows = np.stack([np.interp(at, range(8), row) for row in bunch.images[order[902]]])
     wanted = np.stack([np.interp(at, range(8), column) for column in rows.T], axis=1) / 16
     np.testing.assert_allclose((x[0] * digits.STD + digits.MEAN).numpy(), wanted, atol=1e-6)
@@ -83,14 +83,14 @@ def test_the_network_is_trained_once(
             nn.init.constant_(p, 0.5 + seed)
 
     monkeypatch.setattr(digits, "train", train)
-    first = digits.network()
-    again = digits.network()
+    first = digits.network(seed=0)
+    again = digits.network(seed=0)
     assert calls == [0]
     assert not again.training
     torch.testing.assert_close(weights(first), weights(again))
 
-    digits.network(seed=1)
-    assert calls == [0, 1]
+    digits.network(seed=2)
+    assert calls == [0, 2]
     files = sorted(cache.iterdir())
     assert len(files) == 2
     assert {f.suffix for f in files} == {".safetensors"}
@@ -98,11 +98,11 @@ def test_the_network_is_trained_once(
     for file in files:
         file.write_bytes(b"cut off")
     with caplog.at_level(logging.WARNING):
-        digits.network()
-    assert calls == [0, 1, 0]
+        digits.network(seed=0)
+    assert calls == [0, 2, 0]
     assert "cannot be used, training again" in caplog.text
-    digits.network()
-    assert calls == [0, 1, 0]
+    digits.network(seed=0)
+    assert calls == [0, 2, 0]
 
 
 def test_a_cache_that_cannot_be_written_does_not_stop_the_run(
@@ -111,12 +111,22 @@ def test_a_cache_that_cannot_be_written_does_not_stop_the_run(
     (tmp_path / "file").write_text("in the way")
     monkeypatch.setenv("QUANTFIX_CACHE", str(tmp_path / "file"))
     monkeypatch.setattr(digits, "train", lambda net, seed: None)
-    digits.network()
+    digits.network(seed=0)
     assert "weights not cached" in caplog.text
 
 
-@pytest.mark.slow
-def test_the_example_is_accurate_in_float_and_loses_in_int8_per_tensor(cache: Path) -> None:
+def test_the_shipped_weights_are_loaded_and_nothing_is_trained(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    for module in (digits, digits_detection, digits_video):
+        monkeypatch.setattr(module, "train", None)
+        a, b = module.network(), module.network()
+        assert not a.training
+        torch.testing.assert_close(weights(a), weights(b))
+    assert sum(file.stat().st_size for file in digits.WEIGHTS.iterdir()) < 1_000_000
+
+
+def test_the_example_is_accurate_in_float_and_loses_in_int8_per_tensor() -> None:
     config = load_config(shipped_config("digits.yaml"))
     net, data = load_model(config), load_data(config)
     x, y = next(iter(batches(data.evaluation, 900)))
@@ -127,8 +137,8 @@ def test_the_example_is_accurate_in_float_and_loses_in_int8_per_tensor(cache: Pa
     assert float_top1 > 0.97
     assert top1(per_channel, y) > float_top1 - 0.01
     assert kl(reference, per_channel) < 0.01
-    assert top1(per_tensor, y) < float_top1 - 0.01
-    assert kl(reference, per_tensor) > 0.03
+    assert top1(per_tensor, y) < float_top1 - 0.05
+    assert kl(reference, per_tensor) > 0.1
 
 
 def top1(logits: Tensor, y: Tensor) -> float:

@@ -42,6 +42,7 @@ def measured(file: Path) -> float:
     return float(np.mean(logits.argmax(1) == y.numpy()))
 
 
+@pytest.mark.slow
 def test_a_run_trains_says_so_and_ships_the_trained_weights(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -98,9 +98,12 @@ LIMITED = {"trials": 14, "max_macs": 3.0, "max_float_layers": 4}
 
 @pytest.mark.parametrize(
     ("limit", "key"),
-    [({"max_float_islands": 1}, "float_islands"), ({"max_params": 1.0}, "params"),
-     ({"max_weight_bytes": 600}, "weight_bytes")],
-)  # fmt: skip
+    [
+        ({"max_float_islands": 1}, "float_islands"),
+        pytest.param({"max_params": 1.0}, "params", marks=pytest.mark.slow),
+        pytest.param({"max_weight_bytes": 600}, "weight_bytes", marks=pytest.mark.slow),
+    ],
+)
 def test_a_run_proposes_and_shows_only_what_meets_its_limits(
     limit: dict[str, Any], key: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -132,6 +135,7 @@ def test_fix_holds_a_limit_on_measured_time(
     assert all(p["latency_ms"] > 0 for p in front["points"])
 
 
+@pytest.mark.slow
 def test_the_front_may_stand_against_time_instead_of_macs(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -14,8 +14,8 @@ from rewriter import Plan, cost, profile, target, trace
 from rewriter.errors import RewriteError
 from search.config.schema import ConfigError
 from search.data.evaluation_set import load_samples
+from search.engines import onnxruntime as onnxruntime_engine
 from search.run_dir.scores import Records
-from search.scoring import evaluator as evaluator_file
 from search.scoring.evaluator import RewriteEvaluator, extra_macs
 from search.tasks.classification import Classification
 from tests.search import small
@@ -134,7 +134,7 @@ def test_a_candidate_that_raises_is_recorded_and_does_not_end_the_search(
     def refuse(*args: object) -> None:
         raise RuntimeError("planted:  no kernel")
 
-    monkeypatch.setattr(evaluator_file, "to_onnx", refuse)
+    monkeypatch.setattr(onnxruntime_engine, "to_onnx", refuse)
     score = evaluate(Plan.parse("keep_float@dw_0"))
     assert score.error == "RuntimeError: planted: no kernel"
     assert score.metric is None

@@ -10,12 +10,10 @@ from typing import Any
 
 import safetensors.torch
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from search.config.schema import ConfigError
-
-# where training scripts put the weights inside a checkpoint
-STATE_KEYS = ("state_dict_ema", "model_ema", "state_dict", "model")
+from search.data.state_dict import fitting_state
 
 
 def load_weights(model: nn.Module, file: Path) -> None:
@@ -42,13 +40,9 @@ def load_weights(model: nn.Module, file: Path) -> None:
         first = next(iter(str(error).strip().splitlines()), type(error).__name__)
         fact = f"not readable as a file of tensors: {first}; save model.state_dict()"
         raise ConfigError(f"model.weights: {file}: {fact}") from error
-    for key in STATE_KEYS:
-        if isinstance(state, dict) and isinstance(state.get(key), dict):
-            state = state[key]
-            break
-    if not isinstance(state, dict) or not all(isinstance(v, Tensor) for v in state.values()):
+    state = fitting_state(state, model)
+    if state is None:
         raise ConfigError(f"model.weights: {file}: holds no state dict")
-    state = {str(key).removeprefix("module."): value for key, value in state.items()}
     try:
         result = model.load_state_dict(state, strict=False)
     except RuntimeError as error:

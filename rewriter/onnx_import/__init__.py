@@ -1,0 +1,5 @@
+"""From an ONNX file to a float ``nn.Module`` with a free batch."""
+
+from rewriter.onnx_import.importer import OnnxNetwork, import_onnx
+
+__all__ = ["OnnxNetwork", "import_onnx"]

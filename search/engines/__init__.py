@@ -1,0 +1,30 @@
+"""What runs an int8 network: one file for each runtime, one line for each in the registry."""
+
+from search.engines.engine import Engine, Session
+from search.engines.onnxruntime import OnnxRuntime
+from search.engines.registry import (
+    ENGINES,
+    EngineError,
+    check_engines,
+    engine_named,
+    engines_of_form,
+    forms,
+    scoring_engine,
+    shipping_engines,
+    takes,
+)
+
+__all__ = [
+    "ENGINES",
+    "Engine",
+    "EngineError",
+    "OnnxRuntime",
+    "Session",
+    "check_engines",
+    "engine_named",
+    "engines_of_form",
+    "forms",
+    "scoring_engine",
+    "shipping_engines",
+    "takes",
+]

@@ -1,0 +1,69 @@
+"""What an engine is: it turns a quantized network into a file, opens the file and runs it.
+
+One engine is one runtime. It is an object without state, so that the registry can hold it; its
+runtime is imported when it is first used, since most are optional.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, Protocol
+
+from torch import Tensor
+
+from rewriter import Quantized
+from rewriter.int8 import Finding
+
+
+class Session(Protocol):
+    """A network that is ready to run."""
+
+    def run(self, x: Tensor) -> list[Tensor]:
+        """Flat outputs, each (N, ...), of one batch of inputs (N, ...) in float32."""
+        ...
+
+
+class Engine(Protocol):
+    """One way to run an int8 network.
+
+    Attributes:
+        name: What ``engine:`` in a config says.
+        takes: Targets whose networks it can run; None: all.
+        scores: Targets whose candidates it scores unless the config names another engine.
+        ships: Targets whose networks are deployed on it: it confirms what was chosen.
+        form: What ``export --to`` calls its files; "": it has none.
+        file: Name of its exported file.
+        on_device: Whether it runs on the device of the run (torch's) rather than on the CPU.
+    """
+
+    name: str
+    takes: frozenset[str] | None
+    scores: frozenset[str]
+    ships: frozenset[str]
+    form: str
+    file: str
+    on_device: bool
+
+    def version(self) -> str:
+        """Version of the runtime, which a score carries; "" where it is not installed."""
+        ...
+
+    def missing(self) -> str:
+        """Why it cannot run here, with what to do about it; "" where it can."""
+        ...
+
+    def emit(self, quantized: Quantized) -> Any:
+        """The network as this engine opens it: the bytes of a file, unless ``file`` is "".
+
+        Raises:
+            QuantizeError: an operator or a value cannot be written.
+        """
+        ...
+
+    def open(self, model: Any, threads: int, device: str) -> Session:
+        """A session on what ``emit`` made, or on the bytes of such a file."""
+        ...
+
+    def lint(self, quantized: Quantized, model: Any) -> Sequence[Finding]:
+        """What to know of an emitted model before it is deployed."""
+        ...

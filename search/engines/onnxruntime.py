@@ -1,0 +1,51 @@
+"""ONNX Runtime's int8 kernels on the CPU, on the QDQ file."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import onnx
+import onnxruntime
+import torch
+from torch import Tensor
+
+from rewriter import Quantized
+from rewriter.int8 import Finding
+from rewriter.int8.onnx import Session, lint, to_onnx
+
+
+class OnnxSession:
+    """A session whose outputs are tensors."""
+
+    def __init__(self, model: Any, threads: int) -> None:
+        self._session = Session(model, threads=threads)
+
+    def run(self, x: Tensor) -> list[Tensor]:
+        return [torch.from_numpy(o) for o in self._session.run(x)]
+
+
+class OnnxRuntime:
+    name = "onnxruntime"
+    takes = None
+    scores = frozenset({"onnxruntime", "per_tensor", "openvino"})
+    ships = frozenset({"onnxruntime", "per_tensor"})
+    form = "onnx"
+    file = "model_int8.onnx"
+    on_device = False
+
+    def version(self) -> str:
+        return onnxruntime.__version__
+
+    def missing(self) -> str:
+        return ""
+
+    def emit(self, quantized: Quantized) -> bytes:
+        return to_onnx(quantized).SerializeToString()
+
+    def open(self, model: Any, threads: int, device: str) -> OnnxSession:
+        del device
+        return OnnxSession(model, threads)
+
+    def lint(self, quantized: Quantized, model: bytes) -> Sequence[Finding]:
+        return lint(quantized, onnx.load_from_string(model))
