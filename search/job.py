@@ -12,7 +12,7 @@ from typing import Any, Literal
 
 import onnxruntime
 import torch
-from torch import Tensor, fx
+from torch import Tensor, fx, nn
 from torch.utils import _pytree as pytree
 
 from rewriter import profile, target, trace
@@ -41,6 +41,9 @@ from search.tasks import Task, task
 
 log = logging.getLogger(__name__)
 
+IN_MEMORY = "in memory"
+"""What ``run.json`` says in place of a config whose network and data were given from Python."""
+
 Progress = Callable[[str], AbstractContextManager[Tick]]
 Told = Callable[[Score, int], None]
 
@@ -50,6 +53,15 @@ def silent(label: str) -> Generator[Tick]:
     """Progress that shows nothing."""
     del label
     yield lambda done, total: None
+
+
+@dataclass(frozen=True)
+class Given:
+    """A network, its data and its task that are in memory, instead of what a config says."""
+
+    model: nn.Module
+    data: Data
+    task: Task
 
 
 @dataclass(frozen=True)
@@ -71,6 +83,7 @@ class Job:
     folder: Path
     evaluator: RewriteEvaluator
     data: Data
+    given: Given | None = None
     # search spaces laid out so far (search.strategy.space.Space), each with its ranking
     spaces: list[tuple[Any, Any]] = field(default_factory=list)
 
@@ -82,6 +95,10 @@ class Job:
     def records(self) -> Records:
         return self.evaluator.records
 
+    def model(self) -> nn.Module:
+        """The network as it was before it was traced."""
+        return load_model(self.cfg) if self.given is None else self.given.model
+
     @property
     def objective(self) -> Literal["metric", "damage"]:
         wanted = self.cfg.search.objective
@@ -90,14 +107,17 @@ class Job:
         return "damage" if self.evaluator.samples.targets is None else "metric"
 
 
-def load_network(cfg: Config, progress: Progress = silent) -> Network:
-    """Load a config's model and data and trace the model.
+def load_network(cfg: Config, progress: Progress = silent, given: Given | None = None) -> Network:
+    """Load a config's model and data, unless they are given, and trace the model.
 
     Raises:
         ConfigError: the model or the data cannot be had.
         TraceError: the model cannot be traced.
     """
-    model, data = load_model(cfg), load_data(cfg)
+    if given is None:
+        model, data = load_model(cfg), load_data(cfg)
+    else:
+        model, data = given.model, given.data
     found: list[Tensor] = []
     limit = cfg.calibration.samples or len(data.calibration)
     total, done = min(limit, len(data.calibration)), 0
@@ -119,7 +139,7 @@ def load_network(cfg: Config, progress: Progress = silent) -> Network:
         )
     gm.meta["calibration"] = cfg.calibration.method
     gm.meta["scheme"] = target(cfg.target)
-    goal = task(cfg)
+    goal = task(cfg) if given is None else given.task
     goal.attach(gm)
     profile(gm, found)
     return Network(cfg, gm, data, goal, tuple(found))
@@ -152,7 +172,11 @@ def float_metric(network: Network, count: int = 256) -> str:
 
 
 def open_job(
-    cfg: Config, folder: Path, progress: Progress = silent, threads: int | None = None
+    cfg: Config,
+    folder: Path,
+    progress: Progress = silent,
+    threads: int | None = None,
+    given: Given | None = None,
 ) -> Job:
     """Load everything, and claim the run directory or continue the run that is in it.
 
@@ -161,7 +185,7 @@ def open_job(
         RunError: the directory holds a run of another model, data or target.
         TraceError: the model cannot be traced.
     """
-    network = load_network(cfg, progress)
+    network = load_network(cfg, progress, given)
     device = device_of_run(cfg)
     with progress("reading evaluation images") as tick:
         evaluation = network.data.evaluation
@@ -190,7 +214,7 @@ def open_job(
         "confirmation": f"{chosen} of {samples.count} choose",
     }
     about = {
-        "config": str(cfg.path),
+        "config": str(cfg.path) if given is None else IN_MEMORY,
         "task": network.task.name,
         "metric": network.task.metric,
         "higher_is_better": network.task.higher_is_better,
@@ -230,7 +254,7 @@ def open_job(
         confirmations=Confirmations.of(records, chosen) if chosen < samples.count else None,
         timed=cfg.search.cost == "latency" or cfg.search.max_latency_ms is not None,
     )
-    return Job(cfg, folder, evaluator, network.data)
+    return Job(cfg, folder, evaluator, network.data, given)
 
 
 def place_of(cfg: Config) -> Place | None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from math import inf, isfinite
@@ -104,18 +105,22 @@ class Results:
         return points[knee(macs, value, extent)]
 
     def picked(self, which: str) -> Score:
-        """The score of ``best``, ``knee``, or of a plan's text.
+        """The score of what is named, or of a plan's text.
+
+        Names are ``best``, ``knee``, ``plain`` (int8 without any step) and ``macs<=RATIO`` (the best
+        that costs at most so many times the MACs).
 
         Raises:
             RunError: no such plan was scored, or it failed.
         """
-        if which in ("best", "knee"):
+        if which in ("best", "knee") or "<=" in which:
             if not self.front.points:
-                raise RunError(
-                    f"{self.folder}: no plan is scored yet: quantfix run {self.facts['config']}"
-                )
+                again = f"quantfix run {self.facts['config']}"
+                raise RunError(f"{self.folder}: no plan is scored yet: {again}")
+            if "<=" in which:
+                return self._cheap_enough(which)
             return self.best() if which == "best" else self.knee()
-        text = " ".join(sorted(which.split()))
+        text = "" if which == "plain" else " ".join(sorted(which.split()))
         for score in self.scores:
             if " ".join(sorted(score.plan.split())) == text:
                 if score.error is not None:
@@ -125,6 +130,23 @@ class Results:
         raise RunError(
             f"plan {which!r}: not among the {len(self.scores)} plans scored in {self.folder}"
         )
+
+    def _cheap_enough(self, which: str) -> Score:
+        """The point of the front with the best quality among those under a bound."""
+        found = re.fullmatch(r"macs<=([0-9.]+)", which.replace(" ", ""))
+        try:
+            ratio = float(found.group(1)) if found else inf
+        except ValueError:
+            ratio = inf
+        if ratio == inf:
+            raise RunError(f"pick {which!r}: must be macs<=RATIO, such as macs<=0.85")
+        points = [s for s in self.front.points if s.macs_ratio <= ratio]
+        if not points:
+            least = min(s.macs_ratio for s in self.front.points)
+            raise RunError(
+                f"pick {which!r}: the cheapest plan of the front has {least:.3f} x MACs"
+            )
+        return max(points, key=self._quality)
 
     def within_limits(self, score: Score) -> bool:
         """Whether a plan may be on the front; the empty one always may."""
@@ -187,10 +209,10 @@ class Results:
             "engine": self.facts["engine"],
             "baseline": baseline_of(self.baseline),
             "limits": dict(self.limits),
-            "points": [self._point(s) for s in points],
-            "ties": [self._point(s) for s in self.front.ties],
+            "points": [self.point_dict(s) for s in points],
+            "ties": [self.point_dict(s) for s in self.front.ties],
             "overtaken": [s.plan for s in self.overtaken()],
-            "references": [self._point(s) for s in self.references],
+            "references": [self.point_dict(s) for s in self.references],
             "best": self.best().plan if points else None,
             "knee": self.knee().plan if points else None,
             "hypervolume": hypervolume(np.array(macs), np.array(quality), corner),
@@ -205,7 +227,7 @@ class Results:
         left = {s.plan for s in self.front.all()}
         return [self.confirmed[s.plan].whole for s in self.chosen.all() if s.plan not in left]
 
-    def _point(self, score: Score) -> dict[str, Any]:
+    def point_dict(self, score: Score) -> dict[str, Any]:
         known = self.confirmed.get(score.plan)
         tuned = self.finetuned.get(score.plan)
         more: dict[str, Any] = {} if tuned is None else {"finetuned": tuned.to_dict()}

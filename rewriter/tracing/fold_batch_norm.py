@@ -21,6 +21,9 @@ from torch import Tensor, fx, nn
 from rewriter.graph.lookup import is_call, module_of
 from rewriter.graph.ops import LAYER_TYPES
 
+FOLDED = "folded_batch_norm"
+"""Key of ``node.meta``: true where a batch norm was folded into this layer."""
+
 
 def fold_batch_norms(gm: fx.GraphModule) -> None:
     """Fold every batch norm that has a layer of its own before it; edits gm in place."""
@@ -37,6 +40,7 @@ def fold_batch_norms(gm: fx.GraphModule) -> None:
         if bn.running_var is None or turned:
             continue
         gm.set_submodule(str(before.target), folded(layer, bn))
+        before.meta[FOLDED] = True
         node.replace_all_uses_with(before)
         gm.graph.erase_node(node)
 

@@ -213,7 +213,9 @@ def front(folder: RunFolder, pictures: Pictures = False, quiet: Quiet = False) -
 @app.command()
 def export(
     folder: RunFolder,
-    pick: Annotated[str, typer.Option(metavar='best|knee|"PLAN"', help="Which plan.")] = "best",
+    pick: Annotated[
+        str, typer.Option(metavar='best|knee|plain|"macs<=R"|"PLAN"', help="Which plan.")
+    ] = "best",
     out_dir: Annotated[
         Path | None, typer.Option("--out", metavar="DIR2", help="Default: DIR/export.")
     ] = None,

@@ -14,7 +14,6 @@ from rewriter.errors import RewriteError
 from rewriter.export import State, first_output_only, run_stream, streaming_int8
 from rewriter.int8.onnx import Session, to_onnx
 from rewriter.storage import replacing
-from search.data.model import load_model
 from search.job import Job
 from search.run_dir.files import read_json, write_json
 
@@ -47,7 +46,7 @@ def export_stream(
         raise RewriteError(
             f"streaming: chunk: {chunk} does not divide {calibration.shape[1]} frames"
         )
-    gm = trace(load_model(job.cfg), calibration[:2, :chunk])
+    gm = trace(job.model(), calibration[:2, :chunk])
     first_output_only(gm)
     gm.meta["kind"] = job.gm.meta.get("kind")
     stream = streaming_int8(quantized, plan, job.gm, gm)

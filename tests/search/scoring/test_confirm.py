@@ -94,7 +94,7 @@ def test_a_front_that_is_not_confirmed_says_so(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     config, out = write_config(tmp_path, search=SPLIT), tmp_path / "out"
-    monkeypatch.setattr("search.cli.commands.confirm_front", lambda job, bars: None)
+    monkeypatch.setattr("search.optimize.confirm_front", lambda job, bars: None)
     assert quantfix(monkeypatch, "run", config, "--out", out, "-q") == 0
     front = load(out / "front.json")
     assert front["confirmed"] is False
