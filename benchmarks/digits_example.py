@@ -1,6 +1,6 @@
 """The three embedded examples: train the shipped weights, and measure what documents say of them.
 
-    python -m benchmarks.digits_example train              # search/data/weights/NAME.safetensors and NAME.json
+    python -m benchmarks.digits_example train              # search/data/shipped/NAME.safetensors and NAME.json
     python -m benchmarks.digits_example measure            # quantfix run on each; results/NAME/TARGET.json
 
 One seed and one kind of processor give one result when training; others round in another way, and
@@ -118,7 +118,7 @@ def measure(name: str) -> None:
         "format": 1,
         "network": name,
         "command": f"quantfix run {config}",
-        "weights": f"search/data/weights/{name}.safetensors",
+        "weights": f"search/data/shipped/{name}.safetensors",
         "seconds": round(time.perf_counter() - start),
         "versions": versions(),
         **{key: found[key] for key in ("target", "metric", "samples", "baseline", "points")},

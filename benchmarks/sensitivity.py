@@ -36,6 +36,7 @@ from torch import Tensor, nn
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
+from rewriter.damage import fidelity_of, kl_divergence  # noqa: E402
 from rewriter.graph.cost import layer_macs  # noqa: E402
 from rewriter.graph.interpret import walk  # noqa: E402
 from rewriter.graph.lookup import layer_name, layers  # noqa: E402
@@ -44,7 +45,6 @@ from rewriter.int8.simulate import Quantized, quantize  # noqa: E402
 from rewriter.sensitivity import analyze  # noqa: E402
 from rewriter.sensitivity.error_terms import parts_of  # noqa: E402
 from rewriter.sensitivity.exact import batch_size, measure  # noqa: E402
-from rewriter.sensitivity.objective import Objective  # noqa: E402
 from rewriter.sensitivity.ranking_confidence import rank_correlation  # noqa: E402
 from rewriter.sensitivity.screen import Screener, Screening  # noqa: E402
 from rewriter.sensitivity.shared_prefix import Forks, only  # noqa: E402
@@ -128,11 +128,11 @@ def ours_exact(s: Setting) -> dict[str, float]:
     q = quantize(gm, s.scheme, s.calibration.split(16))
     forks, parts = Forks(q), parts_of(gm)
     size = batch_size(forks)
-    objective = Objective.of(forks.run((s.images[:size],), {}))
+    fidelity = fidelity_of(gm, s.calibration.split(16))
     variants = {layer_name(n): only(parts, n) for n in layers(gm)}
     total: dict[str, float] = dict.fromkeys(variants, 0.0)
     for part in s.images.split(size):
-        for name, found in measure(forks, objective, part, {}, variants):
+        for name, found in measure(forks, fidelity, part, {}, variants):
             total[name] += sum(found["damage"]) / len(s.images)
     return total
 
@@ -146,8 +146,7 @@ def ours_screen(s: Setting, directions: int = 2) -> dict[str, float]:
 def screened(q: Quantized, images: Tensor, directions: int) -> dict[str, float]:
     forks = Forks(q)
     half = max(1, batch_size(forks) // 2)
-    objective = Objective.of(forks.run((images[: 2 * half],), {}))
-    screener = Screener(q, objective, directions=directions)
+    screener = Screener(q, fidelity_of(q.gm, [images]), directions=directions)
     screening = Screening(screener.parts)
     for i, part in enumerate(images.split(half)):
         screening.extend(screener.batch(part, torch.Generator().manual_seed(i)))
@@ -213,7 +212,7 @@ def naive(s: Setting, batch: int = 50) -> dict[str, float]:
             prepared(x)
         one.convert()
         outputs = torch.cat([prepared(x) for x in s.images.split(batch)])
-        found[layer_name(node)] = float(Objective("classes").damage([reference], [outputs]).mean())
+        found[layer_name(node)] = float(kl_divergence(outputs, reference).mean())
     return found
 
 

@@ -16,7 +16,7 @@ from quantfix._progress import bars
 from quantfix._result import Result
 from rewriter.storage import Digest
 from search.config.messages import dotted, explain
-from search.config.schema import Config, ConfigError, SearchConfig
+from search.config.schema import Config, ConfigError
 from search.data.datasets import Data
 from search.data.model import on_cpu_in_float32
 from search.job import Given, Job, Progress, open_job
@@ -226,9 +226,7 @@ def _costs(macs: float | tuple[float, float] | None) -> dict[str, Any]:
     low, high = (None, macs) if isinstance(macs, int | float) else macs
     if low is not None and not 0 < low <= high:
         raise ConfigError(f"macs: must be (low, high) with 0 < low <= high: {macs}")
-    if low is not None and "macs" in SearchConfig.model_fields:
-        return {"macs": [low, high]}
-    return {"max_macs": high}
+    return {"max_macs": high} if low is None else {"macs": [low, high]}
 
 
 def _model(model: Any) -> nn.Module:

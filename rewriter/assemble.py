@@ -9,6 +9,7 @@ from typing import Any
 from torch import Tensor, fx, nn
 
 from rewriter.damage.fisher import weigh
+from rewriter.damage.grouping import fidelity_of
 from rewriter.errors import RewriteError
 from rewriter.fitting.fit import FitReport, fit
 from rewriter.graph.channel_ranges import profile
@@ -29,7 +30,7 @@ __all__ = ["Assembled", "assemble", "prepare", "record", "repaired", "restored",
 
 Batches = Sequence[Tensor | tuple[Tensor, ...]]
 # Raised when the result of the repairs changes, so that stored ones are not reused.
-VERSION = 5
+VERSION = 6
 _ENDS: dict[str, tuple[str, ...]] = {
     "channel_range": ("low", "high"),
     "influence": ("",),
@@ -74,6 +75,7 @@ def assemble(
         PlanError: the plan does not apply.
         QuantizeError: the calibration inputs are unusable.
     """
+    fidelity = fidelity_of(gm, batches)
     base, whole, fits = _single(gm, plan, scheme, batches, store, seed, device)
     name = ""
     if store is not None and whole.steps:
@@ -86,6 +88,7 @@ def assemble(
                 str(plan),
                 str(VERSION),
                 str(base.meta.get("calibration")),
+                fidelity.digest,
                 *(f"{r.name} {r.version}" for r in rules),
             ]
         )
@@ -172,7 +175,7 @@ def _measure(gm: fx.GraphModule, batches: Batches, store: Store | None, again: b
     what = _MEASURED if again else _MEASURED[1:]  # the ranges of the network as it is are given
     name, found = "", None
     if store is not None:
-        kind = f"{VERSION} {what} {gm.meta.get('kind')}"
+        kind = f"{VERSION} {what} {fidelity_of(gm, batches).digest}"
         name = key(["measured", graph_digest(gm), data_digest(batches), kind])
         found = load(store, name)
     if found is None:

@@ -9,8 +9,8 @@ from typing import Protocol
 
 from torch import fx
 
+from rewriter.damage.meaning import meanings
 from rewriter.errors import RewriteError
-from rewriter.graph.lookup import outputs
 from rewriter.plan import Plan, Step, rule_named
 from rewriter.rules import Site
 
@@ -188,10 +188,12 @@ def exact_splits(
 
 
 def _classes(gm: fx.GraphModule) -> bool:
-    """Whether the only output is one score for each class: of one kind, and so of one range."""
-    found = outputs(gm)
-    alone = len(found) == 1 and len(found[0].meta.get("shape", ())) == 2
-    return alone and gm.meta.get("kind") != "values"
+    """Whether all that counts is one score for each class: of one kind, and so of one range."""
+    fixed = gm.meta.get("fidelity")
+    if fixed is not None:
+        return fixed.only_classes
+    kinds = {p.kind for meaning, _ in meanings(gm) for p in meaning.parts}
+    return kinds <= {"logits", "probabilities"}
 
 
 def _by_range(sites: Sequence[Site], damage: Mapping[str, float]) -> Iterator[Step]:

@@ -14,7 +14,7 @@ from rewriter.graph.edit import copy_graph
 from rewriter.graph.lookup import layers, module_of
 from rewriter.rules import RULES, RewriteRule, Site
 
-__all__ = ["Plan", "Step", "find_sites", "rewrite", "rule_named"]
+__all__ = ["Plan", "Step", "find_sites", "in_order", "rewrite", "rule_named"]
 
 
 @dataclass(frozen=True, order=True)
@@ -109,22 +109,38 @@ def rewrite(
     gm = copy_graph(gm)
     gm.meta.update(facts or {})
     taken: dict[tuple[str, str], Step] = {}
-    for rule in RULES:
+    for rule, step in in_order(gm, plan):
         # in what the steps before have made of the graph
-        for step in (s for s in plan.steps if s.rule == rule.name):
-            site = _site(gm, rule, step, taken)
-            for name in site.nodes if rule.exclusive else ():
-                if (rule.stage, name) in taken:
-                    other = taken[rule.stage, name]
-                    raise PlanError(f"plan: {other} and {step}: both change {name}")
-                taken[rule.stage, name] = step
+        site = _site(gm, rule, step, taken)
+        for name in site.nodes if rule.exclusive else ():
+            if (rule.stage, name) in taken:
+                other = taken[rule.stage, name]
+                raise PlanError(f"plan: {other} and {step}: both change {name}")
+            taken[rule.stage, name] = step
+        state = (weights or {}).get(str(step), {})
+        if not (state and rule.apply_fitted(gm, site, state)):
             rule.apply(gm, site)
-            _load(gm, step, (weights or {}).get(str(step), {}))
+            _load(gm, step, state)
     gm.graph.eliminate_dead_code()
     gm.delete_all_unused_submodules()
     gm.graph.lint()
     gm.recompile()
     return gm
+
+
+def in_order(gm: fx.GraphModule, plan: Plan) -> list[tuple[RewriteRule, Step]]:
+    """The steps of a plan as they are applied: by the catalogue, and where a rule says so by their place in the graph."""
+    place = {n.name: i for i, n in enumerate(gm.graph.nodes)}
+    ranked: list[tuple[tuple[int, int, Step], RewriteRule]] = []
+    first: dict[type[RewriteRule], int] = {}
+    for number, rule in enumerate(RULES):
+        ordered = rule.in_graph_order
+        rank = first.setdefault(type(rule), number) if ordered else number
+        for step in plan.steps:
+            if step.rule == rule.name:
+                here = place.get(step.anchor, len(place)) if ordered else 0
+                ranked.append(((rank, here, step), rule))
+    return [(rule, key[2]) for key, rule in sorted(ranked, key=lambda r: r[0])]
 
 
 def _load(gm: fx.GraphModule, step: Step, state: Mapping[str, Tensor]) -> None:

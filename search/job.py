@@ -16,8 +16,10 @@ from torch import Tensor, fx, nn
 from torch.utils import _pytree as pytree
 
 from rewriter import profile, target, trace
+from rewriter.damage import MeaningError, declared, fidelity_of, measure_fidelity
 from rewriter.graph import layers
 from rewriter.int8 import QuantScheme
+from rewriter.int8.onnx import ReadBack
 from rewriter.storage import (
     Digest,
     Mirror,
@@ -26,6 +28,7 @@ from rewriter.storage import (
     Store,
     checked,
     inside,
+    key,
     model_digest,
 )
 from search.config.schema import Config, ConfigError
@@ -33,10 +36,12 @@ from search.data.datasets import Data, Inputs, batches, load_data
 from search.data.evaluation_set import Tick, check_outputs, chosen_on, load_samples, shuffled
 from search.data.model import load_model
 from search.data.overlap import mark, warn_of_overlap
-from search.engines import EngineError, scoring_engine
+from search.data.user_code import callable_digest
+from search.engines import Engine, EngineError, scoring_engine
 from search.run_dir.fingerprint import rules_digest, source_digest
 from search.run_dir.scores import Confirmations, Records, Score, fingerprint, open_run
 from search.scoring.evaluator import RewriteEvaluator
+from search.scoring.trial import trial
 from search.tasks import Task, task
 
 log = logging.getLogger(__name__)
@@ -66,13 +71,14 @@ class Given:
 
 @dataclass(frozen=True)
 class Network:
-    """A config's network, traced, and its data."""
+    """A config's network, traced, its data, and what the file of plain int8 computes."""
 
     cfg: Config
     gm: fx.GraphModule
     data: Data
     task: Task
     calibration: tuple[Tensor, ...]
+    file: ReadBack
 
 
 @dataclass(frozen=True)
@@ -111,7 +117,7 @@ def load_network(cfg: Config, progress: Progress = silent, given: Given | None =
     """Load a config's model and data, unless they are given, and trace the model.
 
     Raises:
-        ConfigError: the model or the data cannot be had.
+        ConfigError: the model or the data cannot be had, or no int8 file of it can be run.
         TraceError: the model cannot be traced.
     """
     if given is None:
@@ -138,11 +144,28 @@ def load_network(cfg: Config, progress: Progress = silent, given: Given | None =
             f"model: no convolution, linear layer or matrix product to quantize{why}"
         )
     gm.meta["calibration"] = cfg.calibration.method
-    gm.meta["scheme"] = target(cfg.target)
+    scheme = gm.meta["scheme"] = target(cfg.target)
     goal = task(cfg) if given is None else given.task
     goal.attach(gm)
     profile(gm, found)
-    return Network(cfg, gm, data, goal, tuple(found))
+    try:
+        said = None if cfg.outputs is None else declared(cfg.outputs)
+        gm.meta["fidelity"] = measure_fidelity(gm, found, said, goal.purpose)
+    except MeaningError as error:
+        raise ConfigError(f"{cfg.path.name}: {error}") from error
+    return Network(cfg, gm, data, goal, tuple(found), trial(gm, scheme, found, engine_of(cfg)))
+
+
+def engine_of(cfg: Config) -> Engine:
+    """What scores the candidates of a run.
+
+    Raises:
+        ConfigError: none of the engines asked for can run here.
+    """
+    try:
+        return scoring_engine(cfg.target, cfg.engines)
+    except EngineError as cause:
+        raise ConfigError(f"{cfg.path.name}: {cause}") from cause
 
 
 def float_metric(network: Network, count: int = 256) -> str:
@@ -197,10 +220,7 @@ def open_job(
     warn_of_overlap(network.calibration, samples.marks)
     chosen = chosen_on(samples.count, cfg.search.confirmation)
     scheme = target(cfg.target)
-    try:
-        engine = scoring_engine(cfg.target, cfg.engines)
-    except EngineError as cause:
-        raise ConfigError(f"{cfg.path.name}: {cause}") from cause
+    engine = engine_of(cfg)
     calibration = Digest()
     calibration.add([cfg.calibration.method, *network.calibration])
     parts = {
@@ -208,7 +228,8 @@ def open_job(
         "calibration": calibration.hex(),
         "evaluation": samples.digest,
         "target": _scheme_digest(scheme, engine.name),
-        "metric": source_digest(network.task, *_user_functions(network.task)),
+        "damage": fidelity_of(network.gm).digest,
+        "metric": key([source_digest(network.task), *_user_functions(network.task)]),
         "rules": rules_digest(),
         "seed": str(cfg.search.seed),
         "confirmation": f"{chosen} of {samples.count} choose",
@@ -221,6 +242,7 @@ def open_job(
         "target": cfg.target,
         "engine": engine.name,
         "samples": samples.count,
+        "outputs": list(fidelity_of(network.gm).about),
         "selection_samples": chosen,
         "calibration_samples": sum(len(x) for x in network.calibration),
         "versions": {
@@ -311,6 +333,6 @@ def _scheme_digest(scheme: QuantScheme, engine: str) -> str:
     return digest.hex()
 
 
-def _user_functions(goal: Task) -> list[object]:
+def _user_functions(goal: Task) -> list[str]:
     found = (getattr(goal, name, None) for name in ("postprocess", "function"))
-    return [f for f in found if f is not None]
+    return [callable_digest(f) for f in found if f is not None]

@@ -6,7 +6,7 @@ The command line and `quantfix`, the package for Python, are both thin layers on
 from __future__ import annotations
 
 from collections.abc import Callable
-from contextlib import nullcontext
+from dataclasses import replace
 
 from search.config.schema import ConfigError
 from search.job import Job, Progress, silent
@@ -49,22 +49,32 @@ def optimize(
     sensitivity = sensitivity_of(job, progress)
     note_run(job, storage, goal)
     analyzed(sensitivity)
-    trials = job.cfg.search.trials
     with reported(job, progress):
-        with (
-            nullcontext() if ray else helpers(job, storage, goal),
-            progress("scoring plans") as tick,
-        ):
-            if ray is not None:
+        if ray is not None:
+            with progress("scoring plans") as tick:
                 search_on_ray(job, storage, ray, tick)
-            else:
-                told: Callable[[Score, int], None] = lambda score, count: tick(count, trials)  # noqa: E731
-                run_search(job, sensitivity, storage, told, goal)
+        else:
+            _search(job, sensitivity, progress, storage, goal)
         confirm_front(job, progress)
     return load_results(job.folder)
 
 
+def _search(
+    job: Job, sensitivity: Sensitivity, progress: Progress, storage: str | None, goal: Goal | None
+) -> None:
+    """Search beside the other worker processes that the config asks for."""
+    trials = job.cfg.search.trials
+    with helpers(job, storage, goal) as threads, progress("scoring plans") as tick:
+
+        def told(score: Score, count: int) -> None:
+            del score
+            tick(count, trials)
+
+        own = replace(job, evaluator=replace(job.evaluator, threads=threads))
+        run_search(own, sensitivity, storage, told, goal)
+
+
 def fixed(job: Job, results: Results, goal: Goal) -> tuple[Score, bool]:
     """The cheapest plan that meets a goal within the config's MACs and true, else the best one and false."""
-    chosen = cheapest(job, goal, job.cfg.search.max_macs)
+    chosen = cheapest(job, goal, job.cfg.search.most_macs)
     return (results.best(), False) if chosen is None else (chosen, True)

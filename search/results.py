@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 
 from search.finetune.run import Finetuned, read_finetuned
+from search.pareto.controls import controls, separable
 from search.pareto.front import Cost, Front, best, cost_named, hypervolume, knee, select_front
 from search.pareto.front_json import baseline_of, point
 from search.pareto.limits import Limits
@@ -41,6 +42,7 @@ class Results:
         confirmed: Plans that were run on the images held back, by text.
         held_back: How many images are held back.
         finetuned: Plans that were fine-tuned, by text.
+        separable: How many points of the front differ from the one before beyond the noise.
     """
 
     folder: Path
@@ -56,6 +58,7 @@ class Results:
     confirmed: Mapping[str, Confirmed] = field(default_factory=dict[str, Confirmed])
     held_back: int = 0
     finetuned: Mapping[str, Finetuned] = field(default_factory=dict[str, Finetuned])
+    separable: int = 0
 
     @property
     def metric(self) -> str:
@@ -105,21 +108,18 @@ class Results:
         return points[knee(macs, value, extent)]
 
     def picked(self, which: str) -> Score:
-        """The score of what is named, or of a plan's text.
-
-        Names are ``best``, ``knee``, ``plain`` (int8 without any step) and ``macs<=RATIO`` (the best
-        that costs at most so many times the MACs).
+        """The score of ``best``, ``knee``, ``plain`` (no step), ``macs<=0.85`` (the best of at most so many), or a plan.
 
         Raises:
             RunError: no such plan was scored, or it failed.
         """
-        if which in ("best", "knee") or "<=" in which:
+        if which in ("best", "knee"):
             if not self.front.points:
                 again = f"quantfix run {self.facts['config']}"
                 raise RunError(f"{self.folder}: no plan is scored yet: {again}")
-            if "<=" in which:
-                return self._cheap_enough(which)
             return self.best() if which == "best" else self.knee()
+        if bound := re.fullmatch(r"macs\s*<=\s*(\d*\.?\d+)", which.strip()):
+            return self._within(float(bound[1]))
         text = "" if which == "plain" else " ".join(sorted(which.split()))
         for score in self.scores:
             if " ".join(sorted(score.plan.split())) == text:
@@ -131,22 +131,14 @@ class Results:
             f"plan {which!r}: not among the {len(self.scores)} plans scored in {self.folder}"
         )
 
-    def _cheap_enough(self, which: str) -> Score:
-        """The point of the front with the best quality among those under a bound."""
-        found = re.fullmatch(r"macs<=([0-9.]+)", which.replace(" ", ""))
-        try:
-            ratio = float(found.group(1)) if found else inf
-        except ValueError:
-            ratio = inf
-        if ratio == inf:
-            raise RunError(f"pick {which!r}: must be macs<=RATIO, such as macs<=0.85")
-        points = [s for s in self.front.points if s.macs_ratio <= ratio]
+    def _within(self, ratio: float) -> Score:
+        """The best plan of the front at no more than a ratio of the MACs."""
+        points = [s for s in self.front.all() if s.macs_ratio <= ratio]
         if not points:
-            least = min(s.macs_ratio for s in self.front.points)
-            raise RunError(
-                f"pick {which!r}: the cheapest plan of the front has {least:.3f} x MACs"
-            )
-        return max(points, key=self._quality)
+            least = min((s.macs_ratio for s in self.front.all()), default=1.0)
+            raise RunError(f"macs<={ratio:g}: the cheapest plan of the front has {least:.3f}")
+        cheap = Front(tuple(points), cost=self.cost)
+        return best(cheap, objective=self.objective, higher_is_better=self.higher_is_better)
 
     def within_limits(self, score: Score) -> bool:
         """Whether a plan may be on the front; the empty one always may."""
@@ -213,6 +205,8 @@ class Results:
             "ties": [self.point_dict(s) for s in self.front.ties],
             "overtaken": [s.plan for s in self.overtaken()],
             "references": [self.point_dict(s) for s in self.references],
+            "control": controls(self.scores),
+            "separable": self.separable,
             "best": self.best().plan if points else None,
             "knee": self.knee().plan if points else None,
             "hypervolume": hypervolume(np.array(macs), np.array(quality), corner),
@@ -373,7 +367,10 @@ def results_of(folder: Path, facts: Mapping[str, Any], records: Records) -> Resu
     shown = [known[s.plan].whole if s.plan in known else s for s in scores]
     references = _references(shown, sensitivity)
     tuned = read_finetuned(records, facts, {s.plan: s for s in shown})
-    return replace(results, chosen=chosen, front=front, references=references, finetuned=tuned)
+    whole = kept.whole if kept is not None and front is not chosen else records
+    differ = separable(front.points, whole.samples, results.objective)
+    found = replace(results, chosen=chosen, front=front, references=references)
+    return replace(found, finetuned=tuned, separable=differ)
 
 
 def write_front(results: Results) -> None:

@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
-import hashlib
 import logging
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from typing import Any
 
 from pydantic import ValidationError
 
-from rewriter import Plan, Step, cost, find_sites
+from rewriter import RULES, Plan, Step, cost, find_sites
+from rewriter.fitting import Price, thin_table
 from rewriter.graph import layers
 from rewriter.ladder import HEAD, RANGES, TAIL, exact_splits
+from rewriter.storage import short
 from search.config.messages import dotted, explain
 from search.config.schema import Config, ConfigError, SearchConfig
 from search.job import Job, Progress, Told, silent
@@ -23,10 +24,11 @@ from search.results import load_results
 from search.run_dir.scores import Samples, Score, note
 from search.scoring.child_process import possible
 from search.scoring.confirm import confirm
-from search.scoring.evaluator import extra_macs
+from search.scoring.evaluator import RewriteEvaluator, extra_macs
 from search.scoring.failure import to_be_tried_again
 from search.scoring.racing import Race
 from search.sensitivity.run import Sensitivity, analyze, float_gains_on, read_sensitivity
+from search.strategy.budgets import Savings
 from search.strategy.ladder_replay import climbed
 from search.strategy.schedule import of_the_ladder, splits_of, worth_trying
 from search.strategy.space import KEEP_FLOAT, Budget, Space, make_space
@@ -75,7 +77,7 @@ def limits_of(job: Job) -> Limits:
         most = max(1, len(layers(job.gm)) // 20)
     spent = cost(job.gm)
     return Limits(
-        macs=options.max_macs * spent.macs,
+        macs=options.most_macs * spent.macs,
         params=None if options.max_params is None else options.max_params * spent.params,
         weight_bytes=options.max_weight_bytes,
         float_layers=most,
@@ -96,8 +98,11 @@ def space_of(job: Job, sensitivity: Sensitivity) -> Space:
 
     damage = sensitivity.damage_by_node()
     limits = limits_of(job)
-    budget = Budget(macs=limits.macs, float_layers=limits.float_layers)
-    sites = find_sites(job.gm)
+    least = job.cfg.search.least_macs
+    budget = Budget(limits.macs, limits.float_layers, least * macs)
+    fixed = job.cfg.search.resolution == "fixed"
+    unwanted = [r.name for r in RULES if r.saves and (least >= 1 or (r.scales and fixed))]
+    sites = [s for s in find_sites(job.gm) if s.rule not in unwanted]
     split = [s.anchor for _, steps in exact_splits(job.gm, sites, damage) for s in steps]
     space = make_space(
         sites, damage, price, macs, budget, always=split, clashes=partial(clashes, job.gm)
@@ -173,7 +178,9 @@ def run_search(
             len(space.dropped),
             max(damage.get(anchor, 0.0) for anchor in space.dropped),
         )
-    options = job.cfg.search
+    options, evaluator = job.cfg.search, searching(job)
+    if evaluator.limit_s is None and "candidate_timeout" in options.model_fields_set:
+        log.warning("search.candidate_timeout: not kept: needs Linux and device cpu, without CUDA")
     settings = Settings(
         name=_study_name(job, space),
         trials=options.trials,
@@ -184,25 +191,37 @@ def run_search(
         cost=options.cost,
         limits=limits_of(job),
         admits=limits_of(job).admits(job.gm, {"scheme": job.evaluator.scheme}),
-        again=lambda score: to_be_tried_again(score, job.evaluator.limit_s),
+        again=lambda score: to_be_tried_again(score, evaluator.limit_s),
         elsewhere_s=None if options.store is None else options.candidate_timeout + GRACE_S,
     )
-    job.evaluator.race = race_of(job)
-    job.evaluator.limit_s = _time_limit(job)
     place = storage_at(storage or str(job.folder / "journal.log"))
     gains_on = partial(float_gains_on, job.evaluator)
-    worth = worth_trying(job.gm, space, sensitivity, options.trials, settings.admits, gains_on)
+    savings = _savings(job, space)
+    worth = worth_trying(
+        job.gm, space, sensitivity, options.trials, settings.admits, gains_on, savings
+    )
     enough = _meets(job, goal)
-    return search(job.evaluator, job.records, space, worth, settings, place, told, enough)
+    return search(evaluator, job.records, space, worth, settings, place, told, enough)
 
 
-def _time_limit(job: Job) -> float | None:
-    """How long a plan may take; None where it cannot be scored in a process of its own."""
-    if possible(job.evaluator.device):
-        return job.cfg.search.candidate_timeout
-    if "candidate_timeout" in job.cfg.search.model_fields_set:
-        log.warning("search.candidate_timeout: not kept: needs Linux and device cpu, without CUDA")
-    return None
+def _savings(job: Job, space: Space) -> Savings | None:
+    """What to take away for less compute, where the config asks for it."""
+    options, known = job.cfg.search, job.evaluator
+    if options.least_macs >= 1:
+        return None
+
+    def table() -> Mapping[Step, Price]:
+        batches = known.calibration
+        return thin_table(job.gm, batches, known.scheme, known.store, known.seed)
+
+    return Savings(space, options.least_macs, options.most_macs, table)
+
+
+def searching(job: Job) -> RewriteEvaluator:
+    """A run's evaluator as it searches: plans are given up early, and each is scored in a process of its own where that can be."""
+    own = job.evaluator
+    limit_s = job.cfg.search.candidate_timeout if possible(own.device) else None
+    return replace(own, race=race_of(job), limit_s=limit_s)
 
 
 @dataclass(frozen=True)
@@ -232,7 +251,7 @@ class Goal:
 def _meets(job: Job, goal: Goal | None) -> Callable[[Score], bool]:
     if goal is None or goal == Goal() or job.cfg.search.cost != "macs":
         return lambda score: False
-    macs, limits = job.evaluator.baseline().macs, limits_of(job)
+    macs, limits, evaluator = job.evaluator.baseline().macs, limits_of(job), searching(job)
     return lambda score: (
         score.error is None
         and not score.stopped
@@ -240,7 +259,7 @@ def _meets(job: Job, goal: Goal | None) -> Callable[[Score], bool]:
         and score.float_layers == 0
         and limits.meets(score)
         and goal.met(job, score)
-        and goal.met(job, job.evaluator.confirm(Plan.parse(score.plan)))
+        and goal.met(job, evaluator.score(Plan.parse(score.plan), "whole"))
     )
 
 
@@ -252,7 +271,7 @@ def confirm_front(job: Job, progress: Progress = silent) -> None:
     results = load_results(job.folder)
     plans = [s.plan for s in (*results.chosen.all(), *results.references)]
     with progress("confirming the front") as tick:
-        confirm(job.evaluator, list(dict.fromkeys(["", *plans])), tick)
+        confirm(searching(job), list(dict.fromkeys(["", *plans])), tick)
 
 
 def cheapest(job: Job, goal: Goal, max_macs: float) -> Score | None:
@@ -260,7 +279,7 @@ def cheapest(job: Job, goal: Goal, max_macs: float) -> Score | None:
     job.records.refresh()
     results = load_results(job.folder)
     for score in results.meeting(goal.max_drop, max_macs, goal.max_damage):
-        whole = job.evaluator.confirm(Plan.parse(score.plan))
+        whole = searching(job).score(Plan.parse(score.plan), "whole")
         if goal.met(job, whole):
             return whole
     return None
@@ -288,4 +307,4 @@ def _study_name(job: Job, space: Space) -> str:
             job.cfg.search.seed,
         )
     )
-    return f"{job.cfg.path.stem}-{hashlib.sha256(text.encode()).hexdigest()[:12]}"
+    return f"{job.cfg.path.stem}-{short(text)[:12]}"

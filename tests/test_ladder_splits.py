@@ -7,13 +7,14 @@ import torch
 from torch import fx, nn
 
 from rewriter import Plan, find_sites, rewrite, target
-from rewriter.damage.fidelity import damage
+from rewriter.damage import fidelity_of
 from rewriter.graph.interpret import walk
 from rewriter.graph.lookup import layers, outputs
 from rewriter.int8.onnx.export import to_onnx
 from rewriter.int8.onnx.session import Session
 from rewriter.int8.simulate import quantize
 from rewriter.ladder import Rung, best, climb, exact_splits
+from rewriter.rules import Site
 from rewriter.sensitivity.remedies import find_answers
 from tests.detectors import Yolov8, Yolox, trained
 from tests.rules import check
@@ -102,7 +103,7 @@ def test_the_first_rungs_bring_a_collapsed_detector_back() -> None:
     def score(plan: Plan) -> Score:
         quantized = quantize(rewrite(gm, plan), target("onnxruntime"), [x])
         made = [torch.from_numpy(o) for o in Session(to_onnx(quantized)).run(x)]
-        return Score(float(damage(made, reference, "values").mean()))
+        return Score(float(fidelity_of(gm, [x]).damage(made, reference).mean()))
 
     reader = layers(gm)[1].name
     rungs: tuple[Rung, ...] = climb(
@@ -111,3 +112,31 @@ def test_the_first_rungs_bring_a_collapsed_detector_back() -> None:
     assert rungs[0].damage > 0.1
     assert rungs[2].kept
     assert rungs[2].damage < 0.1 * rungs[0].damage
+
+
+def chosen_by_range(hurt: list[float]) -> list[str]:
+    """Of places that hurt their readers by so much each, those that are split first."""
+    sites = [Site("split_range_3", (f"made{i}", f"read{i}")) for i in range(len(hurt))]
+    graph = fx.Graph()
+    graph.output(graph.placeholder("x"))
+    damages = {f"read{i}": value for i, value in enumerate(hurt)}
+    found = exact_splits(fx.GraphModule(nn.Module(), graph), sites, damages)
+    return [step.anchor for _, steps in found for step in steps]
+
+
+def test_only_the_four_worst_places_are_split_first() -> None:
+    """Each split adds kernel calls; the search may still add others."""
+    assert chosen_by_range([0.1, 0.2, 0.3, 0.15, 0.25, 0.12]) == [
+        "made2",
+        "made4",
+        "made1",
+        "made3",
+    ]
+
+
+@pytest.mark.parametrize(("share", "split"), [(0.08, False), (0.12, True)])
+def test_a_place_with_less_than_a_tenth_of_the_damage_is_not_split_first(
+    share: float, split: bool
+) -> None:
+    found = chosen_by_range([1 - share, share])
+    assert found == (["made0", "made1"] if split else ["made0"])

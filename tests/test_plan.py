@@ -113,7 +113,7 @@ def weights(gm: fx.GraphModule) -> list[torch.Tensor]:
     return [module_of(gm, n).weight.clone() for n in layers(gm)]
 
 
-def test_order_of_rules_is_that_of_the_catalogue(toys: fx.GraphModule) -> None:
+def test_order_of_rules_is_that_of_the_catalog(toys: fx.GraphModule) -> None:
     source = weights(toys)
     done = weights(rewrite(toys, Plan.parse("double_weights@_1")))
     assert torch.equal(done[1], source[1] * 2)

@@ -1,4 +1,4 @@
-"""Random networks through everything: trace, analyse, rewrite, simulate, export, ONNX Runtime."""
+"""Random networks through everything: trace, analyze, rewrite, simulate, export, ONNX Runtime."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ STEPS = 2  # of a plan
 
 
 @dataclass(frozen=True)
-class Travelled:
+class Traveled:
     """What is left at the end of the way: the int8 network, its input, and the plan."""
 
     quantized: Quantized
@@ -58,7 +58,7 @@ def some_plan(gm: fx.GraphModule, seed: int) -> Plan:
     return Plan.parse(" ".join(kept))
 
 
-def travel(seed: int) -> Travelled:
+def travel(seed: int) -> Traveled:
     """Everything up to the int8 network, with what each stage promises looked at."""
     generator = torch.Generator().manual_seed(seed)
     x = torch.randn(6, *SIZE, generator=generator)
@@ -76,10 +76,10 @@ def travel(seed: int) -> Travelled:
     with torch.no_grad():
         before, after = pytree.tree_leaves(gm(x)), pytree.tree_leaves(new(x))
     assert [o.shape for o in before] == [o.shape for o in after], f"seed {seed}: {plan}"
-    return Travelled(quantize(new, scheme, [x]), x, plan, found.layers[0].node)
+    return Traveled(quantize(new, scheme, [x]), x, plan, found.layers[0].node)
 
 
-def disagreement(way: Travelled) -> str:
+def disagreement(way: Traveled) -> str:
     """Where ONNX Runtime's outputs leave the simulation's; "" where they agree.
 
     Both round the same values; one that falls on a tie may move an output by a few steps. An

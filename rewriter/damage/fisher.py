@@ -1,10 +1,9 @@
 """How much an error in a value or a weight matters to the output: diagonal Fisher information, from a few images.
 
 The float network is the least of the damage, so a small error d at some place costs damage ~ 1/2 E[(g . d)^2] with g the
-gradient there of a random projection of the answers: of class scores, with the second moment diag(p) - p p' of the
-KL divergence; of other outputs, with random signs, each output divided by its size (Hutchinson). Rounding errors are independent
+gradient there of a random projection of the outputs (``Fidelity.probe``). Rounding errors are independent
 from value to value, so sums of g^2 are enough, and they carry over to a rescaled channel by a factor.
-Source: Martens, 2014 (arXiv:1412.1193); Hutchinson, 1990 (doi:10.1080/03610919008812866).
+Source: Martens, 2014 (arXiv:1412.1193).
 """
 
 from __future__ import annotations
@@ -16,7 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
-from rewriter.damage.fidelity import is_class_output
+from rewriter.damage.fidelity import Fidelity
+from rewriter.damage.grouping import fidelity_of
 from rewriter.graph.axes import batch_axes, channel_axes
 from rewriter.graph.interpret import run_node
 from rewriter.graph.lookup import module_of, outputs
@@ -47,6 +47,8 @@ def weigh(
         seed: of the projections.
     """
     generator = torch.Generator().manual_seed(seed)
+    batches = list(batches)
+    fidelity = fidelity_of(gm, batches)
     sums: dict[tuple[fx.Node, str], Tensor] = {}
     flags = [(p, p.requires_grad) for p in gm.parameters()]
     for p, _ in flags:
@@ -58,7 +60,7 @@ def weigh(
             for part in zip(*(x.split(ROWS) for x in whole), strict=True):
                 kept = tuple(x[: inputs - done] for x in part)
                 if len(kept[0]):
-                    _accumulate(gm, kept, sums, generator)
+                    _accumulate(gm, kept, sums, generator, fidelity)
                     done += len(kept[0])
     finally:
         for p, flag in flags:
@@ -72,8 +74,9 @@ def _accumulate(
     inputs: tuple[Tensor, ...],
     sums: dict[tuple[fx.Node, str], Tensor],
     generator: torch.Generator,
+    fidelity: Fidelity,
 ) -> None:
-    values, slopes = gradients(gm, inputs, generator)
+    values, slopes = gradients(gm, inputs, generator, fidelity)
     channels, batch = channel_axes(gm), batch_axes(gm)
     for node, g in slopes.items():
         if g.ndim < 2:
@@ -95,7 +98,10 @@ def _accumulate(
 
 
 def gradients(
-    gm: fx.GraphModule, inputs: tuple[Tensor, ...], generator: torch.Generator
+    gm: fx.GraphModule,
+    inputs: tuple[Tensor, ...],
+    generator: torch.Generator,
+    fidelity: Fidelity,
 ) -> tuple[dict[fx.Node, Any], dict[fx.Node, Tensor]]:
     """Every value of a graph, and g at every value that the answers depend on, for one projection of each input's answers.
 
@@ -107,7 +113,7 @@ def gradients(
         for node in gm.graph.nodes:
             if node.op != "output":
                 values[node] = run_node(gm, node, values, feed)
-        score = _score([values[n] for n in outputs(gm)], generator, gm.meta.get("kind"))
+        score = _score([values[n] for n in outputs(gm)], fidelity, generator)
     watched = [n for n, v in values.items() if isinstance(v, Tensor) and v.requires_grad]
     found: Any = torch.autograd.grad(score, [values[n] for n in watched], allow_unused=True)
     slopes = {n: g for n, g in zip(watched, found, strict=True) if g is not None}
@@ -123,28 +129,10 @@ def _squares(x: Tensor, axis: int) -> Tensor:
     return torch.linalg.vector_norm(x, dim=axes).double().square()
 
 
-def _score(answers: list[Tensor], generator: torch.Generator, kind: str | None = None) -> Tensor:
-    """A number whose gradient has the Gauss-Newton matrix of the damage as its second moment."""
-    if is_class_output(answers, kind):
-        # F = diag(p) - p p' = S S' with S = diag(sqrt p) - p sqrt(p)'; S r with random signs r has the second moment F, and
-        # none of the rare large values that an answer drawn by p brings
-        p = answers[0].detach().softmax(1)
-        root = p.sqrt() * _signs(p, generator)
-        return ((root - p * root.sum(1, keepdim=True)) * answers[0]).sum()
-    total = answers[0].new_zeros(())
-    for answer in answers:
-        if not answer.is_floating_point():
-            continue
-        rows = answer.flatten(1)
-        size = rows.detach().square().sum(1, keepdim=True).clamp_min(1e-12).sqrt()
-        signs = _signs(rows, generator)
-        # damage is the squared error relative to the output, averaged over outputs; 2 for the half in 1/2 g^2
-        total = total + (rows * signs / size).sum() * (2 / len(answers)) ** 0.5
-    return total
-
-
-def _signs(like: Tensor, generator: torch.Generator) -> Tensor:
-    return torch.randint(0, 2, like.shape, generator=generator).to(like) * 2 - 1
+def _score(answers: list[Tensor], fidelity: Fidelity, generator: torch.Generator) -> Tensor:
+    """A number whose gradient has the Hessian of the damage as its second moment."""
+    probe = fidelity.probe([a.detach() for a in answers], generator)
+    return fidelity.scalar(answers, probe) * 2**0.5  # for the half in 1/2 g^2
 
 
 def _weight_gradients(layer: Any, x: Tensor, g: Tensor) -> Tensor:

@@ -24,7 +24,7 @@ from rewriter.graph.edit import copy_graph
 from rewriter.graph.lookup import is_call, module_of
 from rewriter.int8.scheme import QuantScheme
 from rewriter.int8.simulate import Quantized
-from rewriter.tracing.fold_batch_norm import FOLDED, folded
+from rewriter.tracing.fold_affine import FOLDED, scaled_outputs
 
 __all__ = ["SUFFIX", "retrained", "trainable"]
 
@@ -100,7 +100,7 @@ def retrained(
             continue
         module = net.get_submodule(str(node.target))
         if f"{node.target}{SUFFIX}" in normalized:
-            module = folded(module, normalized[f"{node.target}{SUFFIX}"])
+            module = _folded(module, normalized[f"{node.target}{SUFFIX}"])
         made.set_submodule(str(node.target), module.eval())
     for parameter in made.parameters():
         parameter.requires_grad_(False)
@@ -154,6 +154,14 @@ def _moments(
         mean = total / count
         found[name] = mean.float(), (squares / count - mean.square()).clamp_min(0.0).float()
     return found
+
+
+def _folded(layer: nn.Module, bn: Any) -> Any:
+    """A copy of a convolution that computes bn(layer(x))."""
+    scale = bn.weight.detach().double() * (bn.running_var.double() + bn.eps).rsqrt()
+    return scaled_outputs(
+        layer, scale, bn.bias.detach().double() - bn.running_mean.double() * scale
+    )
 
 
 def _neutral(module: Any, mean: Tensor, var: Tensor) -> nn.BatchNorm2d:

@@ -2,5 +2,6 @@
 
 from rewriter.fitting.distill import random_view
 from rewriter.fitting.fit import FitReport, fit
+from rewriter.fitting.thin_table import Price, thin_table
 
-__all__ = ["FitReport", "fit", "random_view"]
+__all__ = ["FitReport", "Price", "fit", "random_view", "thin_table"]

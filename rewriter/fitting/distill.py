@@ -22,7 +22,7 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -30,13 +30,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
-from rewriter.damage.fidelity import (
-    OutputGroups,
-    is_class_output,
-    kl_divergence,
-    output_groups,
-    relative_error,
-)
+from rewriter.damage.grouping import fidelity_of
 from rewriter.graph.cost import layer_macs
 from rewriter.graph.interpret import run_node, walk
 from rewriter.graph.lookup import is_call, module_of, outputs
@@ -144,22 +138,6 @@ def rounded_weight(layer: nn.Conv2d, scheme: QuantScheme) -> Tensor:
     return dequantized_weight(weight, weight_scale(weight, spec, axis), spec, axis)
 
 
-class _Damage:
-    """Damage of answers against the teacher's, the same measure for every part of the data."""
-
-    def __init__(self, reference: list[Tensor], kind: str | None = None) -> None:
-        self.classes = is_class_output(reference, kind)
-        self.groups: list[OutputGroups] = (
-            [] if self.classes else [output_groups(r) for r in reference]
-        )
-
-    def __call__(self, answers: list[Tensor], reference: list[Tensor]) -> Tensor:
-        """(N,) damage of each input."""
-        if self.classes:
-            return kl_divergence(answers[0], reference[0])
-        return relative_error(answers, reference, self.groups)
-
-
 @dataclass(frozen=True)
 class _Amounts:
     """How much of everything one fit takes."""
@@ -223,7 +201,7 @@ def distil(
     answers = [a for _, a in (*data, *judges)]
     if not all(a.is_floating_point() for a in answers[0]):
         return 0
-    damage = _Damage([torch.cat(a) for a in zip(*answers, strict=True)], teacher.meta.get("kind"))
+    damage = fidelity_of(teacher, batches).damage
     groups = list(_groups([module_of(rewritten, n) for n in (node, *neighbours)]))
     weights: list[Tensor] = [w for g in groups for w in g["params"]]
     optimizer = torch.optim.Adam(groups)
@@ -303,7 +281,7 @@ def _seen(
     return found
 
 
-def _mean(student: _Student, damage: _Damage, data: _Seen) -> float:
+def _mean(student: _Student, damage: Callable[..., Tensor], data: _Seen) -> float:
     with torch.no_grad():
         parts = [damage(student.run(known), reference) for known, reference in data]
     return float(torch.cat(parts).mean())

@@ -14,20 +14,22 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 
 import torch
 from torch import Tensor, fx, nn
 
+from rewriter.damage.grouping import fidelity_of
 from rewriter.errors import PlanError, QuantizeError
 from rewriter.fitting.distill import distil, rounded_weight
 from rewriter.fitting.least_squares import NormalEquations
+from rewriter.fitting.thinning import fit_thin, is_thin
 from rewriter.graph.edit import copy_graph
 from rewriter.graph.interpret import walk
 from rewriter.graph.lookup import find, layers, module_of
 from rewriter.int8.scheme import QuantScheme, fake_quantize
-from rewriter.plan import Plan, Step, rewrite, rule_named
+from rewriter.plan import Plan, Step, in_order, rewrite, rule_named
 from rewriter.storage.cache import Store, load, save_to
 from rewriter.storage.digest import data_digest, graph_digest, key
 
@@ -106,13 +108,14 @@ def fit(
     near = neighbours(gm, plan) if distilled else {}
     for step in plan.steps:
         rule = rule_named(step.rule)
-        if rule.contract != "approximate":
+        if rule.contract != "approximate" or rule.saves:
             continue
         if not batches:
             raise QuantizeError(f"{step}: fitting: no input was given")
         name, found = "", None
         if store is not None:
             what = (str(step), str(rule.version), str(VERSION), str(distilled), str(seed))
+            what = (*what, fidelity_of(gm, batches).digest)  # what distilling makes least
             also = near.get(step, ())
             name = key([graph_digest(gm), data_digest(batches), scheme.identity, *what, *also])
             found = load(store, name)
@@ -129,7 +132,43 @@ def fit(
             state, report = found[0], FitReport(**found[1])
         weights[str(step)] = state
         reports.append(report)
+    for step, state, report in _thinned(gm, plan, weights, batches, scheme, store, seed, device):
+        weights[str(step)] = state
+        reports.append(report)
     return Fits(weights, tuple(reports))
+
+
+def _thinned(
+    gm: fx.GraphModule,
+    plan: Plan,
+    weights: Mapping[str, Mapping[str, Tensor]],
+    batches: Batches,
+    scheme: QuantScheme,
+    store: Store | None,
+    seed: int,
+    device: str,
+) -> Iterator[tuple[Step, dict[str, Tensor], FitReport]]:
+    """What the steps that take channels away come to, on top of those that replace layers."""
+    ordered = [step for _, step in in_order(gm, plan)]
+    thin = [step for step in ordered if is_thin(step)]
+    if not thin:
+        return
+    if not batches:
+        raise QuantizeError(f"{thin[0]}: fitting: no input was given")
+    before = ordered[: ordered.index(thin[0])]
+    base = rewrite(gm, Plan(tuple(before)), weights)
+    rewrite(base, Plan(tuple(thin)))  # one that does not apply is refused before any is fitted
+    teacher = gm
+    if device != "cpu":
+        teacher, base = copy_graph(gm).to(device), base.to(device)
+    moved = [tuple(x.to(device) for x in _tuple(b)) for b in batches]
+    for step, state, facts in fit_thin(teacher, base, thin, moved, scheme, store, seed):
+        error = facts["error"]
+        yield (
+            step,
+            state,
+            FitReport(str(step), error, error, facts["images"], 0, facts["seconds"]),
+        )
 
 
 def _fit_step(

@@ -1,7 +1,7 @@
 """Closed-form weights of a convolution: ridge least squares on unfolded patches, streaming.
 
 With x the patches of the input, a column of ones appended, (rows, K) with K = C_in / groups * k *
-k + 1, and y the teacher's values (rows, O / groups), the weights that minimise |y - x W|^2 + ridge
+k + 1, and y the teacher's values (rows, O / groups), the weights that minimize |y - x W|^2 + ridge
 |W - W0|^2 solve the normal equations (x'x + ridge) (W - W0) = x'(y - x W0). Only x'x and x'y are
 kept, in float64: memory does not grow with the data.
 """

@@ -9,6 +9,7 @@ pooling and element-wise operations are not.
 from __future__ import annotations
 
 import math
+import operator
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,7 +17,7 @@ import torch
 from torch import fx, nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from rewriter.graph.lookup import layers, module_of
+from rewriter.graph.lookup import is_call, layers, module_of
 from rewriter.graph.ops import RECURRENT_TYPES
 
 
@@ -84,3 +85,41 @@ def layer_macs(gm: fx.GraphModule) -> dict[str, int]:
             channels = m.out_features if isinstance(m, nn.Linear) else m.out_channels
             found[node.name] = math.prod(shape) // channels * m.weight.numel()
     return found
+
+
+_PRODUCTS = (torch.matmul, torch.bmm, operator.matmul, "matmul", "bmm", "mm", torch.mm)
+
+
+def node_macs(gm: fx.GraphModule) -> dict[str, int]:
+    """MACs of every layer, matrix product and recurrent layer for one input, by node name; others have none."""
+    found = layer_macs(gm)
+    for node in gm.graph.nodes:
+        shapes: list[Any] = [n.meta.get("shape") for n in node.all_input_nodes]
+        if is_call(gm, node, *RECURRENT_TYPES):
+            steps = math.prod(shapes[0][:-1])
+            named = module_of(gm, node).named_parameters()
+            found[node.name] = steps * sum(p.numel() for name, p in named if "weight" in name)
+        elif node.op in ("call_function", "call_method") and shapes and all(shapes):
+            macs = _product_macs(node, shapes)
+            if macs:
+                found[node.name] = macs
+    return found
+
+
+def _product_macs(node: fx.Node, shapes: list[Any]) -> int:
+    made = node.meta.get("shape")
+    if node.target in _PRODUCTS:
+        return math.prod(made) * shapes[0][-1]
+    if node.target is torch.nn.functional.scaled_dot_product_attention:
+        query, key, value = (n.meta["shape"] for n in node.args[:3])  # type: ignore[union-attr]
+        return math.prod(query) * key[-2] + math.prod(query[:-1]) * key[-2] * value[-1]
+    if node.target in (torch.einsum, "einsum"):
+        terms, _, _ = str(node.args[0]).replace(" ", "").partition("->")
+        sizes: dict[str, int] = {}
+        if "." in terms:
+            return 0
+        given = [n for n in node.args[1:] if isinstance(n, fx.Node)] or node.all_input_nodes
+        for letters, value in zip(terms.split(","), given, strict=True):
+            sizes.update(zip(letters, value.meta["shape"], strict=True))
+        return math.prod(sizes.values()) if "," in terms else 0
+    return 0

@@ -37,7 +37,8 @@ def propagate_shapes(gm: fx.GraphModule) -> None:
                 n.meta["shape"], n.meta["dtype"] = tuple(value.shape), value.dtype
             return value
 
-    zeros = [torch.zeros(1, *shape) for shape in gm.meta["example"]]
+    kind = next((p.dtype for p in gm.parameters() if p.is_floating_point()), torch.float32)
+    zeros = [torch.zeros(1, *shape, dtype=kind) for shape in gm.meta["example"]]
     with torch.no_grad():
         Shapes(gm).run(*zeros)
 

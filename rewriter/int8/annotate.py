@@ -20,45 +20,13 @@ import torch
 from torch import fx, nn
 
 from rewriter.graph.lookup import is_call, module_of, outputs
-from rewriter.graph.ops import ACTIVATION_TYPES, LAYER_TYPES
+from rewriter.graph.ops import ACTIVATION_TYPES, CLIP_TYPES, LAYER_TYPES, Operator, row_of, types
 from rewriter.int8.scheme import QuantScheme, QuantSpec
 
-_INT8_FUNCTIONS = (operator.add, operator.mul, torch.cat, torch.mean)
-_INT8_MODULES = (
-    # no integer kernel computes a softplus
-    *(kind for kind in ACTIVATION_TYPES if kind is not nn.Softplus),
-    nn.AvgPool2d,
-    nn.AdaptiveAvgPool2d,
-)
-_MOVING_MODULES = (
-    nn.MaxPool2d,
-    nn.AdaptiveMaxPool2d,
-    nn.ZeroPad2d,
-    nn.PixelShuffle,
-    nn.ChannelShuffle,
-)
-_MOVING_METHODS = (
-    "reshape",
-    "permute",
-    "transpose",
-    "chunk",
-    "split",
-    "squeeze",
-    "unsqueeze",
-    "expand",
-)
-_MOVING_FUNCTIONS = (
-    torch.flatten,
-    operator.getitem,
-    torch.chunk,
-    torch.split,
-    torch.squeeze,
-    torch.unsqueeze,
-)
-_POOLS = (nn.AvgPool2d, nn.AdaptiveAvgPool2d)
+_POOLS = types(lambda row: row.pools)
 # Behind a layer whose value has 16 bits their own has 8: it spans [-1, 1] at most, and QNN fixes the
 # scale of their 16-bit form.
-_BOUNDED = (nn.Sigmoid, nn.Tanh, nn.Hardsigmoid)
+_BOUNDED = types(lambda row: row.bounded)
 
 
 @dataclass(frozen=True)
@@ -95,15 +63,9 @@ def annotate(gm: fx.GraphModule, scheme: QuantScheme) -> None:
 
 def notes_of(gm: fx.GraphModule, scheme: QuantScheme) -> dict[fx.Node, Annotation]:
     """What ``annotate`` would write at each node."""
-    fused = {n for n in gm.graph.nodes if _is_fused(gm, n, scheme)}
-    reads: dict[fx.Node, set[fx.Node]] = {n: set() for n in gm.graph.nodes}
-    for node in gm.graph.nodes:
-        if node in fused or node.op in ("placeholder", "get_attr"):
-            continue
-        for value in node.all_input_nodes:
-            if _exists_in_int8(gm, value, node, fused, reads):
-                reads[node].add(value)
-    quantized = {value for found in reads.values() for value in found}
+    found = _Reading(gm, scheme)
+    reads = found.reads
+    quantized = {value for values in reads.values() for value in values}
     owner = _owners(gm, quantized, reads, scheme)
     # all that share a range are stored alike
     wide = {owner[n] for n in quantized if _is_wide(gm, n)} if scheme.wide is not None else set()
@@ -120,12 +82,19 @@ def notes_of(gm: fx.GraphModule, scheme: QuantScheme) -> dict[fx.Node, Annotatio
 
 def moves_values(gm: fx.GraphModule, node: fx.Node) -> bool:
     """Whether a node only selects or rearranges values (or pads with zero)."""
+    row = row_of_node(gm, node)
+    if row is None:
+        return False
+    if row.module is nn.Upsample:
+        return module_of(gm, node).mode == "nearest"
+    return row.moves
+
+
+def row_of_node(gm: fx.GraphModule, node: fx.Node) -> Operator | None:
+    """The row of the table of operators for what a node does; None: there is none."""
     if node.op == "call_module":
-        m = module_of(gm, node)
-        return type(m) in _MOVING_MODULES or (type(m) is nn.Upsample and m.mode == "nearest")
-    if node.op == "call_method":
-        return node.target in _MOVING_METHODS
-    return node.op == "call_function" and node.target in _MOVING_FUNCTIONS
+        return row_of(type(module_of(gm, node)))
+    return row_of(node.target) if node.op in ("call_function", "call_method") else None
 
 
 def is_layer(gm: fx.GraphModule, node: fx.Node) -> bool:
@@ -147,69 +116,148 @@ def is_decoding(gm: fx.GraphModule, node: fx.Node) -> bool:
     return is_call(gm, source, nn.Softmax)
 
 
-def _is_fused(gm: fx.GraphModule, node: fx.Node, scheme: QuantScheme) -> bool:
-    """An activation that the kernel of the operation before it computes."""
-    if not is_call(gm, node, *scheme.fuses) or node.meta.get("keep_float"):
-        return False
-    before = node.args[0]
-    if not isinstance(before, fx.Node) or len(before.users) != 1:
-        return False
-    arithmetic = before.op == "call_function" and before.target in (operator.add, operator.mul)
-    return arithmetic or is_layer(gm, before) or is_call(gm, before, nn.BatchNorm2d)
+class _Reading:
+    """Who reads which values in int8.
+
+    Args:
+        gm: canonical graph.
+        scheme: the target.
+    """
+
+    def __init__(self, gm: fx.GraphModule, scheme: QuantScheme) -> None:
+        self.gm, self.scheme = gm, scheme
+        self.ahead = _before_layers(gm)
+        self.fused = {n for n in gm.graph.nodes if self._is_fused(n)}
+        self.reads: dict[fx.Node, set[fx.Node]] = {n: set() for n in gm.graph.nodes}
+        for node in gm.graph.nodes:
+            if node in self.fused or node.op in ("placeholder", "get_attr"):
+                continue
+            for value in node.all_input_nodes:
+                if self._exists_in_int8(value, node):
+                    self.reads[node].add(value)
+
+    def _is_fused(self, node: fx.Node) -> bool:
+        """An activation that the kernel of the operation before it computes."""
+        if not is_call(self.gm, node, *self.scheme.fuses) or node.meta.get("keep_float"):
+            return False
+        before = node.args[0]
+        if not isinstance(before, fx.Node) or len(before.users) != 1:
+            return False
+        arithmetic = before.op == "call_function" and before.target in (operator.add, operator.mul)
+        if arithmetic or is_layer(self.gm, before) or is_call(self.gm, before, nn.BatchNorm2d):
+            return True
+        # a clip behind a float operation needs no int8 value in between
+        clips = is_call(self.gm, node, *CLIP_TYPES) and before.op != "placeholder"
+        return (
+            clips
+            and _is_float_tensor(before)
+            and not (moves_values(self.gm, before) or self.is_int8_operation(before))
+        )
+
+    def _exists_in_int8(self, value: fx.Node, reader: fx.Node) -> bool:
+        """Whether ``reader`` reads ``value`` in int8."""
+        if not _is_float_tensor(value) or any(user in self.fused for user in value.users):
+            return False
+        if moves_values(self.gm, value) and self.reads[value]:
+            return True  # an int8 value that was moved: no other form of it exists
+        if reader.op == "output":
+            return self._made_in_int8(value)
+        kept = bool(reader.meta.get("keep_float"))
+        if is_layer(self.gm, reader):
+            return not kept
+        if kept:
+            return self._made_in_int8(value)
+        if moves_values(self.gm, reader):
+            # moving a float is free: what decides is who reads it behind the move
+            made = self._made_in_int8(value)
+            return self._read_in_int8(reader) or (
+                made and not _read_by_kept_layers(self.gm, reader)
+            )
+        return self.is_int8_operation(reader) or self._made_by_layer(value)
+
+    def is_int8_operation(self, node: fx.Node) -> bool:
+        """Whether a node that is no layer and moves nothing reads and writes int8."""
+        row = row_of_node(self.gm, node)
+        if row is None or not row.int8 or row.layer or node.meta.get("keep_float"):
+            return False
+        if moves_values(self.gm, node):
+            return False
+        tensors = [n for n in node.args if isinstance(n, fx.Node) and _is_float_tensor(n)]
+        if row.tensors is None or len(tensors) == row.tensors:
+            return True
+        # Behind the last layer, and next to float operations, numbers are arithmetic in float.
+        return with_number(node) is not None and self._links(node)
+
+    def _links(self, node: fx.Node) -> bool:
+        """Whether all that read a value, directly or moved, are layers or int8 operations in front of one."""
+        return node in self.ahead and all(
+            (is_layer(self.gm, user) and not user.meta.get("keep_float"))
+            or (self.is_int8_operation(user) and user in self.ahead)
+            or (moves_values(self.gm, user) and self._links(user))
+            for user in node.users
+        )
+
+    def _read_in_int8(self, moved: fx.Node) -> bool:
+        return any(
+            (is_layer(self.gm, user) and not user.meta.get("keep_float"))
+            or self.is_int8_operation(user)
+            or (moves_values(self.gm, user) and self._read_in_int8(user))
+            for user in moved.users
+        )
+
+    def _made_in_int8(self, value: fx.Node) -> bool:
+        """Whether the operation that makes ``value`` writes int8."""
+        maker = self._maker(value)
+        if maker.meta.get("keep_float"):
+            return False
+        if is_layer(self.gm, maker):
+            return True
+        if moves_values(self.gm, maker):
+            return bool(self.reads[maker])
+        return self.is_int8_operation(maker)
+
+    def _made_by_layer(self, value: fx.Node) -> bool:
+        """Whether a layer makes ``value`` whose kernel cannot write floats: what reads it in float must read it in int8."""
+        maker = self._maker(value)
+        if not is_layer(self.gm, maker) or maker.meta.get("keep_float"):
+            return False
+        row = row_of_node(self.gm, maker)
+        return row is not None and self.scheme.name not in row.float_output
+
+    def _maker(self, value: fx.Node) -> fx.Node:
+        maker = value.args[0] if value in self.fused else value
+        assert isinstance(maker, fx.Node)
+        return maker
 
 
-def _exists_in_int8(
-    gm: fx.GraphModule,
-    value: fx.Node,
-    reader: fx.Node,
-    fused: set[fx.Node],
-    reads: dict[fx.Node, set[fx.Node]],
-) -> bool:
-    """Whether ``reader`` reads ``value`` in int8."""
-    if not _is_float_tensor(value) or any(user in fused for user in value.users):
-        return False
-    if moves_values(gm, value) and reads[value]:
-        return True  # an int8 value that was moved: no other form of it exists
-    if reader.op == "output":
-        return _made_in_int8(gm, value, fused, reads)
-    kept = bool(reader.meta.get("keep_float"))
-    if is_layer(gm, reader):
-        return not kept
-    if kept:
-        return _made_in_int8(gm, value, fused, reads)
-    if moves_values(gm, reader):
-        # moving a float is free: what decides is who reads it behind the move
-        made = _made_in_int8(gm, value, fused, reads)
-        return _read_in_int8(gm, reader) or (made and not _read_by_kept_layers(gm, reader))
-    return _is_int8_operation(gm, reader)
+def with_number(node: fx.Node) -> tuple[fx.Node, float] | None:
+    """The value and the number of a sum or product of the two; None for any other node."""
+    if node.target not in (operator.add, operator.mul) or len(node.args) != 2 or node.kwargs:
+        return None
+    for value, number in (node.args, node.args[::-1]):
+        plain = isinstance(number, (int, float)) and not isinstance(number, bool)
+        if plain and isinstance(value, fx.Node) and _is_float_tensor(value):
+            assert isinstance(number, (int, float))
+            return value, float(number)
+    return None
+
+
+def _before_layers(gm: fx.GraphModule) -> set[fx.Node]:
+    """The nodes from whose values a layer that is not kept in float still computes something."""
+    found: set[fx.Node] = set()
+    for node in reversed(gm.graph.nodes):
+        if any(
+            user in found or (is_layer(gm, user) and not user.meta.get("keep_float"))
+            for user in node.users
+        ):
+            found.add(node)
+    return found
 
 
 def _is_float_tensor(node: fx.Node) -> bool:
     if node.op == "get_attr":
         return False
     return node.meta.get("dtype") is torch.float32
-
-
-def _is_int8_operation(gm: fx.GraphModule, node: fx.Node) -> bool:
-    if node.meta.get("keep_float"):
-        return False
-    if node.op == "call_module":
-        m = module_of(gm, node)
-        return type(m) in _INT8_MODULES or (type(m) is nn.Upsample and m.mode != "nearest")
-    if node.op == "call_function" and node.target in _INT8_FUNCTIONS:
-        # a product with a constant or a scalar has no int8 kernel of its own; it stays in float
-        tensors = [n for n in node.all_input_nodes if _is_float_tensor(n)]
-        return node.target in (torch.cat, torch.mean) or len(tensors) == 2
-    return False
-
-
-def _read_in_int8(gm: fx.GraphModule, moved: fx.Node) -> bool:
-    return any(
-        (is_layer(gm, user) and not user.meta.get("keep_float"))
-        or _is_int8_operation(gm, user)
-        or (moves_values(gm, user) and _read_in_int8(gm, user))
-        for user in moved.users
-    )
 
 
 def _read_by_kept_layers(gm: fx.GraphModule, moved: fx.Node) -> bool:
@@ -219,21 +267,6 @@ def _read_by_kept_layers(gm: fx.GraphModule, moved: fx.Node) -> bool:
         or (moves_values(gm, user) and _read_by_kept_layers(gm, user))
         for user in moved.users
     )
-
-
-def _made_in_int8(
-    gm: fx.GraphModule, value: fx.Node, fused: set[fx.Node], reads: dict[fx.Node, set[fx.Node]]
-) -> bool:
-    """Whether the operation that makes ``value`` writes int8."""
-    maker = value.args[0] if value in fused else value
-    assert isinstance(maker, fx.Node)
-    if maker.meta.get("keep_float"):
-        return False
-    if is_layer(gm, maker):
-        return True
-    if moves_values(gm, maker):
-        return bool(reads[maker])
-    return _is_int8_operation(gm, maker)
 
 
 def _weight_spec(gm: fx.GraphModule, node: fx.Node, scheme: QuantScheme) -> QuantSpec | None:

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from rewriter.errors import QuantizeError
+from rewriter.graph.ops import CLIP_TYPES, fused_on
 
 # The smallest scale: keeps a dead tensor from dividing by zero, far below any range that occurs.
 TINY = 1e-12
@@ -118,24 +119,14 @@ class QuantScheme:
 # What saturation of the int8 output can carry out by itself. ONNX Runtime's kernels absorb only
 # these: a convolution with another activation behind it and no int8 value in between would run in
 # float, slower than the float network.
-CLIPS = frozenset({nn.ReLU, nn.ReLU6, nn.Hardtanh})
-_POINTWISE = CLIPS | {
-    nn.LeakyReLU,
-    nn.PReLU,
-    nn.SiLU,
-    nn.Hardswish,
-    nn.Sigmoid,
-    nn.Tanh,
-    nn.GELU,
-    nn.ELU,
-    nn.Mish,
-    nn.Hardsigmoid,
-}
+CLIPS = frozenset(CLIP_TYPES)
 _PER_CHANNEL = QuantSpec(symmetric=True, signed=True, ch_axis=0)
 _PER_TENSOR = QuantSpec(symmetric=True, signed=True)
 _UINT8 = QuantSpec()
 
-_ONNXRUNTIME = QuantScheme("onnxruntime", _PER_CHANNEL, _PER_TENSOR, _UINT8, fuses=CLIPS)
+_ONNXRUNTIME = QuantScheme(
+    "onnxruntime", _PER_CHANNEL, _PER_TENSOR, _UINT8, fused_on("onnxruntime")
+)
 TARGETS: dict[str, QuantScheme] = {
     s.name: s
     for s in (
@@ -148,13 +139,13 @@ TARGETS: dict[str, QuantScheme] = {
             name="tensorrt",
             linear_weights=_PER_CHANNEL,
             activations=QuantSpec(symmetric=True, signed=True),
-            fuses=frozenset(_POINTWISE),
+            fuses=fused_on("tensorrt"),
         ),
         replace(
             _ONNXRUNTIME,
             name="tflite",
             activations=QuantSpec(signed=True),
-            fuses=CLIPS,
+            fuses=fused_on("tflite"),
             shared_at=frozenset({"cat", "pool"}),
         ),
         # as onnxruntime.quantization's get_qnn_qdq_config has it: uint8 values, single ones in

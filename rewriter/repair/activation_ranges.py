@@ -1,6 +1,7 @@
 """Ranges with the least predicted damage: rounding inside the range against what is cut off.
 
-For each value and each candidate range, the error d = Q(x) - x is made on the float values and weighed by the gradients g of the answers:
+Each range is first cut to what its readers can tell (``rewriter.repair.useful_ranges``). Then, for each value and each
+candidate range, the error d = Q(x) - x is made on the float values and weighed by the gradients g of the outputs:
 damage ~ 1/2 E[(sum g d)^2]. Unlike a mean square error it knows which outliers carry the answer, and that what is
 clipped adds up over positions where rounding errors cancel. As d depends on x alone, the gradients of a large value are first added up over
 bins of x, much narrower than a step of int8; all candidates are then compared on the bins.
@@ -14,34 +15,30 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 import torch
-from torch import Tensor, fx, nn
-from torch.nn import functional
+from torch import Tensor, fx
 
 from rewriter.damage.fisher import gradients
+from rewriter.damage.grouping import fidelity_of
 from rewriter.graph.lookup import is_call, layers
+from rewriter.graph.ops import modules_by_call, types
 from rewriter.int8.annotate import annotation, moves_values
 from rewriter.int8.scheme import TINY, QuantSpec, fake_quantize
 from rewriter.int8.simulate import Quantized
+from rewriter.repair.useful_ranges import cut_to_useful
 
 # Inputs that are looked at, and how many in one backward pass.
 INPUTS = 48
 ROWS = 8
-# Numbers that are rounded at a time.
+# Numbers that are put into bins at a time: what is made of them stays in the processor's cache.
 PIECE = 2**16
-# Bins of a value's whole range; values with fewer numbers for each input are rounded one by one.
-BINS = 2**15
+# Bins of a value's whole range; values with fewer numbers for each input than the second are rounded one by one.
+BINS = 2**14
+FEW = 2**10
 # Candidates for the ends of a range, as shares of what was seen.
 SHARES = (1.0, 0.93, 0.86, 0.78, 0.7, 0.6, 0.5, 0.4, 0.3)
 # Ends of a network that turn logits into scores.
-SQUASHES = (nn.Sigmoid, nn.Softmax, nn.LogSoftmax, nn.LogSigmoid, nn.Tanh)
-SQUASHING = (
-    torch.softmax,
-    functional.softmax,
-    torch.log_softmax,
-    functional.log_softmax,
-    "softmax",
-    "log_softmax",
-)
+SQUASHES = types(lambda row: row.squashes)
+SQUASHING = tuple(call for call, kind in modules_by_call().items() if kind in SQUASHES)
 # A range must take away this share of the predicted damage of min-max, and this much more than chance could do.
 LEAST_GAIN = 0.1
 
@@ -57,12 +54,14 @@ def least_damage_ranges(
         seed: of the random projections.
     """
     generator = torch.Generator().manual_seed(seed)
+    fidelity = fidelity_of(quantized.gm, batches)
+    quantized = cut_to_useful(quantized, batches)
     ranges = quantized.calibration.values
     ranked = _ranked(quantized.gm)
     damages: dict[str, Tensor] = {}
     tables: dict[str, _Candidates] = {}
     for inputs in _parts(batches):
-        values, slopes = gradients(quantized.gm, inputs, generator)
+        values, slopes = gradients(quantized.gm, inputs, generator, fidelity)
         for node, g in slopes.items():
             note = annotation(node)
             if note.output is None or moves_values(quantized.gm, node) or node in ranked:
@@ -131,28 +130,41 @@ class _Candidates:
         # zero lies in the middle of a bin: it is exact in every range, and often the most frequent number
         self.width = max(high - low, TINY) / (BINS - 2)
         self.first = math.floor(low / self.width)
-        middles = (torch.arange(BINS, dtype=torch.float32) + self.first) * self.width
-        self.errors = torch.stack(
-            [fake_quantize(middles, *p, spec) - middles for p in self.params]
-        )
+        self._errors: Tensor | None = None
+
+    @property
+    def errors(self) -> Tensor:
+        """(candidates, bins) mean error of the numbers in each bin."""
+        if self._errors is None:
+            middles = (torch.arange(BINS, dtype=torch.float32) + self.first) * self.width
+            # a bin in which the rounded number changes has both errors, which nearly cancel
+            points = torch.stack([middles - self.width / 4, middles + self.width / 4])
+            self._errors = torch.stack(
+                [(fake_quantize(points, *p, self.spec) - points).mean(0) for p in self.params]
+            )
+        return self._errors
 
     def damages(self, x: Tensor, g: Tensor) -> Tensor:
         """(N, candidates) squares of sum(g d) over each input, d the error of each candidate."""
         x, g = _rows(x, g)
-        sums = self._exact(x, g) if x.shape[1] < BINS else self._binned(x, g)
-        return sums.square()
+        sums = self._exact(x, g) if x.shape[1] < FEW else self._binned(x, g)
+        return sums.double().square()
 
     def _binned(self, x: Tensor, g: Tensor) -> Tensor:
-        found = torch.stack([self._weights(a, b) for a, b in zip(x, g, strict=True)])
-        return found @ self.errors.double().T
+        rows = max(1, PIECE // x.shape[1])
+        parts = zip(x.split(rows), g.split(rows), strict=True)
+        return torch.cat([self._weights(a, b) for a, b in parts]) @ self.errors.T
 
     def _weights(self, x: Tensor, g: Tensor) -> Tensor:
-        """(bins,) sums of the gradients at the numbers that lie in each bin."""
-        sums = torch.zeros(BINS, dtype=torch.float64)
-        for a, b in zip(x.split(PIECE), g.split(PIECE), strict=True):
-            index = (a / self.width).round_().sub_(self.first).int().clamp_(0, BINS - 1)
-            sums += torch.bincount(index, b, BINS)
-        return sums
+        """(N, bins) sums of the gradients at the numbers that lie in each bin, float32."""
+        size = len(x) * BINS
+        sums = torch.zeros(size, dtype=torch.float64)
+        starts = torch.arange(len(x), dtype=torch.int32).unsqueeze(1) * BINS - self.first
+        for a, b in zip(x.split(PIECE, 1), g.split(PIECE, 1), strict=True):
+            index = torch.div(a, self.width).round_().clamp_(self.first, self.first + BINS - 1)
+            places = index.to(torch.int32).add_(starts)
+            sums += torch.bincount(places.view(-1), b.reshape(-1), size)
+        return sums.view(len(x), BINS).float()
 
     def _exact(self, x: Tensor, g: Tensor) -> Tensor:
         sums = torch.zeros(len(x), len(self.ranges), dtype=torch.float64)

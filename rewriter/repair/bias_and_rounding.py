@@ -10,7 +10,7 @@ Source: bias correction, Nagel et al., 2019 (arXiv:1906.04721), section 4.2 and 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -20,7 +20,7 @@ from torch import Tensor, fx, nn
 from rewriter.graph.edit import copy_graph
 from rewriter.graph.interpret import last_uses, run_node
 from rewriter.graph.lookup import is_call, module_of
-from rewriter.int8.annotate import annotation, is_layer
+from rewriter.int8.annotate import annotation, is_layer, moves_values
 from rewriter.int8.calibrate import input_scale
 from rewriter.int8.scheme import (
     TINY,
@@ -60,30 +60,88 @@ def refine(
     scales = dict(quantized.calibration.weights)
     result = replace(quantized, gm=gm, calibration=replace(quantized.calibration, weights=scales))
     inputs = _affordable(quantized.gm, batches)
-    twins = dict(zip(quantized.gm.graph.nodes, gm.graph.nodes, strict=True))
     last = last_uses(quantized.gm)
-    exact: list[dict[fx.Node, Any]] = [{} for _ in inputs]
-    rounded: list[dict[fx.Node, Any]] = [{} for _ in inputs]
-    feeds = [(iter(x), iter(x)) for x in inputs]
+    exact, rounded = _Side(quantized, inputs, _inside), _Side(result, inputs, _rounded)
     with torch.no_grad():
-        for node, twin in twins.items():
+        for node, twin in zip(quantized.gm.graph.nodes, gm.graph.nodes, strict=True):
             if node.op == "output":
                 break
-            clipped = [_clipped(quantized, node, values) for values in exact]
-            for values, reads, feed in zip(exact, clipped, feeds, strict=True):
-                values[node] = run_node(quantized.gm, node, reads, feed[0])
             if is_layer(gm, node) and annotation(node).weight is not None:
-                wanted = [values[node] for values in exact]
-                _repair(result, twin, node, clipped, wanted, rounded, repairs)
+                _repair(result, node, twin, exact, rounded, repairs)
             else:
-                for values, feed in zip(rounded, feeds, strict=True):
-                    values[twin] = run_node(gm, twin, _as_read(result, twin, values), feed[1])
-            for used in last.get(node, ()):
-                for values in exact:
-                    del values[used]
-                for values in rounded:
-                    del values[twins[used]]
+                exact.run(node)
+                rounded.run(twin)
+            exact.settle(node)
+            rounded.settle(twin)
+            exact.forget(last.get(node, ()))
+            rounded.forget(last.get(node, ()))
     return result
+
+
+class _Side:
+    """One of the two networks as it runs on all batches: its live values, by the names of their nodes.
+
+    What the float network's layers read is cut off where int8 ends: a range that was drawn in cuts off what the answers
+    do not need (``rewriter.repair.activation_ranges``), and it must not be made good: a few outliers would move
+    the bias and the weights for all inputs. What the other's read is rounded too.
+
+    Args:
+        quantized: the network and its ranges.
+        inputs: of each batch.
+        read: what a reader in int8 makes of a value; in place where it is told so.
+    """
+
+    def __init__(
+        self,
+        quantized: Quantized,
+        inputs: list[tuple[Tensor, ...]],
+        read: Callable[[Quantized, fx.Node, Tensor, bool], Tensor],
+    ) -> None:
+        self.quantized, self.gm, self._read = quantized, quantized.gm, read
+        self.values: list[dict[str, Any]] = [{} for _ in inputs]
+        self._feeds = [iter(x) for x in inputs]
+        self._settled: set[str] = set()
+
+    def run(self, node: fx.Node) -> list[Any]:
+        """The value of a node on each batch; kept."""
+        for values, feed in zip(self.values, self._feeds, strict=True):
+            reads = {n: self.as_read(node, n, values) for n in node.all_input_nodes}
+            values[node.name] = run_node(self.gm, node, reads, feed)
+        return [values[node.name] for values in self.values]
+
+    def as_read(self, node: fx.Node, source: fx.Node, values: dict[str, Any]) -> Any:
+        """The value of one of a node's arguments as the node reads it."""
+        value = values[source.name]
+        if source.name in self._settled or source.name not in _reads(node):
+            return value
+        return self._read(self.quantized, source, value, False)
+
+    def settle(self, node: fx.Node) -> None:
+        """Read a value once for all of its readers, in its own memory where nobody else has it."""
+        if not node.users or any(node.name not in _reads(u) for u in node.users):
+            return
+        self._settled.add(node.name)
+        if moves_values(self.gm, node) and _reads(node):
+            return  # what was moved had been read
+        for values in self.values:
+            value = values[node.name]
+            owned = node.op != "placeholder" and _storage(value) not in {
+                _storage(values[n.name]) for n in node.all_input_nodes
+            }
+            values[node.name] = self._read(self.quantized, node, value, owned)
+
+    def forget(self, nodes: Iterable[fx.Node]) -> None:
+        for values in self.values:
+            for node in nodes:
+                del values[node.name]
+
+
+def _reads(node: fx.Node) -> tuple[str, ...]:
+    return annotation(node).reads if "int8" in node.meta else ()
+
+
+def _storage(value: Any) -> int:
+    return value.untyped_storage().data_ptr() if isinstance(value, Tensor) else 0
 
 
 def _affordable(
@@ -114,95 +172,77 @@ def _size(node: fx.Node) -> int:
     return math.prod(shape) if all(isinstance(s, int) for s in shape) else 0
 
 
-def _as_read(
-    quantized: Quantized, node: fx.Node, values: dict[fx.Node, Any]
-) -> dict[fx.Node, Any]:
-    """The values of a node's arguments as it reads them."""
-    names = annotation(node).reads if "int8" in node.meta else ()
-    return {
-        n: _rounded(quantized, n, values[n]) if n.name in names else values[n]
-        for n in node.all_input_nodes
-    }
-
-
-def _clipped(
-    quantized: Quantized, node: fx.Node, values: dict[fx.Node, Any]
-) -> dict[fx.Node, Any]:
-    """The float values of a node's arguments, cut off where int8 ends.
-
-    A range that was drawn in cuts off what the answers do not need (``rewriter.repair.activation_ranges``). It must not be made good: a few
-    outliers would move the bias and the weights for all inputs.
-    """
-    names = annotation(node).reads if "int8" in node.meta else ()
-    return {
-        n: _inside(quantized, n, values[n]) if n.name in names else values[n]
-        for n in node.all_input_nodes
-    }
-
-
-def _inside(quantized: Quantized, value: fx.Node, x: Tensor) -> Tensor:
+def _inside(quantized: Quantized, value: fx.Node, x: Tensor, in_place: bool) -> Tensor:
+    """A value cut off where int8 ends."""
     spec = annotation(value).output
     assert spec is not None, value.name
     scale, zero = quantized.value_params(value)
-    return x.clamp((spec.qmin - zero) * scale, (spec.qmax - zero) * scale)
+    low, high = (spec.qmin - zero) * scale, (spec.qmax - zero) * scale
+    return x.clamp_(low, high) if in_place else x.clamp(low, high)
 
 
-def _rounded(quantized: Quantized, value: fx.Node, x: Tensor) -> Tensor:
+def _rounded(quantized: Quantized, value: fx.Node, x: Tensor, in_place: bool) -> Tensor:
+    """A value as int8 holds it."""
     spec = annotation(value).output
     assert spec is not None, value.name
-    return fake_quantize(x, *quantized.value_params(value), spec)
+    return fake_quantize(x, *quantized.value_params(value), spec, x if in_place else None)
 
 
 def _repair(
     quantized: Quantized,
-    node: fx.Node,
     original: fx.Node,
-    clipped: list[dict[fx.Node, Any]],
-    exact: list[Tensor],
-    rounded: list[dict[fx.Node, Any]],
+    node: fx.Node,
+    exact: _Side,
+    rounded: _Side,
     repairs: frozenset[str],
 ) -> None:
     """Choose the layer's int8 weights and bias, and run it.
 
     Args:
         quantized: the network under repair; it is edited.
-        node: the layer in it.
         original: the layer in the network as it was.
-        clipped: what the original reads, for each batch.
-        exact: what it gives.
-        rounded: the values of the network under repair.
+        node: the layer in the network under repair.
+        exact: the network as it was.
+        rounded: the network under repair.
         repairs: what to do.
     """
     layer: Any = module_of(quantized.gm, node)
     spec = annotation(node).weight
-    source = node.args[0]
+    before, source = original.args[0], node.args[0]
     assert spec is not None
+    assert isinstance(before, fx.Node)
     assert isinstance(source, fx.Node)
-    inputs = [_as_read(quantized, node, values)[source] for values in rounded]
+    inputs = [rounded.as_read(node, source, values) for values in rounded.values]
     if "rounding" in repairs and is_call(quantized.gm, node, nn.Conv1d, nn.Conv2d, nn.Linear):
-        before = original.args[0]
-        assert isinstance(before, fx.Node)
-        _round(quantized, node, layer, spec, [reads[before] for reads in clipped], inputs)
+        clipped = [exact.as_read(original, before, values) for values in exact.values]
+        _round(quantized, node, layer, spec, clipped, inputs)
     scale = quantized.calibration.weights[node.name]
     weight = dequantized_weight(layer.weight, scale, spec, channel_axis(layer, spec))
     made = [torch.func.functional_call(layer, {"weight": weight}, (x,)) for x in inputs]
+    wanted = exact.run(original)
     if repairs & {"biases", "rounding"}:
         axis = made[0].ndim - 1 if isinstance(layer, nn.Linear) else 1
-        shift = _mean(exact, axis) - _mean(made, axis)
+        shift = _mean(wanted, axis) - _mean(made, axis)
         old = layer.bias.double() if layer.bias is not None else 0.0
         layer.bias = nn.Parameter((old + shift).to(layer.weight.dtype), requires_grad=False)
         wide = shift.to(made[0]).view([-1 if d == axis else 1 for d in range(made[0].ndim)])
-        made = [m + wide for m in made]
-    for values, value in zip(rounded, made, strict=True):
-        values[node] = value
+        for m in made:
+            m.add_(wide)
+    for values, value in zip(rounded.values, made, strict=True):
+        values[node.name] = value
 
 
 def _mean(parts: list[Tensor], axis: int) -> Tensor:
     """(C,) mean over all samples and positions."""
-    axes = [d for d in range(parts[0].ndim) if d != axis]
     # sums of one batch in float32 are pairwise, and a twentieth of the time of float64
-    total = torch.stack([p.sum(axes).double() for p in parts]).sum(0)
+    total = torch.stack([_sum(p, axis).double() for p in parts]).sum(0)
     return total / (sum(p.numel() for p in parts) // parts[0].shape[axis])
+
+
+def _sum(x: Tensor, axis: int) -> Tensor:
+    if x.ndim == 4 and axis == 1 and x.is_contiguous(memory_format=torch.channels_last):
+        return x.permute(0, 2, 3, 1).flatten(1, 2).sum(1).double().sum(0)
+    return x.sum([d for d in range(x.ndim) if d != axis])
 
 
 def _round(
@@ -220,8 +260,8 @@ def _round(
         middle = (len(x) + 1) // 2
         for half, part in enumerate(((x[:middle], y[:middle]), (x[middle:], y[middle:]))):
             if len(part[0]):
-                before, after = patches(layer, part, inputs, seed=2 * i + half)
-                sums.add(before, after, half)
+                seen, found = patches(layer, part, inputs, seed=2 * i + half)
+                sums.add(seen, found, half)
     moments = sums.moments()
     groups = getattr(layer, "groups", 1)
     flat = layer.weight.detach().double().flatten(1)

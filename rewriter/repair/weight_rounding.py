@@ -10,9 +10,10 @@ Nagel et al., 2020 (arXiv:2004.10568) for why nearest is not best.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -23,10 +24,14 @@ DAMPING = 0.1
 # Numbers that are unfolded for one layer, all inputs together, and the fewest positions taken of one input.
 UNFOLDED = 2**21
 LEAST_POSITIONS = 8
+# Columns that are rounded before their errors are passed on to all others in one product.
+BLOCK = 64
 # Candidates for the ridge, as shares of the mean diagonal of H.
 RIDGES = (0.03, 0.1, 0.3, 1.0, 3.0, 10.0)
 # Candidates for the scale, as shares of the one that holds every weight.
 SHARES = (1.0, 0.97, 0.94, 0.9, 0.85, 0.8, 0.7, 0.6)
+
+Array = np.ndarray[Any, Any]
 
 
 @dataclass
@@ -59,8 +64,11 @@ class MomentSums:
         x, y = exact - self.centre[0], rounded - self.centre[1]
         new = [y @ y.transpose(1, 2), x @ y.transpose(1, 2), x.sum(2), y.sum(2)]
         old = self.sums[half]
-        new = [v.double() for v in new]
-        self.sums[half] = [a + b for a, b in zip(old, new, strict=True)] if old else new
+        self.sums[half] = (
+            [a.add_(b) for a, b in zip(old, new, strict=True)]
+            if old
+            else [v.double() for v in new]
+        )
         self.places[half] += x.shape[2]
 
     def moments(self) -> Moments:
@@ -96,38 +104,46 @@ def reproducing(weight: Tensor, sums: MomentSums) -> Tensor:
     weight, halves = weight.double(), sums.halves()
     if not halves or min(h.places for h in halves) < weight.shape[2]:
         return weight  # fewer equations than unknowns
-    errors = torch.tensor(
-        [
-            [_added(weight, change, other) for change in _changes(weight, fitted)]
-            for fitted, other in (halves, halves[::-1])
+    problems = [_Ridge(weight, fitted) for fitted in halves]
+    least, best = None, RIDGES[-1]
+    for share in reversed(RIDGES):
+        errors = [
+            other.added(fitted.change(share)) for fitted, other in (problems, problems[::-1])
         ]
-    )
-    best = int(errors.sum(0).argmin())
-    if float(errors[:, best].max()) >= 0:
+        # the error first falls with the ridge, then rises: behind its minimum nothing is looked for
+        if least is not None and sum(errors) >= sum(least):
+            break
+        least, best = errors, share
+    if least is None or max(least) >= 0:
         return weight
-    (change,) = _changes(weight, sums.moments(), RIDGES[best : best + 1])
-    return weight + change
+    return weight + _Ridge(weight, sums.moments()).change(best).double()
 
 
-def _changes(
-    weight: Tensor, moments: Moments, shares: tuple[float, ...] = RIDGES
-) -> Iterator[Tensor]:
-    """(G, O, K) what ridge regression adds to ``weight``, for each share of the mean diagonal as the ridge."""
-    wanted = weight @ (moments.cross - moments.hessian)
-    for share in shares:
-        yield torch.linalg.solve(_ridge(moments.hessian, share), wanted, left=False)
+class _Ridge:
+    """Ridge regression on some moments; in float32, which the ridge makes precise enough, at half the time of float64."""
 
+    def __init__(self, weight: Tensor, moments: Moments) -> None:
+        self.hessian = moments.hessian.float()
+        self.wanted = (weight @ (moments.cross - moments.hessian)).float()
 
-def _added(weight: Tensor, change: Tensor, moments: Moments) -> float:
-    """What a change of the weights adds to the mean squared error of the output."""
-    slope = weight @ (moments.hessian - moments.cross)
-    return float(((change @ moments.hessian + 2 * slope) * change).sum())
+    def change(self, share: float) -> Tensor:
+        """(G, O, K) what is added to the weights, with a share of the mean diagonal as the ridge."""
+        factor = torch.linalg.cholesky(_ridge(self.hessian, share))
+        return torch.cholesky_solve(self.wanted.transpose(1, 2), factor).transpose(1, 2)
+
+    def added(self, change: Tensor) -> float:
+        """What a change of the weights adds to the mean squared error of the output."""
+        terms = (change @ self.hessian - 2 * self.wanted) * change
+        return float(terms.sum(2).double().sum())
 
 
 def _ridge(hessian: Tensor, share: float) -> Tensor:
+    """H with a share of its mean diagonal added."""
     diagonal = hessian.diagonal(dim1=1, dim2=2)
-    amount = diagonal.mean(1).clamp_min(1e-12) * share
-    return hessian + torch.diag_embed(amount[:, None].expand_as(diagonal))
+    amount = diagonal.mean(1, keepdim=True).clamp_min(1e-12) * share
+    ridged = hessian.clone()
+    ridged.diagonal(dim1=1, dim2=2).add_(amount)
+    return ridged
 
 
 def round_weights(
@@ -153,18 +169,18 @@ def round_weights(
     Returns:
         (G, O, K) float64 with integer values.
     """
-    damped = _ridge(hessian.double(), damping)
+    damped = _ridge(hessian, damping).float()
     # the columns with the most power first: their error can still be made good by many others
     order = damped.diagonal(dim1=1, dim2=2).argsort(1, descending=True)
     h = _permuted(damped, order)
-    w = (weight.double() / scale).gather(2, order[:, None].expand_as(weight))
+    w = (weight.double() / scale).gather(2, order[:, None].expand_as(weight)).float()
     q = _one_pass(w, h, qmin, qmax)
     q = _descend(q, w, h, qmin, qmax, sweeps)
     nearest = w.round().clamp(qmin, qmax)
     worse = _loss(q, w, h) > _loss(nearest, w, h)
     q = torch.where(worse[..., None], nearest, q)
     back = order.argsort(1)
-    return q.gather(2, back[:, None].expand_as(q))
+    return q.gather(2, back[:, None].expand_as(q)).double()
 
 
 def _permuted(h: Tensor, order: Tensor) -> Tensor:
@@ -178,50 +194,75 @@ def _loss(q: Tensor, w: Tensor, h: Tensor) -> Tensor:
     return ((d @ h) * d).sum(2)
 
 
-def _one_pass(w: Tensor, h: Tensor, qmin: int, qmax: int, block: int = 64) -> Tensor:
-    """Round column by column; what is left of a column's error goes to the columns after it."""
+def _columns(x: Tensor) -> Array:
+    """(G, O, K) as (K, G, O), so that a column lies in one piece; a copy."""
+    return x.movedim(2, 0).contiguous().clone().numpy()
+
+
+def _one_pass(w: Tensor, h: Tensor, qmin: int, qmax: int) -> Tensor:
+    """Round column by column; what is left of a column's error goes to the columns after it.
+
+    The loop over columns is in numpy, whose calls on small arrays cost a fifth of torch's; products of blocks are torch's.
+    """
     inverse = torch.cholesky_inverse(torch.linalg.cholesky(h))
     upper = torch.linalg.cholesky(inverse, upper=True)  # (G, K, K)
-    w, q, count = w.clone(), torch.empty_like(w), w.shape[2]
-    for start in range(0, count, block):
-        stop = min(start + block, count)
-        errors = []
+    rows = upper.permute(1, 2, 0).unsqueeze(3).contiguous().numpy()  # (K, K, G, 1)
+    left, count = _columns(w), w.shape[2]
+    q = np.empty_like(left)
+    for start in range(0, count, BLOCK):
+        stop = min(start + BLOCK, count)
+        errors = np.empty_like(left[start:stop])
         for j in range(start, stop):
-            q[..., j] = w[..., j].round().clamp(qmin, qmax)
-            error = (w[..., j] - q[..., j]) / upper[:, None, j, j]
+            column = left[j]
+            np.rint(column, out=q[j])
+            np.maximum(q[j], qmin, out=q[j])
+            np.minimum(q[j], qmax, out=q[j])
+            error = np.subtract(column, q[j], out=errors[j - start])
+            error /= rows[j, j]
             if j + 1 < stop:
-                w[..., j + 1 : stop] -= error[..., None] * upper[:, None, j, j + 1 : stop]
-            errors.append(error)
+                left[j + 1 : stop] -= rows[j, j + 1 : stop] * error
         if stop < count:
-            w[..., stop:] -= torch.stack(errors, 2) @ upper[:, start:stop, stop:]
-    return q
+            moved = upper[:, start:stop, stop:].transpose(1, 2) @ _groups(errors)
+            left[stop:] -= moved.transpose(0, 1).numpy()
+    return torch.from_numpy(q).movedim(0, 2).contiguous()
 
 
-def _descend(
-    q: Tensor, w: Tensor, h: Tensor, qmin: int, qmax: int, sweeps: int, block: int = 64
-) -> Tensor:
+def _groups(columns: Array) -> Tensor:
+    """(B, G, O) as (G, B, O)."""
+    return torch.from_numpy(columns).transpose(0, 1)
+
+
+def _descend(q: Tensor, w: Tensor, h: Tensor, qmin: int, qmax: int, sweeps: int) -> Tensor:
     """Coordinate descent: each column to its best integer given all others, until a sweep changes nothing."""
-    q, w = q.movedim(2, 0).clone(), w.movedim(2, 0)  # a column lies in one piece
-    slope = ((w - q).movedim(0, 2) @ h).movedim(2, 0).contiguous()  # minus half the gradient
-    diagonal = h.diagonal(dim1=1, dim2=2).T.unsqueeze(2)  # (K, G, 1)
-    rows = h.movedim(2, 0).unsqueeze(3).contiguous()  # (K, G, K, 1)
+    slope = torch.from_numpy(_columns((w - q) @ h))  # (K, G, O), minus half the gradient
+    steps_of = h.diagonal(dim1=1, dim2=2).T.unsqueeze(2).reciprocal().contiguous().numpy()
+    rows = h.permute(1, 2, 0).unsqueeze(3).contiguous().numpy()  # (K, K, G, 1)
+    found = _columns(q)
     for _ in range(sweeps):
-        before = q.clone()
-        for start in range(0, len(q), block):
-            stop = min(start + block, len(q))
-            inner = slope[start:stop].movedim(0, 1).contiguous()  # (G, block, O)
+        changed = False
+        for start in range(0, len(found), BLOCK):
+            stop = min(start + BLOCK, len(found))
+            inner = slope[start:stop].numpy().copy()
+            steps = np.zeros_like(inner)
             for j in range(start, stop):
-                best = (q[j] + inner[:, j - start] / diagonal[j]).round_().clamp_(qmin, qmax)
-                step = best - q[j]
-                if j + 1 < stop:
-                    inner[:, j + 1 - start :] -= rows[j, :, j + 1 : stop] * step.unsqueeze(1)
-                q[j] = best
+                step = steps[j - start]
+                np.multiply(inner[j - start], steps_of[j], out=step)
+                step += found[j]
+                np.rint(step, out=step)
+                np.maximum(step, qmin, out=step)
+                np.minimum(step, qmax, out=step)
+                step -= found[j]
+                if step.any():
+                    found[j] += step
+                    changed = True
+                    if j + 1 < stop:
+                        inner[j + 1 - start :] -= rows[j, j + 1 : stop] * step
             # what the block did to all columns, in one product
-            step = (q[start:stop] - before[start:stop]).movedim(0, 1)  # (G, block, O)
-            slope -= (h[:, :, start:stop] @ step).movedim(1, 0)
-        if torch.equal(q, before):
+            if steps.any():
+                slope -= (h[:, :, start:stop] @ _groups(steps)).transpose(0, 1)
+        if not changed:
             break
-    return q.movedim(0, 2).contiguous()
+    return torch.from_numpy(found).movedim(0, 2).contiguous()
 
 
 def best_scale(
@@ -237,12 +278,13 @@ def best_scale(
         qmax: largest integer.
         shared: whether all outputs have one step.
     """
-    w, h = weight.double(), hessian.double()
+    w, h = weight.float(), hessian.float()
     best, least = largest.double(), torch.full(largest.shape[:2], float("inf")).double()
     for share in SHARES:
         scale = largest.double() * share
-        q = (w / scale).round().clamp(qmin, qmax) * scale
-        error = _loss(q, w, h)
+        step = scale.float()
+        q = (w / step).round_().clamp_(qmin, qmax).mul_(step)
+        error = _loss(q, w, h).double()
         if shared:
             error = error.sum().expand_as(error)
         better = error < least
@@ -281,8 +323,16 @@ def patches(
         if inside is not None:
             taken = taken * inside.view(-1, 1)
         taken = taken.unflatten(1, tuple(index.shape)).unflatten(-1, (layer.groups, -1))
-        found.append(taken.permute(3, 4, 2, 0, 1).flatten(3).flatten(1, 2).contiguous())
+        found.append(_as_columns(taken))
     return found
+
+
+def _as_columns(taken: Tensor) -> Tensor:
+    """(N, S, taps, G, C) as (G, C * taps, N * S); a view where there is one group and one tap."""
+    n, s, taps, groups, channels = taken.shape
+    if groups == 1 and taps == 1:
+        return taken.view(n * s, channels).T.unsqueeze(0)
+    return taken.permute(3, 4, 2, 0, 1).reshape(groups, channels * taps, n * s)
 
 
 def _without_padding(

@@ -12,6 +12,7 @@ from rewriter.rules.float_tail import FloatTail
 from rewriter.rules.fuse_expand import FuseExpand
 from rewriter.rules.keep_float import KeepFloat
 from rewriter.rules.keep_int16 import KeepInt16
+from rewriter.rules.lower_resolution import SIDES, LowerResolution
 from rewriter.rules.merge_separable import MergeLinearSeparable, MergeSeparable
 from rewriter.rules.refine_ranges import RefineRanges
 from rewriter.rules.replace_block import ReplaceBlock
@@ -21,6 +22,7 @@ from rewriter.rules.split_cat import SplitCat
 from rewriter.rules.split_channels import SplitChannels
 from rewriter.rules.split_head import AUTO, SplitHead, SplitHeadNamed
 from rewriter.rules.split_range import SplitRange, SplitWeights
+from rewriter.rules.thin_channels import AMOUNTS, ThinChannels
 
 RULES: tuple[RewriteRule, ...] = (
     MergeLinearSeparable(),
@@ -29,6 +31,9 @@ RULES: tuple[RewriteRule, ...] = (
     ReplaceBlock(),
     DensifyDepthwise(4),
     DensifyDepthwise(16),
+    # what is left of the network, upstream first
+    *(ThinChannels(percent) for percent in AMOUNTS),
+    *(LowerResolution(percent) for percent in SIDES),
     # before what divides their inputs: a layer that has become a sum is no head any more
     SplitHead(2),
     SplitHead(3),

@@ -15,7 +15,7 @@ from rewriter.surgery.channel_component import Component, component_at, componen
 class ComponentRule(RewriteRule):
     """A rule that splits the channels of a component; judging a site costs more than finding it."""
 
-    stage: ClassVar[Literal["replace", "split"]] = "split"
+    stage: ClassVar[Literal["replace", "split", "thin", "resize"]] = "split"
 
     def match(self, gm: fx.GraphModule) -> Iterator[Site]:
         return (self._site(gm, component) for component in components(gm))

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Iterator, Set
+from collections.abc import Iterable, Iterator, Mapping, Set
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
-from torch import fx
+from torch import Tensor, fx
 
 from rewriter.graph.lookup import find, layer_name, layers
 
@@ -52,7 +52,13 @@ class RewriteRule(ABC):
         exclusive: whether a node can take part in only one step with such a rule.
         free: whether it adds no MACs.
         stage: rules of different stages may act on the same node, in the order of the catalogue: a
-            layer that one step replaced can be split by another.
+            layer that one step replaced can be split by another, and what is left of the
+            network can be thinned in between.
+        in_graph_order: whether steps of such rules are applied in the order of their anchors in
+            the graph, whatever their rules are called.
+        saves: whether it takes MACs away and answers nothing that int8 does: offered only where
+            less compute is wanted.
+        scales: whether what it saves is a share of the MACs that the other steps leave.
     """
 
     name: ClassVar[str]
@@ -60,7 +66,10 @@ class RewriteRule(ABC):
     version: ClassVar[int] = 1
     exclusive: ClassVar[bool] = True
     free: ClassVar[bool] = False
-    stage: ClassVar[Literal["replace", "split"]] = "replace"
+    stage: ClassVar[Literal["replace", "split", "thin", "resize"]] = "replace"
+    in_graph_order: ClassVar[bool] = False
+    saves: ClassVar[bool] = False
+    scales: ClassVar[bool] = False
 
     @abstractmethod
     def match(self, gm: fx.GraphModule) -> Iterator[Site]:
@@ -80,6 +89,16 @@ class RewriteRule(ABC):
     @abstractmethod
     def apply(self, gm: fx.GraphModule, site: Site) -> None:
         """Edit gm in place at ``site``."""
+
+    def apply_fitted(self, gm: fx.GraphModule, site: Site, state: Mapping[str, Tensor]) -> bool:
+        """Edit gm in place with fitted tensors; False: ``apply`` does, and the caller loads them."""
+        del gm, site, state
+        return False
+
+    def added_macs(self, gm: fx.GraphModule, site: Site) -> int | None:
+        """MACs that the rule adds at a site, where that is known without a rewrite; else None."""
+        del gm, site
+        return None
 
     def site(self, *nodes: fx.Node, blocked: str = "", readers: Iterable[fx.Node] = ()) -> Site:
         """A site of this rule at these nodes, the anchor first."""

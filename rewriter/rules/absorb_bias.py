@@ -24,11 +24,12 @@ import torch
 from torch import Tensor, fx, nn
 
 from rewriter.graph.lookup import is_call, module_of
+from rewriter.graph.ops import clip_bounds, types
 from rewriter.rules._model_rule import WholeModelRule
 from rewriter.rules._rule import Contract, Site
 
 SHARE = 0.9
-_LINEAR_ABOVE_ZERO = (nn.ReLU, nn.LeakyReLU, nn.PReLU, nn.ReLU6, nn.Hardtanh)
+_LINEAR_ABOVE_ZERO = types(lambda row: row.pointwise and (row.homogeneous or row.clips))
 
 
 class AbsorbBias(WholeModelRule):
@@ -69,10 +70,9 @@ def _places(gm: fx.GraphModule) -> list[tuple[fx.Node, Tensor]]:
             continue
         low, high = (r.double() for r in maker.meta["channel_range"])
         constant = SHARE * low.clamp_min(0)
-        if isinstance(act, nn.Hardtanh):  # ReLU6 too: below the cap it is linear
-            constant = (
-                torch.where(high < act.max_val, constant, 0) if act.min_val == 0 else 0 * low
-            )
+        bounds = clip_bounds(act)
+        if bounds is not None:  # below the cap it is linear
+            constant = torch.where(high < bounds[1], constant, 0) if bounds[0] == 0 else 0 * low
         if bool((constant > 0).any()):
             found.append((node, constant))
     return found

@@ -9,6 +9,9 @@ g is the gradient of the output with respect to the value (``rewriter.damage.fis
 is clipped where the output does not depend on its outliers, and not where it does; a range of
 least mean square error clips both alike. The weights are not touched.
 
+First each range is cut to what the operations that read it can tell apart: [-3, 3] before a hard
+sigmoid, about [-9, 9] before a sigmoid (``rewriter.repair.useful_ranges``).
+
 Why: one outlier makes the step of a whole tensor coarse.
 Exact: the float network does not change, only its int8 form.
 Cost: none at run time; backward passes over the calibration inputs when the file is made.

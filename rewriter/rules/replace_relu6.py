@@ -14,12 +14,14 @@ Source: Nagel et al., 2019 (arXiv:1906.04721), section 5.1.1, where every ReLU6 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from typing import ClassVar
 
 from torch import fx, nn
 
-from rewriter.graph.lookup import is_call, module_of
+from rewriter.graph.lookup import module_of
+from rewriter.graph.ops import clip_bounds
 from rewriter.rules._model_rule import WholeModelRule
 from rewriter.rules._rule import Contract, Site, mark
 
@@ -51,7 +53,8 @@ class ReplaceRelu6(WholeModelRule):
 
 def _capped(gm: fx.GraphModule) -> Iterator[fx.Node]:
     for node in gm.graph.nodes:
-        if is_call(gm, node, nn.ReLU6, nn.Hardtanh) and module_of(gm, node).min_val == 0:
+        bounds = clip_bounds(module_of(gm, node)) if node.op == "call_module" else None
+        if bounds is not None and bounds[0] == 0 and bounds[1] < math.inf:
             yield node
 
 

@@ -25,23 +25,13 @@ from torch import Tensor, fx, nn
 
 from rewriter.graph.channel_ranges import width
 from rewriter.graph.lookup import find, is_call, module_of
+from rewriter.graph.ops import types
 from rewriter.rules._component import ComponentRule
 from rewriter.rules._rule import Contract, Site
 from rewriter.surgery.channel_component import Component, component_of, int8_values, is_dense
 from rewriter.surgery.split_component import split_component
 
-_HOMOGENEOUS = (
-    nn.Conv2d,
-    nn.ReLU,
-    nn.LeakyReLU,
-    nn.PReLU,
-    nn.MaxPool2d,
-    nn.AvgPool2d,
-    nn.AdaptiveAvgPool2d,
-    nn.AdaptiveMaxPool2d,
-    nn.ZeroPad2d,
-    nn.Upsample,
-)
+_HOMOGENEOUS = (nn.Conv2d, *types(lambda row: row.homogeneous))
 # More copies than this share of the channels cost more than they bring.
 LARGEST_SHARE = 1 / 8
 

@@ -16,6 +16,8 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
+from rewriter.damage.fidelity import Fidelity
+from rewriter.damage.grouping import fidelity_of
 from rewriter.errors import QuantizeError
 from rewriter.graph.cost import cost, layer_macs
 from rewriter.graph.lookup import layer_name, layers
@@ -26,7 +28,6 @@ from rewriter.int8.simulate import Quantized, quantize
 from rewriter.sensitivity.error_terms import parts_of
 from rewriter.sensitivity.exact import Metric, Tally, batch_size, measure
 from rewriter.sensitivity.journal import Journal, fingerprint
-from rewriter.sensitivity.objective import Kind, Objective
 from rewriter.sensitivity.ranking_confidence import undecided
 from rewriter.sensitivity.results import Analysis
 from rewriter.sensitivity.screen import (
@@ -35,7 +36,7 @@ from rewriter.sensitivity.screen import (
     Screening,
 )
 from rewriter.sensitivity.shared_prefix import Forks, Variant, int8_variant, keeping, only
-from rewriter.sensitivity.summary import Measured, summarise
+from rewriter.sensitivity.summary import Measured, summarize
 
 Progress = Callable[[float, float], None]
 # Among how many layers the measured order has to be right before widening stops, and by how many
@@ -70,7 +71,7 @@ def analyze(
     metric: Metric | None = None,
     metric_name: str = "",
     higher_is_better: bool = True,
-    kind: Kind | None = None,
+    fidelity: Fidelity | None = None,
     exact: bool = False,
     race: bool = True,
     interaction: int | None = None,
@@ -92,7 +93,7 @@ def analyze(
             mean.
         metric_name: what the metric is called.
         higher_is_better: which way of it is good.
-        kind: whether the outputs are classes or values; None: decided from their shape.
+        fidelity: the damage; None: that of ``gm``, or one by assumption from the calibration inputs.
         exact: measure every layer rather than the ``top`` of the screening.
         race: stop early with layers whose place is sure, or that are clearly harmless.
         interaction: for how many of the first layers all-but-one and the cumulative curve are
@@ -108,6 +109,8 @@ def analyze(
     """
     if len(evaluation_inputs) == 0:
         raise QuantizeError("sensitivity: evaluation inputs: none was given")
+    calibration_batches = list(calibration_batches)
+    fidelity = fidelity or fidelity_of(gm, calibration_batches)
     method = gm.meta.get("calibration", "minmax")
     quantized = quantize(gm, scheme, calibration_batches, method)
     names = {n.name: n for n in layers(gm) if annotation(n).weight is not None}
@@ -115,10 +118,10 @@ def analyze(
         raise QuantizeError("sensitivity: the graph: no layer is quantized on this target")
     forks = Forks(quantized)
     size = batch_size(forks)
-    settings = (seed, size, kind, metric_name, [c.name for c in candidates])
+    settings = (seed, size, fidelity.digest, metric_name, [c.name for c in candidates])
     key = fingerprint(quantized, evaluation_inputs, targets, *settings) if journal else ""
     with Journal(journal, key) as record:
-        run = _Run(quantized, forks, evaluation_inputs, size, seed, record, progress, kind)
+        run = _Run(quantized, forks, evaluation_inputs, size, seed, record, progress, fidelity)
         run.targets, run.metric = targets, metric
         screening = run.screen(candidates)
         estimate = screening.layer_damage()
@@ -127,7 +130,7 @@ def analyze(
         ranked = sorted(order, key=lambda n: (-run.best(n, measured, estimate), n))
         count = (top if exact else 0) if interaction is None else interaction
         without, curve = run.interactions(scheme, names, ranked, count)
-    return summarise(
+    return summarize(
         quantized,
         screening,
         Measured(run.tallies, without, curve),
@@ -141,9 +144,7 @@ def analyze(
     )
 
 
-def float_gains(
-    quantized: Quantized, inputs: Tensor, *, kind: Kind | None = None, seed: int = 0
-) -> dict[str, float]:
+def float_gains(quantized: Quantized, inputs: Tensor, *, seed: int = 0) -> dict[str, float]:
     """What leaving one layer in float takes off the damage of a network as it is quantized.
 
     Screened, not measured: in a network that is repaired already other layers hurt than before, and
@@ -152,7 +153,6 @@ def float_gains(
     Args:
         quantized: annotated and calibrated graph; it is not changed.
         inputs: (n, ...) inputs on which damage is measured, all of them.
-        kind: whether the outputs are classes or values; None: decided from their shape.
         seed: of the random projections.
 
     Returns:
@@ -162,7 +162,9 @@ def float_gains(
     forks = Forks(quantized)
     size = batch_size(forks)
     with Journal(None, "") as record:
-        run = _Run(quantized, forks, inputs, size, seed, record, None, kind)
+        run = _Run(
+            quantized, forks, inputs, size, seed, record, None, fidelity_of(quantized.gm, [inputs])
+        )
         screening = run.screen((), steady=float("inf"))
     parts: dict[str, list[str]] = {}
     for node in layers(quantized.gm):
@@ -202,16 +204,14 @@ class _Run:
         seed: int,
         record: Journal,
         progress: Progress | None,
-        kind: Kind | None,
+        fidelity: Fidelity,
     ) -> None:
         self.quantized, self.forks, self.gm = quantized, forks, quantized.gm
         # each block is spread over all samples, which may be sorted
         count = -(-len(inputs) // size)
         self.blocks = [slice(b, None, count) for b in range(count)]
         self.inputs, self.seed, self.record, self.progress = inputs, seed, record, progress
-        self.objective = Objective.of(forks.run((inputs[:1],), {}), kind)
-        if self.objective.kind == "values":  # whose sizes need more than one
-            self.objective = Objective.of(forks.run((inputs[self.blocks[0]],), {}), kind)
+        self.fidelity = fidelity
         self.size, self.parts = size, parts_of(self.gm)
         # few samples leave the estimate noisy: then each gets more directions
         self.directions = max(1, min(4, -(-ENOUGH // len(inputs))))
@@ -222,7 +222,7 @@ class _Run:
 
     def screen(self, candidates: Sequence[Candidate], steady: float = STEADY) -> Screening:
         """Projections over samples, until the order of the layers is steady; infinity: over all."""
-        screener = Screener(self.quantized, self.objective, candidates, self.directions)
+        screener = Screener(self.quantized, self.fidelity, candidates, self.directions)
         screening = Screening(screener.parts)
         ready = self.done
         for piece in self._halves():
@@ -354,7 +354,7 @@ class _Run:
             if missing:
                 results = measure(
                     self.forks,
-                    self.objective,
+                    self.fidelity,
                     self.inputs[block],
                     base,
                     missing,

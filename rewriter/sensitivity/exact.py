@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from rewriter.sensitivity.objective import Objective
+from rewriter.damage.fidelity import Fidelity
 from rewriter.sensitivity.shared_prefix import LARGEST_BLOCK, Forks, Variant
 
 # (flat outputs, targets) -> (N,) contribution of each sample; the metric is their mean
@@ -41,7 +41,7 @@ def batch_size(forks: Forks, largest: int = 16) -> int:
 
 def measure(
     forks: Forks,
-    objective: Objective,
+    fidelity: Fidelity,
     inputs: Tensor,
     base: Variant,
     variants: Mapping[str, Variant],
@@ -52,7 +52,7 @@ def measure(
 
     Args:
         forks: the network.
-        objective: measure of damage.
+        fidelity: the damage.
         inputs: (N, ...) one batch.
         base: what the variants have in common.
         variants: by name.
@@ -69,32 +69,32 @@ def measure(
     if not base and small:  # the base is the float network: its outputs come at the end
         found = dict(walk)
         for i, name in enumerate(names):
-            yield name, _score(objective, found[-1], found[i], targets, metric)
+            yield name, _score(fidelity, found[-1], found[i], targets, metric)
         return
     reference = forks.run((inputs,), {})
     left = len(names)
     for i, result in walk:
         if i >= 0:
-            yield names[i], _score(objective, reference, result, targets, metric)
+            yield names[i], _score(fidelity, reference, result, targets, metric)
             left -= 1
         if not left:
             return
 
 
 def _score(
-    objective: Objective,
+    fidelity: Fidelity,
     reference: list[Tensor],
     found: list[Tensor],
     targets: Any,
     metric: Metric | None,
 ) -> dict[str, Any]:
-    signal, noise = objective.noise(reference, found)
+    signal, noise = fidelity.noise(found, reference)
     values = None
     if metric is not None and targets is not None:
         on_cpu = [o.cpu() for o in found]  # where the targets are
         values = torch.as_tensor(metric(on_cpu, targets)).double().flatten().tolist()
     return {
-        "damage": objective.damage(reference, found).tolist(),
+        "damage": fidelity.damage(found, reference).tolist(),
         "signal": signal.tolist(),
         "noise": noise.tolist(),
         "metric": values,

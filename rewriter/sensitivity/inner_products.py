@@ -6,7 +6,6 @@ by memory: nothing as large as a value is written where a buffer inside the cach
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
 import torch
@@ -147,12 +146,3 @@ class _Clipped(torch.autograd.Function):
 def clipped(x: Tensor, low: float, high: float) -> Tensor:
     """``x`` between two bounds, written over ``x``, differentiable."""
     return _Clipped.apply(x, low, high)  # type: ignore[no-any-return]
-
-
-def clipping_bounds(m: nn.Module) -> tuple[float, float] | None:
-    """Where an activation that only clips does so; None for any other module."""
-    if type(m) is nn.ReLU:
-        return 0.0, math.inf
-    if type(m) in (nn.ReLU6, nn.Hardtanh):
-        return float(m.min_val), float(m.max_val)  # type: ignore[arg-type]
-    return None

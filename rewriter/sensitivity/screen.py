@@ -2,7 +2,7 @@
 
 Rounding changes a layer's result by d_l (N, ...), and what reaches the outputs is J_l d_l to first
 order. The float network is the minimum of the damage, which is therefore quadratic there: with r a
-random direction in output space, E[r r^T] = H / 2 (``objective.probe``),
+random direction in output space, E[r r^T] = H / 2 (``Fidelity.probe``),
 
     damage_l = E[(r^T J_l d_l)^2] = E[(g_l . d_l)^2]        g_l = d (r . outputs) / d z_l
 
@@ -28,20 +28,20 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
+from rewriter.damage.fidelity import Fidelity
 from rewriter.graph.interpret import device_of, last_uses
 from rewriter.graph.lookup import outputs
+from rewriter.graph.ops import clip_bounds
 from rewriter.int8.annotate import annotation
 from rewriter.int8.scheme import QuantSpec
 from rewriter.int8.simulate import Quantized
 from rewriter.sensitivity.error_terms import Edge, Parts, parts_of
 from rewriter.sensitivity.inner_products import (
     clipped,
-    clipping_bounds,
     dot,
     rounding_dot,
     weight_dot,
 )
-from rewriter.sensitivity.objective import Objective
 from rewriter.sensitivity.ranking_confidence import reliability, sample_weights
 from rewriter.sensitivity.shared_prefix import (
     compute,
@@ -189,7 +189,7 @@ class Screener:
 
     Args:
         quantized: annotated and calibrated graph; it is not changed.
-        objective: measure of damage.
+        fidelity: the damage.
         candidates: rewrites to be priced along the way.
         directions: random directions for each sample; each costs a backward pass.
     """
@@ -197,11 +197,11 @@ class Screener:
     def __init__(
         self,
         quantized: Quantized,
-        objective: Objective,
+        fidelity: Fidelity,
         candidates: Sequence[Candidate] = (),
         directions: int = 1,
     ) -> None:
-        self.quantized, self.objective, self.gm = quantized, objective, quantized.gm
+        self.quantized, self.fidelity, self.gm = quantized, fidelity, quantized.gm
         self.directions, self.parts = directions, parts_of(self.gm)
         self.modules, self.returned = modules_of(self.gm), outputs(self.gm)
         self.nodes = [n for n in self.gm.graph.nodes if n.op != "output"]
@@ -223,7 +223,7 @@ class Screener:
             for n in self.nodes
             if may_overwrite(self.gm, n)
             and not {n.name, n.all_input_nodes[0].name} & {*self.wanted, *self.candidates}
-            and (bounds := clipping_bounds(self.modules[n]))
+            and (bounds := clip_bounds(self.modules[n]))
         }
         self.device = device_of(self.gm)
         self.changes: dict[fx.Node, tuple[Tensor, Tensor | None]] = {}
@@ -241,9 +241,9 @@ class Screener:
         flat, roots = self._forward(inputs.to(self.device), now)
         plain = [o.detach() for o in flat]
         for k in range(self.directions):
-            direction = self.objective.probe(plain, generator)
+            direction = self.fidelity.probe(plain, generator)
             now.update(self._at_outputs(plain, direction))
-            scalar = self.objective.scalar(flat, direction)
+            scalar = self.fidelity.scalar(flat, direction)
             more = k + 1 < self.directions
             torch.autograd.grad(scalar, roots, retain_graph=more, allow_unused=True)
             for key, p in now.items():
@@ -321,7 +321,7 @@ class Screener:
             for i, returned in enumerate(self.returned):
                 if returned is node:
                     change[i] = round_to_int8(plain[i], *self.params[node]) - plain[i]
-            found[output.name, node.name] = self.objective.project(plain, change, direction)
+            found[output.name, node.name] = self.fidelity.project(change, direction)
         return found
 
     def _rows(self, found: dict[Key, list[Tensor]], samples: int) -> dict[str, Any]:

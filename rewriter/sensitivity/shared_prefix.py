@@ -19,6 +19,7 @@ from torch.nn import functional
 
 from rewriter.graph.interpret import device_of, last_uses, run_node
 from rewriter.graph.lookup import is_call, module_of, outputs
+from rewriter.graph.ops import CLIP_TYPES, clip_bounds
 from rewriter.int8.annotate import annotate, annotation, is_layer, moves_values
 from rewriter.int8.scheme import QuantScheme, QuantSpec, channel_axis, dequantized_weight
 from rewriter.int8.simulate import Quantized
@@ -365,7 +366,7 @@ class Forks:
 
 def may_overwrite(gm: fx.GraphModule, node: fx.Node) -> bool:
     """An activation that alone reads the fresh result of a layer: it may write in place."""
-    if not is_call(gm, node, nn.ReLU, nn.ReLU6, nn.Hardtanh, nn.LeakyReLU, nn.SiLU, nn.Hardswish):
+    if not is_call(gm, node, *CLIP_TYPES, nn.LeakyReLU, nn.SiLU, nn.Hardswish):
         return False
     (before,) = node.all_input_nodes
     return is_layer(gm, before) and len(before.users) == 1
@@ -381,5 +382,6 @@ def overwrite(m: Any, x: Tensor) -> Tensor:
         return functional.silu(x, inplace=True)
     if type(m) is nn.Hardswish:
         return functional.hardswish(x, inplace=True)
-    low, high = (0.0, 6.0) if type(m) is nn.ReLU6 else (m.min_val, m.max_val)
-    return functional.hardtanh_(x, low, high)
+    bounds = clip_bounds(m)
+    assert bounds is not None
+    return functional.hardtanh_(x, *bounds)

@@ -47,7 +47,7 @@ class Measured:
     curve: Mapping[int, str]
 
 
-def summarise(
+def summarize(
     quantized: Quantized,
     screening: Screening,
     measured: Measured,

@@ -19,17 +19,9 @@ import torch
 from torch import Tensor, fx, nn
 
 from rewriter.graph.lookup import is_call, module_of
-from rewriter.graph.ops import ACTIVATION_TYPES
+from rewriter.graph.ops import ACTIVATION_TYPES, types
 
-_SPATIAL = (
-    nn.MaxPool2d,
-    nn.AvgPool2d,
-    nn.AdaptiveAvgPool2d,
-    nn.AdaptiveMaxPool2d,
-    nn.ZeroPad2d,
-    nn.Upsample,
-    nn.BatchNorm2d,
-)
+_SPATIAL = types(lambda row: row.channelwise)
 _ARITHMETIC = (operator.add, operator.sub, operator.mul, operator.truediv)
 
 
@@ -83,7 +75,7 @@ def component_of(gm: fx.GraphModule, entry: fx.Node) -> Component:
 
     while queue:
         value = queue.pop()
-        if _keeps_channels(gm, value, found.channels):
+        if keeps_channels(gm, value, found.channels):
             inside.add(value)
             for source in value.all_input_nodes:
                 if channels_of(source) == found.channels and source.op != "get_attr":
@@ -95,7 +87,7 @@ def component_of(gm: fx.GraphModule, entry: fx.Node) -> Component:
                 f"{value.name}, which is no dense layer's output, has the same channels"
             )
         for user in value.users:
-            if _keeps_channels(gm, user, found.channels):
+            if keeps_channels(gm, user, found.channels):
                 join(user)
             elif (user, value) not in found.exits:
                 found.exits.append((user, value))
@@ -125,7 +117,7 @@ def component_at(gm: fx.GraphModule, name: str) -> Component | None:
     return component if component.entries[0] is node else None
 
 
-def _keeps_channels(gm: fx.GraphModule, node: fx.Node, channels: int) -> bool:
+def keeps_channels(gm: fx.GraphModule, node: fx.Node, channels: int) -> bool:
     """Whether channel i of what a node makes depends on channel i of what it reads alone."""
     if channels_of(node) != channels:
         return False

@@ -19,16 +19,10 @@ from torch import Tensor, fx, nn
 from rewriter.graph.axes import channel_axes
 from rewriter.graph.channel_ranges import range_of
 from rewriter.graph.lookup import is_call, layer_name, module_of
+from rewriter.graph.ops import clip_bounds, types
 
-HOMOGENEOUS = (nn.ReLU, nn.LeakyReLU, nn.PReLU)
-_CHANNELWISE = (
-    nn.MaxPool2d,
-    nn.AvgPool2d,
-    nn.AdaptiveAvgPool2d,
-    nn.AdaptiveMaxPool2d,
-    nn.ZeroPad2d,
-    nn.Upsample,
-)
+HOMOGENEOUS = types(lambda row: row.pointwise and row.homogeneous)
+_CHANNELWISE = types(lambda row: row.channelwise and row.homogeneous)
 
 
 @dataclass
@@ -110,6 +104,7 @@ def scale_variables(gm: fx.GraphModule) -> Channels:
         for n, v in of.items()
         if v and axes.get(n) == 1  # in a sequence dimension 1 holds no channels
     }
+    found.caps = {name: cap for name, cap in found.caps.items() if name in found.of}
     return found
 
 
@@ -143,11 +138,11 @@ def _through(
         return None
     if is_call(gm, node, *HOMOGENEOUS, *_CHANNELWISE):
         return read[0] if _keeps_axis(node) else None
-    if is_call(gm, node, nn.ReLU6, nn.Hardtanh):
-        m = module_of(gm, node)
-        if m.min_val != 0.0:
+    bounds = clip_bounds(module_of(gm, node)) if node.op == "call_module" else None
+    if bounds is not None:
+        if bounds[0] != 0.0:
             return None
-        found.caps[node.name] = float(m.max_val)
+        found.caps[node.name] = bounds[1]
         return read[0]
     if node.op != "call_function":
         return None

@@ -25,6 +25,7 @@ from torch import Tensor, fx, nn
 
 from rewriter.graph.channel_ranges import range_of
 from rewriter.graph.lookup import is_call, layers, module_of
+from rewriter.graph.ops import CLIP_TYPES
 from rewriter.int8.scheme import QuantSpec
 from rewriter.surgery.channel_scales import HOMOGENEOUS, Channels
 
@@ -253,9 +254,7 @@ def _power(node: fx.Node) -> Tensor:
 
 def _stored(gm: fx.GraphModule, node: fx.Node) -> bool:
     """Whether a value exists in int8: an activation that follows is computed in the same kernel."""
-    if len(node.users) == 1 and is_call(
-        gm, next(iter(node.users)), *HOMOGENEOUS, nn.ReLU6, nn.Hardtanh
-    ):
+    if len(node.users) == 1 and is_call(gm, next(iter(node.users)), *HOMOGENEOUS, *CLIP_TYPES):
         return False
     return any(n.op != "output" for n in node.users)
 

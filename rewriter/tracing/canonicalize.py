@@ -10,8 +10,10 @@ After ``canonicalise``:
   norm and an activation);
 * activations written by hand are modules too (``rewriter.tracing.recognize_activations``): ``x * sigmoid(x)`` is
   SiLU, ``x * relu6(x + 3) / 6`` is Hardswish, a clamp to [0, 6] is ReLU6;
-* a batch norm that follows a convolution or linear layer is folded into it (``rewriter.tracing.fold_batch_norm``);
-  only lone ones remain;
+* what is computed from parameters alone is a buffer, and GLU, SELU and squares are written in operators that have int8
+  kernels (``rewriter.tracing.expand_operators``);
+* a batch norm, and any other constant affine map of the channels, is folded into a layer before or behind it or becomes a
+  depthwise 1 x 1 convolution (``rewriter.tracing.fold_affine``), but for arithmetic behind the last layer;
 * a loop over frames is one call on all of them (``rewriter.tracing.join_frame_loops``);
 * no module is called twice: each call has a copy (exact in eval mode; modules that change their
   own buffers stay shared and are opaque);
@@ -34,9 +36,10 @@ from torch import Tensor, fx, nn
 from rewriter.graph.edit import add_module
 from rewriter.graph.interpret import propagate_shapes
 from rewriter.graph.lookup import Opaque, is_call, module_of
-from rewriter.graph.ops import ACTIVATION_TYPES, LAYER_TYPES, RECURRENT_TYPES
+from rewriter.graph.ops import LAYER_TYPES, NORM_TYPES, RECURRENT_TYPES, types
 from rewriter.tracing.assignment import expand_assignments
-from rewriter.tracing.fold_batch_norm import fold_batch_norms
+from rewriter.tracing.expand_operators import expand_operators, fold_constants
+from rewriter.tracing.fold_affine import fold_affines
 from rewriter.tracing.functional_to_module import IN_PLACE, SAME, first_argument, module_for
 from rewriter.tracing.join_frame_loops import join_loops
 from rewriter.tracing.recognize_activations import recognise_activations
@@ -45,22 +48,7 @@ from rewriter.tracing.static_shapes import fix_sizes, plain_dimensions, slices_f
 
 F = nn.functional
 
-_BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d)
-_KNOWN = (
-    *LAYER_TYPES,
-    *_BATCH_NORMS,
-    *ACTIVATION_TYPES,
-    nn.Softmax,
-    nn.MaxPool2d,
-    nn.AvgPool2d,
-    nn.AdaptiveAvgPool2d,
-    nn.AdaptiveMaxPool2d,
-    nn.ZeroPad2d,
-    nn.Upsample,
-    nn.LayerNorm,
-    nn.PixelShuffle,
-    nn.ChannelShuffle,
-)
+_KNOWN = types(lambda row: row.normal)
 _DROPOUTS = (
     nn.Identity,
     nn.Dropout,
@@ -85,6 +73,7 @@ def canonicalise(gm: fx.GraphModule) -> fx.GraphModule:
     expand_assignments(gm)
     _use_positions(gm)
     _use_plain_functions(gm)
+    fold_constants(gm)
     _use_modules(gm)
     gm = join_loops(gm, (*_KNOWN, *_DROPOUTS, nn.Flatten))
     _unshare(gm)
@@ -92,10 +81,13 @@ def canonicalise(gm: fx.GraphModule) -> fx.GraphModule:
     _remove_nothings(gm)
     _flatten_by_function(gm)
     gm.graph.eliminate_dead_code()  # sizes that nobody uses would count as readers of a value
+    gm.recompile()
     propagate_shapes(gm)
     recognize_decomposed(gm)
+    expand_operators(gm)
     recognise_activations(gm)
-    fold_batch_norms(gm)
+    gm.graph.eliminate_dead_code()
+    fold_affines(gm)
     gm.graph.eliminate_dead_code()
     fix_sizes(gm)
     slices_for_parts(gm)
@@ -179,7 +171,7 @@ def _use_modules(gm: fx.GraphModule) -> None:
         module, word = found
         stack = list((node.meta.get("nn_module_stack") or {}).values())
         owner = str(stack[-1][0]) if stack else ""
-        plain = isinstance(module, (*LAYER_TYPES, *_BATCH_NORMS)) and _free(gm, owner, node)
+        plain = isinstance(module, (*LAYER_TYPES, *NORM_TYPES)) and _free(gm, owner, node)
         target = owner if plain else add_module(gm, _path_for(gm, owner, word), module)
         if plain:
             gm.set_submodule(owner, module)
@@ -249,8 +241,9 @@ def _plain_classes(gm: fx.GraphModule) -> None:
             plain: Any = nn.Upsample(m.size, m.scale_factor, m.mode, m.align_corners)
             gm.set_submodule(str(node.target), plain)
             continue
-        plain = next((k for k in _KNOWN if type(m).forward is k.forward), None)
-        if plain is not None and isinstance(m, plain):
+        same = (k for k in _KNOWN if type(m).forward is k.forward and isinstance(m, k))
+        plain = next(same, None)
+        if plain is not None:
             m.__class__ = plain
 
 

@@ -11,6 +11,8 @@ import torch
 from torch import Tensor, fx, nn
 from torch.fx.node import map_arg
 
+from rewriter.graph.ops import ACTIVATION_TYPES, LAYER_TYPES, modules_by_call, types
+
 F = nn.functional
 
 Constant = Callable[[Any], Tensor | None]
@@ -50,36 +52,11 @@ IN_PLACE: dict[Any, Any] = {
     operator.ixor: operator.xor,
 }
 
-_ACTIVATIONS: dict[Any, type[nn.Module]] = {
-    **dict.fromkeys((F.relu, torch.relu, "relu"), nn.ReLU),
-    F.relu6: nn.ReLU6,
-    **dict.fromkeys((torch.sigmoid, F.sigmoid, "sigmoid", torch.special.expit), nn.Sigmoid),
-    **dict.fromkeys((torch.tanh, F.tanh, "tanh"), nn.Tanh),
-    F.hardswish: nn.Hardswish,
-    F.hardsigmoid: nn.Hardsigmoid,
-    F.silu: nn.SiLU,
-    F.mish: nn.Mish,
-    F.leaky_relu: nn.LeakyReLU,
-    F.elu: nn.ELU,
-    F.gelu: nn.GELU,
-    F.softplus: nn.Softplus,
-    F.hardtanh: nn.Hardtanh,
-    **dict.fromkeys((F.softmax, torch.softmax, "softmax"), nn.Softmax),
-}
+_MODULES = modules_by_call()
+_ACTIVATION_TYPES = (*ACTIVATION_TYPES, nn.Softmax)
+_POOL_TYPES = types(lambda row: row.channelwise)
 _CLAMPS = (torch.clamp, torch.clip, "clamp", "clip")
 _AT_LEAST = (torch.clamp_min, "clamp_min")
-_POOLS: dict[Any, type[nn.Module]] = {
-    F.max_pool2d: nn.MaxPool2d,
-    F.avg_pool2d: nn.AvgPool2d,
-    torch.max_pool2d: nn.MaxPool2d,
-    F.adaptive_avg_pool2d: nn.AdaptiveAvgPool2d,
-    F.adaptive_max_pool2d: nn.AdaptiveMaxPool2d,
-}
-_CONVOLUTIONS: dict[Any, type[nn.Module]] = {
-    **dict.fromkeys((F.conv2d, torch.conv2d), nn.Conv2d),
-    **dict.fromkeys((F.conv1d, torch.conv1d), nn.Conv1d),
-    **dict.fromkeys((F.conv_transpose2d, torch.conv_transpose2d), nn.ConvTranspose2d),
-}
 
 
 def module_for(node: fx.Node, constant: Constant) -> tuple[nn.Module, str] | None:
@@ -95,18 +72,20 @@ def module_for(node: fx.Node, constant: Constant) -> tuple[nn.Module, str] | Non
     target = node.target
     if not node.args or not isinstance(node.args[0], fx.Node):
         return None
-    if target in _ACTIVATIONS:
-        return _activation(node, _ACTIVATIONS[target])
+    kind = _MODULES.get(target)
+    if kind in _ACTIVATION_TYPES:
+        return _activation(node, kind)
     if target in _CLAMPS:
         return _clamp(_argument(node, 1, "min"), _argument(node, 2, "max"))
     if target in _AT_LEAST:
         return _clamp(_argument(node, 1, "min"), None)
-    if target in _POOLS:
-        return _pool(node, _POOLS[target])
-    if target in _CONVOLUTIONS:
-        return _convolution(node, _CONVOLUTIONS[target], constant)
-    if target is F.linear:
+    if kind in _POOL_TYPES:
+        return _pool(node, kind)
+    if kind is nn.Linear:
         return _linear(node, constant)
+    if kind in LAYER_TYPES:
+        assert kind is not None
+        return _convolution(node, kind, constant)
     if target in (F.batch_norm, torch.batch_norm):
         return _batch_norm(node, constant)
     if target is F.layer_norm:
@@ -122,7 +101,7 @@ def module_for(node: fx.Node, constant: Constant) -> tuple[nn.Module, str] | Non
         return _pad(node)
     if target is F.interpolate:
         return _upsample(node)
-    if target in (F.pixel_shuffle, torch.pixel_shuffle):
+    if kind is nn.PixelShuffle:
         return nn.PixelShuffle(_argument(node, 1, "upscale_factor")), "shuffle"
     return None
 

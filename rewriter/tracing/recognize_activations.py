@@ -1,25 +1,38 @@
 """Activations that the user wrote out by hand, recognised by what they compute.
 
-relu6(x + 3) / 6, clamp(x + 3, 0, 6) * (1 / 6)      Hardsigmoid
+g * clamp(a x + b, low, high) + d  from 0 to 1      Hardsigmoid of 6 g a x + 6 (g b + d) - 3
+    relu6(x + 3) / 6, clamp(x + 3, 0, 6) * (1 / 6)  of x
+    clamp(0.2 x + 0.5, 0, 1), relu6(1.2 x + 3) / 6  of 1.2 x
 x * hardsigmoid(x), x * relu6(x + 3) / 6            Hardswish
 x * sigmoid(x)                                      SiLU
 """
 
 from __future__ import annotations
 
+import math
 import operator
 from typing import Any
 
 from torch import fx, nn
 
 from rewriter.graph.edit import add_module
-from rewriter.graph.lookup import is_call
+from rewriter.graph.lookup import is_call, module_of
+from rewriter.graph.ops import clip_bounds
+from rewriter.tracing.fold_affine import affine_of
+
+# Of the numbers that a user writes for thirds and sixths.
+CLOSE = 1e-5
+_Map = tuple[float, float]  # a and b of a x + b
 
 
 def recognise_activations(gm: fx.GraphModule) -> None:
     """Put one module in the place of each activation written by hand; edits gm in place."""
     for node in list(gm.graph.nodes):
-        found = _hard(gm, node) or _gated(gm, node)
+        if not node.users:
+            continue  # part of one that was recognised
+        _hard_sigmoid(gm, node)
+    for node in list(gm.graph.nodes):
+        found = _hard_swish(gm, node) or _gated(gm, node)
         if found is None:
             continue
         kind, x, inner = found
@@ -47,44 +60,88 @@ def _gated(gm: fx.GraphModule, node: Any) -> tuple[type[nn.Module], fx.Node, fx.
     return None
 
 
-def _hard(gm: fx.GraphModule, node: Any) -> tuple[type[nn.Module], fx.Node, fx.Node] | None:
-    """A sixth of ``relu6(x + 3)`` or of ``x * relu6(x + 3)``."""
-    whole: Any = _sixth_of(node)
-    if not isinstance(whole, fx.Node):
+def _hard_sigmoid(gm: fx.GraphModule, clip: fx.Node) -> None:
+    """Replace a clip between two affine maps, if they lead from 0 to 1; edits gm."""
+    bounds = clip_bounds(module_of(gm, clip)) if clip.op == "call_module" else None
+    if bounds is None or not all(math.isfinite(b) for b in bounds):
+        return
+    after = _to_unit(gm, clip, bounds)
+    if after is None:
+        return
+    last, (g, d) = after
+    inputs = [
+        (x, (6 * g * a, 6 * (g * b + d) - 3)) for x, (a, b) in _maps_before(gm, clip.args[0])
+    ]
+    if not inputs:
+        return  # a clip alone: the kernel before it computes it
+    plain = [x for x, (a, b) in inputs if abs(a - 1) < CLOSE and abs(b) < CLOSE]
+    x, (a, b) = (plain[0], (1.0, 0.0)) if plain else inputs[-1]
+    meta = dict(clip.meta)
+    with gm.graph.inserting_before(last):
+        for function, number, nothing in ((operator.mul, a, 1.0), (operator.add, b, 0.0)):
+            if abs(number - nothing) >= CLOSE:
+                x = gm.graph.call_function(function, (x, number))
+                x.meta = dict(meta)
+    _replace(gm, last, nn.Hardsigmoid, x, clip)
+
+
+def _to_unit(gm: fx.GraphModule, clip: fx.Node, bounds: _Map) -> tuple[fx.Node, _Map] | None:
+    """The affine map that the clip's readers apply until the values span [0, 1], and the last of them."""
+    node, (g, d) = clip, (1.0, 0.0)
+    while True:
+        if abs(g * bounds[0] + d) < CLOSE and abs(g * bounds[1] + d - 1) < CLOSE:
+            return node, (g, d)
+        if len(node.users) != 1:
+            return None
+        (user,) = node.users
+        following = _numbers(gm, user)
+        if following is None:
+            return None
+        g, d = following[0] * g, following[0] * d + following[1]
+        node = user
+
+
+def _maps_before(gm: fx.GraphModule, node: Any) -> list[tuple[fx.Node, _Map]]:
+    """Values of which ``node`` is an affine map, the nearest first."""
+    found: list[tuple[fx.Node, _Map]] = []
+    a, b = 1.0, 0.0
+    while True:
+        inner = _numbers(gm, node)
+        if inner is None:
+            return found
+        a, b = a * inner[0], a * inner[1] + b
+        node = affine_source(gm, node)
+        found.append((node, (a, b)))
+
+
+def affine_source(gm: fx.GraphModule, node: fx.Node) -> fx.Node:
+    """The value that an affine map reads."""
+    affine = affine_of(gm, node)
+    assert affine is not None
+    return affine.source
+
+
+def _numbers(gm: fx.GraphModule, node: Any) -> _Map | None:
+    """A and b where ``node`` is an affine map of one value by two numbers."""
+    affine = affine_of(gm, node)
+    if affine is None or affine.axis is not None:
         return None
-    x = _shifted(gm, whole)
-    if x is not None:
-        return nn.Hardsigmoid, x, whole
-    if whole.target is operator.mul and len(whole.args) == 2:
-        factors: Any = whole.args
-        for factor, gate in (factors, factors[::-1]):
-            x = _shifted(gm, gate)
-            if x is not None and x is factor:
+    return float(affine.scale), float(affine.shift)
+
+
+def _hard_swish(gm: fx.GraphModule, node: Any) -> tuple[type[nn.Module], fx.Node, fx.Node] | None:
+    """A sixth of ``x * relu6(x + 3)``."""
+    sixth = _numbers(gm, node)
+    if sixth is None or abs(6 * sixth[0] - 1) >= CLOSE or abs(sixth[1]) >= CLOSE:
+        return None
+    whole = affine_source(gm, node)
+    if whole.target is not operator.mul or len(whole.args) != 2 or len(whole.users) != 1:
+        return None
+    factors: Any = whole.args
+    for factor, gate in (factors, factors[::-1]):
+        if not is_call(gm, gate, nn.ReLU6):
+            continue
+        for x, (a, b) in _maps_before(gm, gate.args[0]):
+            if x is factor and abs(a - 1) < CLOSE and abs(b - 3) < CLOSE:
                 return nn.Hardswish, x, gate
-    return None
-
-
-def _shifted(gm: fx.GraphModule, node: Any) -> fx.Node | None:
-    """The x of ``relu6(x + 3)``."""
-    if not is_call(gm, node, nn.ReLU6):
-        return None
-    added = node.args[0]
-    if not isinstance(added, fx.Node) or added.target is not operator.add or len(added.args) != 2:
-        return None
-    for x, three in (added.args, added.args[::-1]):
-        if isinstance(three, (int, float)) and three == 3 and isinstance(x, fx.Node):
-            return x
-    return None
-
-
-def _sixth_of(node: fx.Node) -> Any:
-    if len(node.args) != 2:
-        return None
-    a, b = node.args
-    if node.target is operator.truediv and isinstance(b, (int, float)) and b == 6:
-        return a
-    if node.target is operator.mul:
-        for x, factor in ((a, b), (b, a)):
-            if isinstance(factor, float) and abs(factor * 6 - 1) < 1e-6:
-                return x
     return None

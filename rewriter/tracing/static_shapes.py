@@ -26,6 +26,8 @@ def fix_sizes(gm: fx.GraphModule) -> None:
     gm.recompile()
     two, three = (_shapes(gm, batch) for batch in (2, 3))
     for node in gm.graph.nodes:
+        if node.op == "call_module":  # which may well be called squeeze
+            continue
         if node.op == "call_method" and node.target in _RESHAPES:
             pass
         elif (

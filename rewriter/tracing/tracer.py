@@ -115,6 +115,8 @@ class Tracer(fx.Tracer):
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
         if module_qualified_name in self.leaves:
             return True
+        if type(m).__name__ == "DeformConv2d" and type(m).__module__.startswith("torchvision."):
+            return True
         hooked = m._forward_hooks or m._forward_pre_hooks  # what they compute is part of the graph
         return (
             not hooked

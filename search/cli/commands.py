@@ -9,6 +9,7 @@ from typing import Any
 import typer
 
 from rewriter import cost, find_sites
+from rewriter.damage import fidelity_of
 from search.cli.console import err, out, progress, say
 from search.cli.finetune_commands import as_trained, train_chosen, with_training
 from search.cli.options import Plans
@@ -16,9 +17,11 @@ from search.cli.summary import show_results
 from search.cli.tables import sensitivity_table, sites_table
 from search.config.schema import Config, ConfigError, load_config
 from search.export.ship import ship
-from search.job import IN_MEMORY, Job, float_metric, load_network, open_job
+from search.export.trained import with_weights
+from search.job import IN_MEMORY, Job, Network, engine_of, float_metric, load_network, open_job
 from search.optimize import fixed, optimize
 from search.report import write_report
+from search.report.file_facts import told_of_float
 from search.report.finish import draw
 from search.report.rows import loss_said
 from search.report.sensitivity_svg import write_sensitivity_svg
@@ -53,13 +56,28 @@ def check(config: Path, quiet: bool = False) -> None:
         ("target", cfg.target),
         ("float", float_metric(network)),
         ("sites", f"{len(found) - near}, and {near} near misses (quantfix sites)"),
+        *_file_facts(cfg, network),
     ]
+    facts += [("output", line) for line in fidelity_of(gm).about]
     facts += [
         ("opaque", f"{part.name} ({part.kind}): {part.reason} {part.line}")
         for part in gm.meta["opaque"]
     ]
     for name, fact in [] if quiet else facts:
         say(f"{name:>10}  {fact}")
+
+
+def _file_facts(cfg: Config, network: Network) -> list[tuple[str, str]]:
+    """What the file of plain int8 computes in int8, and what not."""
+    done, engine = network.file, engine_of(cfg)
+    share, wanted = done.int8_share, cfg.search.min_int8_share
+    facts = [("int8", f"{share:.1%} of the MACs in int8 kernels ({engine.name})")]
+    reasons = {layer.layer: layer.reason for layer in done.float_layers}
+    if reasons or done.float_ops:
+        facts.append(("in float", told_of_float(reasons, done.float_ops)))
+    if share < wanted:
+        facts.append(("warning", f"less than {wanted:.0%} (search.min_int8_share)"))
+    return facts
 
 
 def analyze(
@@ -140,6 +158,7 @@ def export(
     out_dir: Path | None = None,
     compared: bool = False,
     untrained: bool = False,
+    weights: Path | None = None,
     quiet: bool = False,
 ) -> None:
     """The chosen network: int8 ONNX, float source and weights, ranges, and what changed.
@@ -149,7 +168,9 @@ def export(
     results = load_results(folder)
     score = results.picked(pick)
     job = _reopened(results, quiet)
-    if not untrained:
+    if weights is not None:
+        job = with_weights(job, score.plan, weights)
+    elif not untrained:
         job, score = as_trained(job, results, score, quiet)
     _export(job, score, out_dir or folder / "export", quiet, compared)
 
@@ -172,7 +193,7 @@ def fix(
     cfg, folder = _opened(
         config, out_dir, seed=seed, trials=trials, timeout=timeout, workers=workers, **given
     )
-    goal, ratio = Goal(cfg.search.max_drop, cfg.search.max_damage), cfg.search.max_macs
+    goal, ratio = Goal(cfg.search.max_drop, cfg.search.max_damage), cfg.search.most_macs
     if goal == Goal():
         raise ConfigError(
             "fix: how much may be lost? --max-drop POINTS, without labels --max-damage DAMAGE (or "

@@ -64,5 +64,5 @@ def refused(message: str, error: Exception | None = None) -> int:
 
 
 def say(text: str, console: Console | None = None) -> None:
-    """Print text as it is: a path or a plan must stay on one line and without colours."""
+    """Print text as it is: a path or a plan must stay on one line and without colors."""
     (console or out).print(text, markup=False, highlight=False, emoji=False, soft_wrap=True)

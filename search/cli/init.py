@@ -120,7 +120,7 @@ class Calibration:
         raise NotImplementedError("{mark}: Calibration.__len__")
 
     def __getitem__(self, index: int) -> Tensor:
-        # {mark}: one input as the network reads it, normalised, float32 such as {shape}
+        # {mark}: one input as the network reads it, normalized, float32 such as {shape}
         raise NotImplementedError("{mark}: Calibration.__getitem__")
 
 

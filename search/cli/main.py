@@ -226,6 +226,12 @@ def export(
     untrained: Annotated[
         bool, typer.Option("--untrained", help="A fine-tuned plan as it was before.")
     ] = False,
+    weights: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FILE", help="Trained weights of the plan's architecture (quantfix.rewrite)."
+        ),
+    ] = None,
     quiet: Quiet = False,
 ) -> None:
     """The chosen network: int8 ONNX, float source and weights, ranges, and what changed.
@@ -236,7 +242,7 @@ def export(
     """
     from search.cli import commands
 
-    commands.export(folder, pick, out_dir, compared, untrained, quiet)
+    commands.export(folder, pick, out_dir, compared, untrained, weights, quiet)
 
 
 @app.command()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from search.cli.console import out, say
 from search.cli.tables import finetuned_table, front_table, ladder_table, reference_table
+from search.report.file_facts import file_warnings
 from search.results import Results
 
 
@@ -20,5 +21,7 @@ def show_results(results: Results, quiet: bool) -> None:
     say(results.advice())
     if results.luck():
         say(results.luck())
+    for line in file_warnings(results):
+        say(line)
     for name in ("front.json", "report.html", "report.md"):
         say(f"written: {results.folder / name}")

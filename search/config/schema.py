@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 import yaml
 from pydantic import (
@@ -21,6 +21,7 @@ from pydantic import (
 
 from rewriter import QuantizeError
 from rewriter import target as named_target
+from rewriter.damage import MeaningError, declared
 from search.config.inputs import DataConfig, FactoryConfig, ModelConfig, Section
 from search.config.messages import Location, dotted, explain, line_of, reason, walk
 from search.engines import check_engines
@@ -44,15 +45,22 @@ class CalibrationConfig(Section):
     method: Literal["minmax", "percentile", "mse"] = "minmax"
 
 
+MOST_MACS, BELOW = 1.15, 0.9  # by default; of a largest cost under 1, how low the front goes
+
+
 class SearchConfig(Section):
     """What is searched, and for how long.
 
     Attributes:
         trials: How many plans are tried.
-        max_macs: Largest cost, as a ratio to the original: 1.15 allows 15 % more.
+        macs: Costs to cover, as ratios to the original: below 1, channels may be taken away.
+        resolution: ``fixed``: images are not made smaller to save compute.
+        max_macs: Largest cost alone: 1.15 allows 15 % more. Default: that of `macs`, or 1.15.
         max_params: Most parameters, as a ratio to the original.
         max_weight_bytes: Largest size of the stored weights, in bytes.
         max_float_layers: Most layers that may stay in float.
+        min_int8_share: Least share of the MACs that the file should compute on int8 kernels; a run whose
+            files compute less warns and says which layers run in float.
         max_float_islands: Most connected groups of such layers.
         max_latency_ms: Longest time for one input, in ONNX Runtime on the machine that searches.
         max_drop: Largest loss against the float model, in points of the metric; for ``fix``.
@@ -76,10 +84,13 @@ class SearchConfig(Section):
     """
 
     trials: int = Field(default=100, ge=1)
-    max_macs: float = Field(default=1.15, gt=0, le=100)
+    macs: tuple[float, float] | None = None
+    resolution: Literal["free", "fixed"] = "free"
+    max_macs: float | None = Field(default=None, gt=0, le=100)
     max_params: float | None = Field(default=None, gt=0, le=100)
     max_weight_bytes: int | None = Field(default=None, ge=1)
     max_float_layers: int | None = Field(default=None, ge=0)
+    min_int8_share: float = Field(default=0.95, ge=0, le=1)
     max_float_islands: int | None = Field(default=None, ge=0)
     max_latency_ms: float | None = Field(default=None, gt=0)
     max_drop: float | None = Field(default=None, ge=0, le=100)
@@ -96,6 +107,25 @@ class SearchConfig(Section):
     workers: int = Field(default=1, ge=1, le=64)
     worker_cpus: int = Field(default=1, ge=1)
     worker_gpus: float = Field(default=0.0, ge=0)
+
+    @field_validator("macs")
+    @classmethod
+    def _rising(cls, value: tuple[float, float] | None) -> tuple[float, float] | None:
+        if value is not None and not 0 < value[0] <= value[1] <= 100:
+            raise ValueError(f"two ratios from small to large, such as [0.7, 1.15]: {list(value)}")
+        return value
+
+    @property
+    def most_macs(self) -> float:
+        """Largest cost of a plan, as a ratio to the original."""
+        return self.max_macs or (MOST_MACS if self.macs is None else self.macs[1])
+
+    @property
+    def least_macs(self) -> float:
+        """Smallest cost that the front has to cover: 1 where nothing is to be saved."""
+        if self.macs:
+            return min(self.macs[0], self.most_macs)
+        return 1.0 if self.most_macs >= 1 else self.most_macs * BELOW
 
 
 class FinetuneConfig(Section):
@@ -154,6 +184,8 @@ class Config(Section):
         task: What the network is for: one of `TASKS`, each of which has a file in `search.tasks`.
         postprocess: Detection only: raw outputs to boxes, scores and labels.
         metric: Custom only: outputs and targets to a number.
+        outputs: What each output of the network means, where the task does not say it or says
+            something else; see docs/damage.md.
         target: Name of an int8 profile of `rewriter.TARGETS`.
         engine: What scores a candidate, or several, best first, of which the first that can run here does. ``auto``: the
             target's own kernels where they run here, else a simulation.
@@ -165,6 +197,7 @@ class Config(Section):
     data: DataConfig
     postprocess: FactoryConfig | None = None
     metric: MetricConfig | None = None
+    outputs: Any = None
     target: str = "onnxruntime"
     engine: str | list[str] = "auto"
     device: str = Field(default="auto", pattern=r"^(auto|cpu|cuda(:\d+)?)$")
@@ -195,6 +228,16 @@ class Config(Section):
     def _engines_run_the_target(self) -> Config:
         check_engines(self.engines, self.target)
         return self
+
+    @field_validator("outputs")
+    @classmethod
+    def _readable_outputs(cls, value: Any) -> Any:
+        if value is not None:
+            try:
+                declared(value)
+            except MeaningError as error:
+                raise ValueError(str(error).removeprefix("outputs: ")) from error
+        return value
 
     @model_validator(mode="after")
     def _detection_has_boxes(self) -> Config:

@@ -6,14 +6,13 @@ convolutions, none on batch norm, ReLU6. Some channels go nearly silent under it
 after the following depthwise convolution amplifies what is left of them, so that one channel of a
 folded depthwise weight is tens of times larger than the others and sets the scale.
 Its trained weights are shipped, because how much a network trained like this loses depends on the
-seed and on how the processor rounds; ``weights/digits.json`` records how they were trained, and
+seed and on how the processor rounds; ``shipped/digits.json`` records how they were trained, and
 ``benchmarks/digits_example.py`` trains them again.
 Source: Sandler et al., 2018 (arXiv:1801.04381); Sheng et al., 2018 (arXiv:1803.08607) on the loss.
 """
 
 from __future__ import annotations
 
-import hashlib
 import logging
 import os
 import tempfile
@@ -31,13 +30,14 @@ from sklearn.datasets import load_digits
 from torch import Tensor, nn
 from torch.nn import functional
 
+from rewriter.storage import short
 from search.data.images import Arrays, Data, Inputs
 
 log = logging.getLogger(__name__)
 log.setLevel(logging.INFO)  # training takes a while, which must not pass in silence
 
 SEED = 1  # of the shipped weights
-WEIGHTS = Path(__file__).with_name("weights")  # shipped, one file for each embedded example
+WEIGHTS = Path(__file__).with_name("shipped")  # shipped, one file for each embedded example
 CLASSES = 10
 TRAINING = 897  # of 1797 images; the other 900 evaluate
 CALIBRATION = 128  # the first of the training images
@@ -215,7 +215,7 @@ def cache_folder() -> Path:
 def recipe(seed: int, *sources: Path) -> str:
     """Hash of what the weights depend on: source files, torch and the seed."""
     text = "".join(s.read_text(encoding="utf-8") for s in sources) + torch.__version__ + str(seed)
-    return hashlib.sha256(text.encode()).hexdigest()[:16]
+    return short(text)[:16]
 
 
 def restore(net: nn.Module, file: Path) -> bool:

@@ -6,7 +6,7 @@ convolution, whose channels hold the distances to the sides of the box in pixels
 and the classes. The graph decodes them and ends in one tensor with boxes in pixels beside
 probabilities, as exporters ship detectors. Nothing is planted: what int8 breaks here, it breaks
 because one range for pixels and probabilities leaves the probabilities two or three levels. Its
-trained weights are shipped, with the record of their training in ``weights``.
+trained weights are shipped, with the record of their training in ``shipped``.
 Source: the distances to the sides, Tian et al., 2019 (arXiv:1904.01355).
 """
 

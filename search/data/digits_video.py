@@ -5,7 +5,7 @@ picture. The label of a frame is 1 where it shows the digit that the sequence be
 shown in between; each later digit is that digit in half of the cases, so what a frame shows says nothing about its label.
 The network is a small depthwise one for each frame, trained to tell digits as ``search.data.digits`` trains its own, and
 a GRU over its features. Nothing is planted: what it loses in int8 comes from that training, see there. The trained
-weights are shipped, with the record of their training in ``weights``.
+weights are shipped, with the record of their training in ``shipped``.
 """
 
 from __future__ import annotations

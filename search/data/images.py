@@ -56,7 +56,7 @@ class Data:
 
 @dataclass(frozen=True, kw_only=True)
 class Preprocessing:
-    """How an image becomes an input: resized, central square, scaled to [0, 1], normalised."""
+    """How an image becomes an input: resized, central square, scaled to [0, 1], normalized."""
 
     size: int
     mean: tuple[float, ...]

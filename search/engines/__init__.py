@@ -1,6 +1,6 @@
 """What runs an int8 network: one file for each runtime, one line for each in the registry."""
 
-from search.engines.engine import Engine, Session
+from search.engines.engine import Engine, Session, read_back
 from search.engines.onnxruntime import OnnxRuntime
 from search.engines.registry import (
     ENGINES,
@@ -24,6 +24,7 @@ __all__ = [
     "engine_named",
     "engines_of_form",
     "forms",
+    "read_back",
     "scoring_engine",
     "shipping_engines",
     "takes",

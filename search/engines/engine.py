@@ -7,12 +7,13 @@ runtime is imported when it is first used, since most are optional.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 from torch import Tensor
 
 from rewriter import Quantized
 from rewriter.int8 import Finding
+from rewriter.int8.onnx import ReadBack, by_annotation
 
 
 class Session(Protocol):
@@ -67,3 +68,17 @@ class Engine(Protocol):
     def lint(self, quantized: Quantized, model: Any) -> Sequence[Finding]:
         """What to know of an emitted model before it is deployed."""
         ...
+
+
+@runtime_checkable
+class ReadsBack(Protocol):
+    """An engine that can say what its files really compute in int8."""
+
+    def read_back(self, quantized: Quantized, model: Any) -> ReadBack: ...
+
+
+def read_back(engine: Engine, quantized: Quantized, model: Any) -> ReadBack:
+    """What an emitted model computes in int8: read from the file, or from the annotations where the engine cannot tell."""
+    if isinstance(engine, ReadsBack):
+        return engine.read_back(quantized, model)
+    return by_annotation(quantized)

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from rewriter import Quantized
 from rewriter.int8 import Finding
-from rewriter.int8.onnx import Session, lint, to_onnx
+from rewriter.int8.onnx import ReadBack, Session, lint, opened, to_onnx
 
 
 class OnnxSession:
@@ -49,3 +49,7 @@ class OnnxRuntime:
 
     def lint(self, quantized: Quantized, model: bytes) -> Sequence[Finding]:
         return lint(quantized, onnx.load_from_string(model))
+
+    def read_back(self, quantized: Quantized, model: bytes) -> ReadBack:
+        _, found = opened(quantized, onnx.load_from_string(model), threads=1)
+        return found

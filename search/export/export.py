@@ -177,7 +177,7 @@ def changes(
         "Nothing was changed."
     ]
     if evaluator.maker is not None:
-        lines += ["", "All weights were then trained end to end with int8 in mind (fine-tuned)."]
+        lines += ["", "All weights were then trained end to end (fine-tuned, or given as a file)."]
     lines += ["", "## Layers", "", *_difference(evaluator.gm, gm), "", "## Measured", ""]
     lines += [
         f"`model_int8.onnx`, this file, in ONNX Runtime on {score.samples} samples:",

@@ -48,7 +48,7 @@ def export_stream(
         )
     gm = trace(job.model(), calibration[:2, :chunk])
     first_output_only(gm)
-    gm.meta["kind"] = job.gm.meta.get("kind")
+    gm.meta["fidelity"] = job.gm.meta.get("fidelity")
     stream = streaming_int8(quantized, plan, job.gm, gm)
     assert stream.quantized is not None
     model = to_onnx(stream.quantized)

@@ -28,6 +28,7 @@ import torch
 from torch import Tensor, fx, nn
 from torch.utils import _pytree as pytree
 
+from rewriter.damage import fidelity_of
 from rewriter.fitting import random_view
 from rewriter.graph import channels_last
 from rewriter.storage import replacing
@@ -210,7 +211,7 @@ class Training:
 
     def _loss(self, found: list[Tensor], wanted: Any) -> Tensor:
         if self.options.loss == "distillation":
-            return self.task.distillation_loss(found, wanted)
+            return fidelity_of(self.teacher).damage(found, wanted).mean()
         return self.task.training_loss(found, wanted)
 
     def _judges(self) -> Iterator[tuple[Tensor, Any]]:

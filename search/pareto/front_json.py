@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from search.pareto.plan_summary import plan_summary
 from search.run_dir.scores import Baseline, Score
 
 
@@ -11,12 +12,15 @@ def point(score: Score) -> dict[str, Any]:
     """A plan with what it costs and keeps."""
     return {
         "plan": score.plan,
+        "summary": plan_summary(score.plan),
         "macs": score.macs,
         "macs_ratio": score.macs_ratio,
         "params": score.params,
         "weight_bytes": score.weight_bytes,
         "float_layers": score.float_layers,
         "float_islands": score.float_islands,
+        "int8_share": score.int8_share,
+        "float_ops": score.float_ops,
         "latency_ms": score.latency_ms,
         "int8": score.metric,
         "int8_interval": None if score.interval is None else list(score.interval),
@@ -37,4 +41,6 @@ def baseline_of(baseline: Baseline) -> dict[str, Any]:
         "int8_interval": interval,
         "macs": baseline.macs,
         "damage": baseline.damage,
+        "int8_share": baseline.int8_share,
+        "float_ops": baseline.float_ops,
     }

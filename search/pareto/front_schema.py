@@ -9,6 +9,12 @@ from pydantic import BaseModel, ConfigDict, Field
 Interval = tuple[float, float]
 
 
+_SHARE: Any = Field(None, description="share of the file's MACs that int8 kernels compute")
+_FLOAT_OPS: Any = Field(
+    None, description="how many operators of each kind run in float in the file"
+)
+
+
 class _Part(BaseModel):
     model_config = ConfigDict(extra="forbid")
 
@@ -41,12 +47,15 @@ class Point(_Part):
     """One plan."""
 
     plan: str = Field(description="its text; empty for the network as it is")
+    summary: str = Field(description="the plan in words")
     macs: int = Field(description="multiply-accumulates per input")
     macs_ratio: float = Field(description="relative to the network as it is")
     params: int
     weight_bytes: int = Field(description="of the stored weights under the target")
     float_layers: int = Field(description="layers with weights that stay in float")
     float_islands: int = Field(description="connected groups of them")
+    int8_share: float | None = _SHARE
+    float_ops: dict[str, int] | None = _FLOAT_OPS
     latency_ms: float | None = Field(description="median for one input, where it was asked for")
     int8: float | None = Field(description="metric of the int8 network, null without labels")
     int8_interval: Interval | None = Field(
@@ -71,6 +80,16 @@ class Point(_Part):
     )
 
 
+class ControlEntry(_Part):
+    """A plan that saves by one knob for the whole network: what the front has to beat."""
+
+    macs_ratio: float
+    int8: float | None
+    damage: float | None
+    how: str = Field(description="lower resolution, or uniform thinning")
+    plan: str
+
+
 class BaselineEntry(_Part):
     """The network as it is."""
 
@@ -79,6 +98,8 @@ class BaselineEntry(_Part):
     int8_interval: Interval | None
     macs: int
     damage: float | None
+    int8_share: float | None = _SHARE
+    float_ops: dict[str, int] | None = _FLOAT_OPS
 
 
 class FrontFile(_Part):
@@ -102,6 +123,8 @@ class FrontFile(_Part):
     ties: list[Point] = Field(description="cannot be told from a point on these samples")
     overtaken: list[str] = Field(description="plans that fell off the front when confirmed")
     references: list[Point] = Field(description="plain int8, and the most harmful layers in float")
+    control: list[ControlEntry] = Field(description="what plans that cost less are compared with")
+    separable: int = Field(description="points that differ from the one before beyond the noise")
     best: str | None = Field(description="plan with the best int8 quality")
     knee: str | None = Field(description="plan after which more compute buys little")
     hypervolume: float

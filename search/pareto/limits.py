@@ -12,9 +12,13 @@ from rewriter import Plan, Step, cost
 from rewriter.errors import RewriteError
 from rewriter.graph import layer_name, layers
 from rewriter.int8 import is_decoding
+from rewriter.int8.onnx import ReadBack
 from rewriter.plan import rewrite, rule_named
 from rewriter.rules import WholeModelRule
 from search.run_dir.scores import Score
+
+# Layers in float that a score names, the largest.
+MOST_REASONS = 20
 
 
 @dataclass(frozen=True)
@@ -114,6 +118,16 @@ def size_of(plan: Plan, gm: fx.GraphModule) -> Score:
         # of a layer that a step has split the parts count as one
         float_layers=len({layer_name(node) for node in _weighted(gm) if _in_float(node)}),
         float_islands=float_islands(gm),
+    )
+
+
+def with_file(score: Score, found: ReadBack) -> Score:
+    """A score with what the plan's file computes in int8."""
+    return replace(
+        score,
+        int8_share=round(found.int8_share, 6),
+        float_ops=found.float_ops,
+        float_reasons={layer.layer: layer.reason for layer in found.float_layers[:MOST_REASONS]},
     )
 
 

@@ -6,14 +6,14 @@ from typing import NamedTuple
 
 
 class Look(NamedTuple):
-    """A colour that is seen on white and on black, and what the cause means in words."""
+    """A color that is seen on white and on black, and what the cause means in words."""
 
-    colour: str
+    color: str
     words: str
 
 
 NO_CAUSE = Look("#b0b0b0", "no single cause")
-# Eight hues that differ also for most colour-blind eyes (Okabe and Ito, 2008), in the order in which causes are listed.
+# Eight hues that differ also for most color-blind eyes (Okabe and Ito, 2008), in the order in which causes are listed.
 LOOKS = {
     "weight_channel_spread": Look("#0072b2", "weights: channels of very different range"),
     "weight_outliers": Look("#56b4e9", "weights: a few outliers set the range"),
@@ -27,5 +27,5 @@ LOOKS = {
 
 
 def look(cause: str) -> Look:
-    """That of a cause; of none (or one that is not listed) the grey one."""
+    """That of a cause; of none (or one that is not listed) the gray one."""
     return LOOKS.get(cause, NO_CAUSE)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from search.job import IN_MEMORY
+from search.report.file_facts import file_warnings, in_float
 from search.results import Results
 
 
@@ -30,8 +31,9 @@ def measured(results: Results) -> list[str]:
     unit = (
         "mean KL divergence of the int8 from the float class distribution, in nats"
         if facts["task"] == "classification"
-        else "squared error relative to the float outputs, averaged over output groups"
+        else "by what the outputs mean, averaged over output groups"
     )
+    taken = "; ".join(facts.get("outputs", ()))
     return [
         f"{results.samples} evaluation and {facts['calibration_samples']} calibration samples.",
         *_chosen(results),
@@ -39,8 +41,10 @@ def measured(results: Results) -> list[str]:
         "Intervals: 95 %, bootstrap of (int8 - float) on the same samples, added to the float "
         f"{results.metric}.",
         f"Damage: {unit}.",
+        *([f"Outputs were taken for: {taken}."] if taken else []),
         "MACs: convolutions, linear layers and matrix products of one input; batch norm and "
         "element-wise operations are not counted.",
+        *_in_int8(results),
         f"{len(results.scores)} plans scored, objective {results.objective}; {_limits(results)}.",
         "Versions: " + ", ".join(f"{k} {v}" for k, v in facts["versions"].items()) + ".",
     ]
@@ -60,6 +64,15 @@ def _chosen(results: Results) -> list[str]:
     said += f"{gone} of the chosen plans are beaten on all images and left out." if gone else ""
     said = said if gone else said + "none of the chosen plans is beaten on all images."
     return [said, results.luck()]
+
+
+def _in_int8(results: Results) -> list[str]:
+    """What the best plan's file computes in int8."""
+    best = results.best() if results.front.points else results.empty()
+    if best is None or best.int8_share is None:
+        return []
+    said = f"The best plan's file computes {best.int8_share:.1%} of its MACs in int8. "
+    return [(said + in_float(best)).strip(), *file_warnings(results)]
 
 
 def _limits(results: Results) -> str:

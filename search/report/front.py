@@ -14,7 +14,7 @@ from search.run_dir.scores import Score
 if TYPE_CHECKING:
     from search.results import Results
 
-BLUE, ORANGE, GREEN, RED, GREY = "#2f81d6", "#d9791a", "#1a9e55", "#d6403a", "#8b949e"
+BLUE, ORANGE, GREEN, RED, GRAY = "#2f81d6", "#d9791a", "#1a9e55", "#d6403a", "#8b949e"
 MOST_STEPS = 8  # in a label, which has to fit on a screen
 # Much of what is compared costs no MACs and would hide each other: drawn beside its cost, in steps of the plot's width.
 ASIDE = {"harmful layers in float": -1, "free remedies": 1}
@@ -33,7 +33,7 @@ def front_figure(results: Results) -> Any:
     across = [_percent_more(s) for scores in drawn.values() for s in scores] or [0.0]
     aside = 0.012 * max(max(across) - min(across), 0.8)
     styles: dict[str, dict[str, Any]] = {
-        "other plans": {"mode": "markers", "marker": _marker(GREY, 7, "circle", 0.55)},
+        "other plans": {"mode": "markers", "marker": _marker(GRAY, 7, "circle", 0.55)},
         "harmful layers in float": {
             "mode": "lines+markers",
             "line": {"color": ORANGE, "dash": "dot", "width": 1.5},
@@ -178,13 +178,13 @@ def _add_float(fig: Any, results: Results) -> None:
     level = results.baseline.float
     if results.objective == "damage" or level is None:
         return
-    fig.add_hline(y=level, line={"color": GREY, "dash": "dash", "width": 1})
+    fig.add_hline(y=level, line={"color": GRAY, "dash": "dash", "width": 1})
     fig.add_scatter(
         name="float",
         x=[0.0],
         y=[level],
         mode="markers",
-        marker=_marker(GREY, 14, "star"),
+        marker=_marker(GRAY, 14, "star"),
         text=[f"<b>float, as it is</b><br>{escape(results.metric)} {level:.2%}"],
         hovertemplate="%{text}<extra></extra>",
     )
@@ -241,5 +241,5 @@ def _bounds(results: Results, score: Score) -> tuple[float, ...]:
     return score.interval or () if _height(results, score) == score.metric else ()
 
 
-def _marker(colour: str, size: int, symbol: str, opacity: float = 1.0) -> dict[str, Any]:
-    return {"color": colour, "size": size, "symbol": symbol, "opacity": opacity}
+def _marker(color: str, size: int, symbol: str, opacity: float = 1.0) -> dict[str, Any]:
+    return {"color": color, "size": size, "symbol": symbol, "opacity": opacity}

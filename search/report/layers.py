@@ -1,4 +1,4 @@
-"""What int8 breaks: the layers by damage, coloured by what causes it."""
+"""What int8 breaks: the layers by damage, colored by what causes it."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def layers_section(sensitivity: Sensitivity | None) -> Section:
     )
     how = (
         f"Each layer alone in int8, all others in float; at most {sensitivity.layer_samples} samples, engine "
-        f"{sensitivity.engine}. Where there is no drop, the damage is an estimate. Colours: the strongest cause."
+        f"{sensitivity.engine}. Where there is no drop, the damage is an estimate. Colors: the strongest cause."
     )
     answered = table(*layer_rows(sensitivity, ROWS))
     body = plot("layers-plot", layers_figure(sensitivity).to_json(), said, how)
@@ -56,7 +56,7 @@ def layers_figure(sensitivity: Sensitivity) -> Any:
                 orientation="h",
                 y=[d.layer for d in group],
                 x=[d.damage for d in group],
-                marker_color=look(cause).colour,
+                marker_color=look(cause).color,
                 text=[_hover(d, sensitivity) for d in group],
                 textposition="none",
                 hovertemplate="%{text}<extra></extra>",
@@ -70,7 +70,7 @@ def layers_figure(sensitivity: Sensitivity) -> Any:
                 orientation="h",
                 y=[v.value for v in ends],
                 x=[v.damage for v in ends],
-                marker={"color": look("shared_range").colour, "pattern": {"shape": "/"}},
+                marker={"color": look("shared_range").color, "pattern": {"shape": "/"}},
                 text=[_end_said(v) for v in ends],
                 textposition="none",
                 hovertemplate="%{text}<extra></extra>",

@@ -16,7 +16,7 @@ from search.results import Results
 from search.sensitivity.run import Sensitivity
 
 LAYERS = 15
-# Colours of a notebook's own theme cannot be known: ink is inherited, marks are legible on light and dark.
+# Colors of a notebook's own theme cannot be known: ink is inherited, marks are legible on light and dark.
 STYLE = """<style>
 .quantfix svg { max-width: 100%; height: auto; } .quantfix svg text { fill: currentColor; font-size: 12px; }
 .quantfix .axis { stroke: #8b949e; } .quantfix .front { stroke: #2f81d6; fill: none; stroke-width: 1.5; }

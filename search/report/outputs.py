@@ -8,7 +8,7 @@ from typing import Any
 
 from search.report.page import Section, folded, paragraph, table
 
-COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#7f3c8d", "#f0e442")
+COLORS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#7f3c8d", "#f0e442")
 WIDTH, HEIGHT, LEFT, TOP, BOTTOM = 900, 200, 56, 12, 176
 LINES = {
     "float": ("var(--soft)", ""),
@@ -33,7 +33,7 @@ def _boxes(found: Mapping[str, Any]) -> str:
     parts = [
         paragraph(
             "The two images of most damage in plain int8, and one of middling damage. Drawn: boxes with a score of "
-            f"at least {least:g}, coloured by class, with {called} and score; dashed: the labels."
+            f"at least {least:g}, colored by class, with {called} and score; dashed: the labels."
         )
     ]
     rows: list[list[str]] = []
@@ -71,13 +71,13 @@ def _image(image: Mapping[str, Any], name: str, names: Mapping[str, str]) -> str
         for b in truth
     ]
     for box in reversed(boxes):
-        colour = COLOURS[int(box[4]) % len(COLOURS)]
+        color = COLORS[int(box[4]) % len(COLORS)]
         size = max(width, height) / 26
         label = escape(f"{_class(box, names)}: {box[5]:.2f}")
         x, y = max(box[0], 0), max(box[1], size)
-        drawn.append(_rect(box, f"fill: none; stroke: {colour}", line))
+        drawn.append(_rect(box, f"fill: none; stroke: {color}", line))
         drawn.append(
-            f'<text x="{x + line:.1f}" y="{y - line:.1f}" style="fill: #fff; stroke: {colour}; '
+            f'<text x="{x + line:.1f}" y="{y - line:.1f}" style="fill: #fff; stroke: {color}; '
             f'stroke-width: {size / 4:.1f}; paint-order: stroke; font-size: {size:.1f}px">{label}</text>'
         )
     said = f"Sample {image['sample']} with {_count(boxes)} of the {name} network"
@@ -105,7 +105,7 @@ def _curves(found: Mapping[str, Any]) -> str:
     parts = [
         paragraph(
             "The two sequences of most damage in plain int8, and one of middling damage: the score of each frame. "
-            "Shaded: frames whose label is 1. Grey: float, red and dashed: plain int8, blue: rewritten."
+            "Shaded: frames whose label is 1. Gray: float, red and dashed: plain int8, blue: rewritten."
         )
     ]
     for sequence in found["sequences"]:
@@ -163,10 +163,10 @@ def _curve(sequence: Mapping[str, Any]) -> str:
         for f in sorted({0, frames // 2, frames - 1})
     ]
     for name, scores in sequence["scores"].items():
-        colour, dash = LINES.get(name, ("var(--ref)", "2 3"))
+        color, dash = LINES.get(name, ("var(--ref)", "2 3"))
         points = " ".join(f"{x(i):.1f},{y(v):.1f}" for i, v in enumerate(scores))
         drawn.append(
-            f'<polyline points="{points}" style="fill: none; stroke: {colour}; stroke-width: 2; '
+            f'<polyline points="{points}" style="fill: none; stroke: {color}; stroke-width: 2; '
             f'stroke-dasharray: {dash or "none"}"><title>{escape(name)}</title></polyline>'
         )
     said = (

@@ -50,15 +50,15 @@ pre { background: var(--panel); border: 1px solid var(--line); border-radius: 6p
   th, td { padding: .2rem .35rem; } th:first-child, td:first-child { min-width: 7rem; } * { print-color-adjust: exact; } }
 """
 
-# Plotly writes its colours into the figure, so they are set again when the theme or the medium changes.
+# Plotly writes its colors into the figure, so they are set again when the theme or the medium changes.
 SCRIPT = """
 (() => {
   const dark = matchMedia('(prefers-color-scheme: dark)');
-  const colour = name => getComputedStyle(document.documentElement).getPropertyValue(name).trim();
+  const color = name => getComputedStyle(document.documentElement).getPropertyValue(name).trim();
   const plots = [];
   const theme = print => {
     const light = {'--ink': '#000', '--paper': '#fff', '--line': '#bbb', '--soft': '#444'};
-    const of = name => print ? light[name] : colour(name);
+    const of = name => print ? light[name] : color(name);
     for (const plot of plots) {
       const ink = of('--ink'), line = of('--line'), paper = of('--paper'), change = {
         'font.color': ink, 'paper_bgcolor': paper, 'plot_bgcolor': paper,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from search.pareto.plan_summary import short
 from search.results import Results
 from search.run_dir.scores import Score
 from search.sensitivity.run import Sensitivity
@@ -63,15 +64,17 @@ def _against_float(results: Results, score: Score) -> str:
 
 
 def score_rows(scores: Sequence[Score]) -> tuple[list[str], list[list[str]]]:
-    names = ["plan", "MACs", "int8", "95 % interval", "float", "damage", "float layers", "engine"]
+    names = ["plan", "MACs", "int8", "95 % interval", "float", "damage", "in int8", "float layers"]
+    names += ["engine"]
     rows = [
         [
-            s.plan or "(as it is)",
+            short(s.plan) or "(as it is)",
             f"{s.macs / 1e6:.1f} M {s.macs_ratio - 1:+.1%}",
             percent(s.metric),
             "" if s.interval is None else f"{s.interval[0]:.2%} to {s.interval[1]:.2%}",
             percent(s.metric_float),
             "" if s.damage is None else f"{s.damage:.4g}",
+            "" if s.int8_share is None else f"{s.int8_share:.1%}",
             str(s.float_layers),
             s.engine,
         ]

@@ -1,4 +1,4 @@
-"""The sensitivity of a network as a picture: ranked bars coloured by cause, and the cumulative curve."""
+"""The sensitivity of a network as a picture: ranked bars colored by cause, and the cumulative curve."""
 
 from __future__ import annotations
 
@@ -67,7 +67,7 @@ def _cause(row: Mapping[str, Any]) -> str:
 def _key(cause: str, place: int) -> str:
     x, y = 12 + 280 * (place % 3), 62 + ROW * (place // 3)
     label = cause.replace("_", " ") or "no cause above its threshold"
-    box = f'<rect x="{x}" y="{y - 10}" width="12" height="12" fill="{look(cause).colour}"/>'
+    box = f'<rect x="{x}" y="{y - 10}" width="12" height="12" fill="{look(cause).color}"/>'
     return f'{box}<text x="{x + 18}" y="{y}">{escape(label)}</text>'
 
 
@@ -76,8 +76,8 @@ def _bars(rows: Sequence[Mapping[str, Any]], top: float) -> list[str]:
     found: list[str] = []
     for i, row in enumerate(rows):
         y, wide = top + ROW * i, (WIDTH - LABEL - RIGHT) * row["damage"] / largest
-        colour = look(_cause(row)).colour
-        fill = f'fill="{colour}"' if row["exact"] else f'fill="#fff" stroke="{colour}"'
+        color = look(_cause(row)).color
+        fill = f'fill="{color}"' if row["exact"] else f'fill="#fff" stroke="{color}"'
         told = ", ".join(
             f"{c['cause']} {c['number']:g} (threshold {c['threshold']:g}) of {c['about']}"
             for c in row["evidence"]

@@ -36,7 +36,7 @@ def outputs_shown(
     Args:
         evaluator: Of the run.
         networks: Quantized networks by what to call them.
-        mean: With which the inputs were normalised, to show them as images; None: they are stretched.
+        mean: With which the inputs were normalized, to show them as images; None: they are stretched.
         std: By which they were divided.
         names: Of the classes.
 

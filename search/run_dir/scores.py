@@ -8,7 +8,6 @@ again.
 
 from __future__ import annotations
 
-import hashlib
 import io
 import json
 import logging
@@ -23,7 +22,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from rewriter.storage import Place, replacing
+from rewriter.storage import Place, replacing, short
 from search.run_dir.files import REMEDY, RunError, append, finite, mend, read_json, write_json
 from search.run_dir.shared_scores import Exchange
 from search.run_dir.validation import checked, fault_of_run
@@ -52,6 +51,10 @@ class Score:
         damage: Fidelity damage to the float network, lower is better; see the task.
         engine: What computed the int8 outputs, such as ``onnxruntime`` or ``simulate``.
         engine_version: Version of that runtime.
+        int8_share: Share of the MACs that the file computes on int8 kernels, in [0, 1]; None where a
+            version scored the plan that did not look. So are the next two.
+        float_ops: How many operators of each kind run in float in the file.
+        float_reasons: Why layers with weights run in float in it, by name.
         samples: How many samples these numbers are of.
         stopped: Whether the plan was given up after so many samples, because it was clear that it
             is not on the front. Its numbers are no substitute for those on all of them.
@@ -74,6 +77,9 @@ class Score:
     damage: float | None = None
     engine: str = ""
     engine_version: str = ""
+    int8_share: float | None = None
+    float_ops: dict[str, int] | None = None
+    float_reasons: dict[str, str] | None = None
     samples: int = 0
     seconds: float = 0.0
     stopped: bool = False
@@ -122,13 +128,15 @@ class Samples:
 
 @dataclass(frozen=True)
 class Baseline:
-    """The network as it is: metric in float and in int8, cost, and the damage that int8 does."""
+    """The network as it is: metric in float and in int8, cost, the damage that int8 does, and what its file does in int8."""
 
     float: float | None
     int8: float | None
     macs: int
     damage: float | None
     interval: tuple[float, float] | None = None
+    int8_share: float | None = None
+    float_ops: dict[str, int] | None = None
 
 
 @dataclass
@@ -245,7 +253,7 @@ class Records:
         return len(self._scores)
 
     def _samples_path(self, plan: str) -> Path:
-        key = hashlib.sha256(f"{self.fingerprint}\n{plan}".encode()).hexdigest()[:32]
+        key = short(f"{self.fingerprint}\n{plan}")
         return self.folder / "samples" / f"{key}.npz"
 
 
@@ -340,7 +348,7 @@ def note(folder: Path, **facts: Any) -> None:
 
 def fingerprint(parts: Mapping[str, str]) -> str:
     """One hash of all ingredients."""
-    return hashlib.sha256(json.dumps(dict(sorted(parts.items()))).encode()).hexdigest()[:32]
+    return short(json.dumps(dict(sorted(parts.items()))))
 
 
 def _packed(samples: Samples) -> bytes:

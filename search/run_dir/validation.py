@@ -28,6 +28,8 @@ class _Baseline(_Strict):
     macs: Annotated[int, Field(ge=0)]
     damage: float | None
     interval: Annotated[list[float], Field(min_length=2, max_length=2)] | None = None
+    int8_share: float | None = None
+    float_ops: dict[str, int] | None = None
 
 
 class _Goal(_Strict):

@@ -10,10 +10,10 @@ from dataclasses import dataclass, field
 from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from rewriter.damage import Fidelity
 from search.data.evaluation_set import SampleSet
 from search.pareto.front import paired_interval, replicate_interval, resampled_indices
 from search.run_dir.scores import Array, Samples, Score
@@ -40,12 +40,14 @@ class Measure:
     """Compares outputs with those of the float network, on all samples or on a part of them.
 
     Attributes:
-        task: Metric and damage.
+        task: The metric.
+        fidelity: The damage.
         samples: What the outputs are of.
         reference: Gives the float network's flat outputs over all samples, each (n, ...).
     """
 
     task: Task
+    fidelity: Fidelity
     samples: SampleSet
     reference: Callable[[], list[Tensor]]
     _float: dict[Part, tuple[float | None, Samples | None]] = field(
@@ -97,17 +99,9 @@ class Measure:
         return found, own
 
     def _damage(self, outputs: Sequence[Tensor], part: Part) -> Array:
-        """(k,) damage of each sample of a part.
-
-        A task may scale its damage by what it sees of the float outputs, so it is always shown
-        those of all samples: then a sample's damage does not depend on the part it is in.
-        """
-        start, stop = part
-        reference = self.reference()
-        if (start, stop) != (0, self.samples.count):
-            whole = zip(reference, outputs, strict=True)
-            outputs = [torch.cat([r[:start], o.to(r.dtype), r[stop:]]) for r, o in whole]
-        return self.task.damage(reference, outputs).double().cpu().numpy()[start:stop]
+        """(k,) damage of each sample of a part."""
+        reference = [o[slice(*part)] for o in self.reference()]
+        return self.fidelity.damage(outputs, reference).cpu().numpy()
 
     def _values(self, outputs: Sequence[Tensor], part: Part, damage: Array) -> Samples:
         targets = self._targets(part)

@@ -127,7 +127,7 @@ def analyze(
         metric=metric,
         metric_name=evaluator.task.metric,
         higher_is_better=evaluator.task.higher_is_better,
-        kind=evaluator.gm.meta.get("kind"),
+        fidelity=evaluator.gm.meta.get("fidelity"),
         exact=exact,
         seed=evaluator.seed,
         journal=folder / "sensitivity.jsonl",
@@ -156,7 +156,7 @@ def float_gains_on(evaluator: RewriteEvaluator, plan: Plan) -> dict[str, float]:
     """What each layer in float takes off the damage that is left with a plan, by layer name; see `rewriter.sensitivity.float_gains`."""
     quantized = evaluator.assembled(plan).quantized
     inputs = _first_inputs(evaluator, min(evaluator.samples.count, FEW))
-    return float_gains(quantized, inputs, kind=evaluator.gm.meta.get("kind"), seed=evaluator.seed)
+    return float_gains(quantized, inputs, seed=evaluator.seed)
 
 
 def read_sensitivity(

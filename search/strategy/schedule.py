@@ -19,9 +19,17 @@ from rewriter import Plan, Step, find_sites
 from rewriter.ladder import REMEDIES, Rung, Splits, exact_splits
 from search.run_dir.scores import Score
 from search.sensitivity.run import Sensitivity
+from search.strategy.budgets import Savings
 from search.strategy.damage_model import refitted
 from search.strategy.ladder_replay import rungs, start
-from search.strategy.space import KEEP_FLOAT, Space, predicted_front, reference_plans, single_plans
+from search.strategy.space import (
+    KEEP_FLOAT,
+    Space,
+    predicted_front,
+    reference_plans,
+    saves,
+    single_plans,
+)
 
 # What to score next, given all scores so far by plan.
 Worth = Callable[[Mapping[str, Score]], Sequence[Plan]]
@@ -47,9 +55,10 @@ def worth_trying(
     trials: int,
     admits: Callable[[Plan], bool] = lambda plan: True,
     gains_on: Callable[[Plan], Mapping[str, float]] | None = None,
+    savings: Savings | None = None,
 ) -> Schedule:
     """What to score before TPE is asked, given the scores so far by plan text; arguments as for `Schedule`."""
-    return Schedule(gm, space, sensitivity, trials, admits, gains_on)
+    return Schedule(gm, space, sensitivity, trials, admits, gains_on, savings)
 
 
 @dataclass(frozen=True)
@@ -97,6 +106,7 @@ class Schedule:
         gains_on: The share of the damage of a plan that each layer in float takes away, by layer
             name; asked of the ladder's best rung, where other layers hurt than in plain int8. None:
             the shares of plain int8 stand for it.
+        savings: Plans that cost less than the network as it is; None: none are wanted.
     """
 
     gm: fx.GraphModule
@@ -105,11 +115,12 @@ class Schedule:
     trials: int
     admits: Callable[[Plan], bool] = lambda plan: True
     gains_on: Callable[[Plan], Mapping[str, float]] | None = None
+    savings: Savings | None = None
     _shares: dict[Plan, dict[Step, float]] = field(
         default_factory=dict[Plan, dict[Step, float]], init=False, repr=False, compare=False
     )
-    _ladders: dict[tuple[Score, ...], tuple[Rung, ...] | Plan] = field(
-        default_factory=dict[tuple[Score, ...], "tuple[Rung, ...] | Plan"],
+    _ladders: list[tuple[tuple[Score, ...], tuple[Rung, ...] | Plan]] = field(
+        default_factory=list["tuple[tuple[Score, ...], tuple[Rung, ...] | Plan]"],
         init=False,
         repr=False,
         compare=False,
@@ -120,9 +131,11 @@ class Schedule:
         """In the order in which they are carried out."""
         return (
             self.ladder,
+            self.less_compute,
             self.layers_in_float,
             self.without_damage,
             self.single_answers,
+            self.compute_neutral,
             self.predicted,
             self.corrected,
         )
@@ -143,6 +156,31 @@ class Schedule:
             plans = (*self._curve[:1], *_below(self.gm, scores, self._splits), ladder)
             return list(dict.fromkeys(plans))
         return [*self._curve[:1], *(r.plan for r in ladder if not r.note)]
+
+    def less_compute(self, scores: Scores) -> list[Plan]:
+        """On the ladder's best rung, the best plan for each budget below the network as it is."""
+        rung = self._rung(scores)
+        plans: list[Plan] = []
+        if self.savings is None or rung is None:
+            return plans
+        for lot in self.savings.phases(rung.plan, scores):
+            plans += [plan for plan in lot if self.admits(plan)]
+            if any(str(p) not in scores for p in plans):
+                break
+        return plans
+
+    def compute_neutral(self, scores: Scores) -> list[Plan]:
+        """Rewrites that cost MACs and have shown a gain, paid for by what is saved elsewhere."""
+        basis = self._basis(scores)
+        if self.savings is None or basis is None:
+            return []
+        if any(str(p) not in scores for p in self.single_answers(scores)):
+            return []
+        known = self._all_known(basis, scores)
+        spend = [s for s in known.measured if self.space.extra_macs.get(s, 0) > 0]
+        gains = {s: basis.damage * (1 - math.exp(-known.gain[s])) for s in spend}
+        plans = self.savings.with_spending(basis.plan, scores, gains)
+        return [plan for plan in plans if self.admits(plan)]
 
     def layers_in_float(self, scores: Scores) -> list[Plan]:
         """On the ladder's best rung, the layers in float that should gain most."""
@@ -214,10 +252,9 @@ class Schedule:
     def _climbed(self, scores: Scores) -> tuple[Rung, ...] | Plan:
         """The ladder as far as it is scored; every phase asks for that of the same scores."""
         key = tuple(scores.values())
-        if key not in self._ladders:
-            self._ladders.clear()
-            self._ladders[key] = rungs(self.gm, scores, self._splits)
-        return self._ladders[key]
+        if not self._ladders or self._ladders[0][0] != key:
+            self._ladders[:] = [(key, rungs(self.gm, scores, self._splits))]
+        return self._ladders[0][1]
 
     def _rung(self, scores: Scores) -> Basis | None:
         """The best rung of the ladder; None while it is not known, or where its damage is none or infinite."""
@@ -269,7 +306,7 @@ class Schedule:
 
     def _known(self, basis: Basis, answers: Sequence[Plan], scores: Scores) -> Known:
         """What those of some answers have shown that are scored."""
-        steps = [step for step in self.space.steps() if step not in basis.plan.steps]
+        steps = [s for s in self.space.steps() if s not in basis.plan.steps and not saves(s)]
         gain = dict.fromkeys(steps, 0.0)
         measured: set[Step] = set()
         for step in steps:

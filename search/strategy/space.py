@@ -10,7 +10,7 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 from numpy.typing import NDArray
@@ -23,15 +23,23 @@ KEEP = "keep"
 KEEP_FLOAT = "keep_float"
 CUMULATIVE = (1, 2, 3, 5, 8)
 LIMIT = 24  # anchors
+WORTH = 1e-3  # of all MACs: what saves less is not worth a choice
 HARMLESS = 0.01  # of the harm of the worst anchor: below that, in a large space, not worth a trial
 
 
 @dataclass(frozen=True)
 class Budget:
-    """Upper bounds that a plan must meet to be proposed or on the front; None: no bound."""
+    """Bounds that a plan must meet to be proposed or on the front; None: no bound.
+
+    Attributes:
+        macs: Most of them.
+        float_layers: The same of layers in float.
+        least_macs: What a proposal saves no more below.
+    """
 
     macs: float | None = None
     float_layers: int | None = None
+    least_macs: float | None = None
 
     def meets(self, macs: float, float_layers: int) -> bool:
         return (self.macs is None or macs <= self.macs) and (
@@ -74,7 +82,11 @@ class Space:
         return [_step(slot, rule) for slot, rules in self.choices.items() for rule in rules[1:]]
 
     def predicted_macs(self, plan: Plan) -> int:
-        return self.macs + sum(self.extra_macs.get(step, 0) for step in plan.steps)
+        scales = [s for s in plan.steps if rule_named(s.rule).scales]
+        macs = self.macs + sum(self.extra_macs.get(s, 0) for s in plan.steps if s not in scales)
+        for step in scales:
+            macs = round(macs * (1 + self.extra_macs.get(step, 0) / self.macs))
+        return macs
 
     def plan(self, choice: Mapping[str, str]) -> Plan:
         """The valid plan for a choice per slot.
@@ -89,23 +101,33 @@ class Space:
     def repair(self, wanted: Iterable[Step]) -> Plan:
         """The steps of `wanted` that fit together and into the budget, as a plan."""
         last = len(self._rank)
+        ranked = sorted(
+            set(wanted), key=lambda s: (self._rank.get(slot_of(s), last), s.rule, s.anchor)
+        )
+        # what is saved later may pay for what comes first
+        saved = sum(min(0, self.extra_macs.get(s, 0)) for s in self._together(ranked, -math.inf))
+        return Plan(tuple(self._together(ranked, self.macs + saved)))
+
+    def _together(self, ranked: Sequence[Step], macs: float) -> list[Step]:
+        """The steps that fit with those before them, and where they add MACs to so many, into the budget."""
         taken: list[Step] = []
         used: set[str] = set()
-        macs, floats = self.macs, 0
-        for step in sorted(
-            set(wanted), key=lambda s: (self._rank.get(slot_of(s), last), s.rule, s.anchor)
-        ):
+        floats, left = 0, self.macs
+        for step in ranked:
             needs = self.nodes.get(step)
+            more = self.extra_macs.get(step, 0)
             if needs is None or needs & used:
                 continue
-            more_macs = macs + self.extra_macs.get(step, 0)
-            more_floats = floats + (step.rule == KEEP_FLOAT)
-            if not self.budget.meets(more_macs, more_floats):
+            spent = macs + max(0, more) if more > 0 else 0.0
+            if not self.budget.meets(spent, floats + (step.rule == KEEP_FLOAT)):
+                continue
+            if more < 0 and left + more < (self.budget.least_macs or 0.0):
                 continue
             taken.append(step)
             used |= needs
-            macs, floats = more_macs, more_floats
-        return Plan(tuple(taken))
+            macs, left = macs + max(0, more), left + min(0, more)
+            floats += step.rule == KEEP_FLOAT
+        return taken
 
     def choice(self, plan: Plan) -> dict[str, str] | None:
         """The choice per slot that stands for a plan, None where it is not in the space."""
@@ -140,6 +162,11 @@ def slot_of(step: Step) -> str:
     return step.anchor if rule.stage == "replace" else f"{step.anchor}/{rule.stage}"
 
 
+def saves(site: Site | Step) -> bool:
+    """Whether a step takes MACs away and is no answer to what int8 does."""
+    return rule_named(site.rule).saves
+
+
 def make_space(
     sites: Sequence[Site],
     damage: Mapping[str, float],
@@ -170,7 +197,7 @@ def make_space(
     places: dict[str, list[Site]] = {}
     harm: dict[str, float] = {}
     for site in sites:
-        if not site.blocked:
+        if not site.blocked and not saves(site):
             anchor = site.nodes[0]
             places.setdefault(anchor, []).append(site)
             known = [damage[n] for n in (*site.nodes, *site.readers) if n in damage]
@@ -186,10 +213,15 @@ def make_space(
     nodes: dict[Step, frozenset[str]] = {}
     extra: dict[Step, int] = {}
     usable: list[Site] = []
-    for site in (site for anchor in kept for site in places[anchor]):
+    thin = [site for site in sites if saves(site) and not site.blocked]
+    for site in [*(site for anchor in kept for site in places[anchor]), *thin]:
         step = Step.at(site)
         added = price(step)
-        if added is None or not budget.meets(macs + added, int(site.rule == KEEP_FLOAT)):
+        if added is None or (saves(site) and added > -WORTH * macs):
+            continue
+        # what is saved elsewhere may pay for what alone is above the budget
+        spent = min(macs, budget.least_macs or macs) + added if added > 0 else 0.0
+        if not budget.meets(spent, int(site.rule == KEEP_FLOAT)):
             continue
         rule = rule_named(site.rule)
         extra[step] = added
@@ -227,7 +259,7 @@ def reference_plans(
 
 
 def single_plans(space: Space, most: int = 12) -> list[Plan]:
-    """Single answers other than leaving a layer in float.
+    """Single answers other than leaving a layer in float or taking channels away.
 
     First those for the whole network, then those for single places: of the most harmful slots the
     first answers, then their second answers together with the first of the next slots, and so on.
@@ -236,6 +268,7 @@ def single_plans(space: Space, most: int = 12) -> list[Plan]:
         (rank + i if space.nodes[_step(slot, rule)] else -1, rank, _step(slot, rule))
         for rank, (slot, rules) in enumerate(space.choices.items())
         for i, rule in enumerate(r for r in rules if r not in (KEEP, KEEP_FLOAT))
+        if not saves(_step(slot, rule))
     ]
     plans = [space.repair([step]) for _, _, step in sorted(ranked, key=lambda r: r[:2])]
     return [plan for plan in plans if plan.steps][:most]
@@ -264,7 +297,11 @@ def predicted_front(
     """
     columns = np.array([[space.macs, 0.0, total]])
     taken: list[tuple[Step, ...]] = [()]
-    for group in _groups(space, {s for s, g in gain.items() if g > 0}):
+    # what costs damage is worth a thought where it saves MACs, which may be above the budget until then
+    useful = {s for s, g in gain.items() if g > 0 or (g < 0 and space.extra_macs.get(s, 0) < 0)}
+    saving = any(space.extra_macs.get(s, 0) < 0 for s in useful)
+    inner = replace(space.budget, macs=None) if saving else space.budget
+    for group in _groups(space, useful):
         more = np.array(
             [
                 [
@@ -276,12 +313,14 @@ def predicted_front(
             ]
         )
         grown = (columns[:, None] + more).reshape(-1, 3)
-        kept = _unbeaten(grown, space.budget)
+        kept = _unbeaten(grown, inner)
         taken = [(*taken[i // len(group)], *group[i % len(group)]) for i in kept.tolist()]
         columns = grown[kept]
+    most_macs = math.inf if space.budget.macs is None else space.budget.macs
     order = np.lexsort((columns[:, 2], columns[:, 0]))
+    order = order[columns[order, 0] <= most_macs]
     lowest = np.minimum.accumulate(columns[order, 2])
-    best = order[np.append(True, lowest[1:] < lowest[:-1])]
+    best = order[np.append(True, lowest[1:] < lowest[:-1])[: len(order)]]
     if len(best) > most:
         best = best[np.unique(np.linspace(0, len(best) - 1, most).round().astype(int))]
     return [(Plan(taken[i]), float(columns[i, 2])) for i in best.tolist()]

@@ -30,6 +30,11 @@ def clashes(gm: fx.GraphModule, sites: Sequence[Site]) -> Iterator[tuple[Step, S
     """
     makes_layers = [s for s in sites if _stage(s) == "replace" and not _only_marks(s)]
     splits = [s for s in sites if _stage(s) == "split"]
+    # one that replaces layers leaves other channels there than were thinned
+    for site in (s for s in sites if _stage(s) == "thin"):
+        for other in makes_layers:
+            if _all_of(site) & _all_of(other):
+                yield Step.at(other), Step.at(site)
     marks = [s for s in sites if _stage(s) == "replace" and _only_marks(s)]
     for site in makes_layers:
         near = [other for other in splits if _all_of(site) & _all_of(other)]

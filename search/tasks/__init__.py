@@ -14,6 +14,7 @@ from search.config import schema
 if TYPE_CHECKING:
     from torch import Tensor, fx
 
+    from rewriter.damage import Purpose
     from search.config.schema import Config
 
 __all__ = ["TASKS", "Task", "task"]
@@ -23,7 +24,7 @@ TASKS: Mapping[str, str] = {name: f"{__name__}.{name}" for name in schema.TASKS}
 
 
 class Task(Protocol):
-    """Metric and damage of one kind of network.
+    """Metric of one kind of network, and what its outputs mean.
 
     `outputs` is the list of flat output tensors over the whole set, each (n, ...); `targets` holds
     n targets in the form that the data yields them.
@@ -44,6 +45,11 @@ class Task(Protocol):
         """Direction of the metric."""
         ...
 
+    @property
+    def purpose(self) -> Purpose:
+        """What the outputs mean where the user does not say it; the damage follows from it."""
+        ...
+
     def per_sample(self, outputs: Sequence[Tensor], targets: Any) -> Tensor | None:
         """(n,) contribution of each sample, whose mean is the metric; None where it is no mean."""
         ...
@@ -55,14 +61,6 @@ class Task(Protocol):
         index: Any = None,
     ) -> float:
         """The metric on all samples, or on those (repeats allowed) that `index` lists."""
-        ...
-
-    def damage(self, reference: Sequence[Tensor], outputs: Sequence[Tensor]) -> Tensor:
-        """(n,) distance of each sample's outputs from the float model's, 0 where equal."""
-        ...
-
-    def distillation_loss(self, outputs: Sequence[Tensor], reference: Sequence[Tensor]) -> Tensor:
-        """Distance of a batch's outputs from the float model's, differentiable; what training lowers."""
         ...
 
     def training_loss(self, outputs: Sequence[Tensor], targets: Any) -> Tensor:

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, fx
 
-from rewriter.damage import kl_divergence
+from rewriter.damage import Purpose
 from search.config.schema import Config, ConfigError
 
 
@@ -19,6 +19,7 @@ class Classification:
     name: str = "classification"
     metric: str = "top1"
     higher_is_better: bool = True
+    purpose: Purpose = "classes"
 
     def per_sample(self, outputs: Sequence[Tensor], targets: Any) -> Tensor:
         """(n,) float64: 1 where the largest logit is the target's, else 0.
@@ -57,17 +58,6 @@ class Classification:
         """Top-1 accuracy as a fraction, of all samples or of those that `index` lists."""
         hits = self.per_sample(outputs, targets)
         return float((hits if index is None else hits[torch.as_tensor(index)]).mean())
-
-    def damage(self, reference: Sequence[Tensor], outputs: Sequence[Tensor]) -> Tensor:
-        """(n,) float64: KL(reference || outputs) of the class distributions, in nats.
-
-        An output that is not finite does infinite damage, so that no ranking lets it pass.
-        """
-        return kl_divergence(_logits(outputs), _logits(reference))
-
-    def distillation_loss(self, outputs: Sequence[Tensor], reference: Sequence[Tensor]) -> Tensor:
-        """Mean KL(reference || outputs), differentiable."""
-        return kl_divergence(_logits(outputs), _logits(reference)).mean()
 
     def training_loss(self, outputs: Sequence[Tensor], targets: Any) -> Tensor:
         """Mean cross-entropy, differentiable."""

@@ -13,7 +13,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, fx
 
-from rewriter.damage import damage as fidelity_damage
+from rewriter.damage import Purpose
 from rewriter.graph import unflatten
 from search.config.schema import Config, ConfigError
 from search.data.user_code import blame, imported
@@ -47,6 +47,7 @@ class Custom:
     """
 
     name = "custom"
+    purpose: Purpose = "unknown"
 
     def __init__(self, function: Metric, higher_is_better: bool = True) -> None:
         self.function = function
@@ -102,14 +103,6 @@ class Custom:
         # the mean weight of a group varies less than that of a sample, by which its influence is counted too small
         spread = np.sqrt(len(matches.group) / groups)
         return matches.whole + spread * (shares - 1) @ matches.influence / groups
-
-    def damage(self, reference: Sequence[Tensor], outputs: Sequence[Tensor]) -> Tensor:
-        """(n,) distance of the outputs from the float network's: KL divergence of class logits, else squared error."""
-        return fidelity_damage(list(outputs), list(reference))
-
-    def distillation_loss(self, outputs: Sequence[Tensor], reference: Sequence[Tensor]) -> Tensor:
-        """The mean damage, differentiable."""
-        return fidelity_damage(list(outputs), list(reference)).mean()
 
     def training_loss(self, outputs: Sequence[Tensor], targets: Any) -> Tensor:
         """There is none: a metric need not be differentiable.

@@ -12,7 +12,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, fx
 
-from rewriter.damage import damage as fidelity_damage
+from rewriter.damage import Purpose
 from rewriter.graph import unflatten
 from search.config.schema import Config, ConfigError
 from search.data.user_code import blame, call_factory
@@ -35,6 +35,7 @@ class Detection:
     name = "detection"
     metric = "ap"
     higher_is_better = True
+    purpose: Purpose = "decoded"
 
     def __init__(self, postprocess: Callable[[Any], Detections]) -> None:
         self.postprocess = postprocess
@@ -83,14 +84,6 @@ class Detection:
             rows = torch.as_tensor(index)
             outputs, targets = [o[rows] for o in outputs], [targets[int(i)] for i in index]
         return coco_ap(self.detect(outputs), list(targets))[0]
-
-    def damage(self, reference: Sequence[Tensor], outputs: Sequence[Tensor]) -> Tensor:
-        """(N,) squared error relative to the float outputs, averaged over output groups."""
-        return fidelity_damage(list(outputs), list(reference))
-
-    def distillation_loss(self, outputs: Sequence[Tensor], reference: Sequence[Tensor]) -> Tensor:
-        """Mean squared error relative to the float outputs, averaged over output groups, differentiable."""
-        return fidelity_damage(list(outputs), list(reference)).mean()
 
     def training_loss(self, outputs: Sequence[Tensor], targets: Any) -> Tensor:
         """There is none: how raw outputs are matched with boxes is known to the user's training code alone.

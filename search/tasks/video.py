@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from sklearn.metrics import roc_auc_score
 from torch import Tensor, fx
 
-from rewriter.damage import damage as fidelity_damage
+from rewriter.damage import Purpose
 from rewriter.export import first_output_only
 from search.config.schema import Config, ConfigError
 
@@ -45,7 +45,7 @@ class Video:
     name = "video"
     metric = "auc"
     higher_is_better = True
-    kind = "values"  # the T scores of a sequence are no distribution over T classes
+    purpose: Purpose = "scores"  # the T scores of a sequence are no distribution over T classes
 
     def per_sample(self, outputs: Sequence[Tensor], targets: Any) -> Tensor | None:
         """AUC is no mean over sequences: there is no value for each of them."""
@@ -91,16 +91,6 @@ class Video:
             return float("nan")
         return float(roc_auc_score(labels[used], scores[used]))
 
-    def damage(self, reference: Sequence[Tensor], outputs: Sequence[Tensor]) -> Tensor:
-        """(n,) squared error of the scores relative to those of the float network."""
-        return fidelity_damage(list(outputs[:1]), list(reference[:1]), self.kind)
-
-    def distillation_loss(self, outputs: Sequence[Tensor], reference: Sequence[Tensor]) -> Tensor:
-        """Squared error of the scores relative to the teacher's energy, differentiable."""
-        wanted = reference[0].float()
-        error = (outputs[0].float() - wanted).square().sum()
-        return error / wanted.square().sum().clamp_min(1e-12)
-
     def training_loss(self, outputs: Sequence[Tensor], targets: Any) -> Tensor:
         """Mean binary cross-entropy of the labelled frames' scores, differentiable.
 
@@ -118,7 +108,6 @@ class Video:
 
     def attach(self, gm: fx.GraphModule) -> None:
         """Edit gm: its outputs are scores, and states are not among them."""
-        gm.meta["kind"] = self.kind
         first_output_only(gm)
 
 

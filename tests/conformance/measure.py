@@ -19,6 +19,7 @@ import yaml
 from torch import Tensor
 
 from rewriter import quantize, simulate, target, trace
+from rewriter.damage import measure_fidelity
 from rewriter.int8.onnx.export import to_onnx
 from rewriter.int8.onnx.session import Session
 from search.tasks.classification import Classification
@@ -72,6 +73,7 @@ def engines(name: str, scheme: str, count: int = COUNT) -> dict[str, dict[str, f
     """The figures of one network on one target."""
     model, task, calibration, inputs, targets = load(name, count)
     gm = trace(model, calibration[:2])
+    fidelity = measure_fidelity(gm, calibration.split(16), purpose=task.purpose)
     quantized = quantize(gm, target(scheme), calibration.split(16))
     file = to_onnx(quantized)
     in_floats = simulate(quantized)
@@ -87,7 +89,7 @@ def engines(name: str, scheme: str, count: int = COUNT) -> dict[str, dict[str, f
     for engine, found in outputs.items():
         row = {"metric": round(float(task.score(found, targets)), 4)}
         if engine != "float":
-            row["damage"] = round(float(task.damage(outputs["float"], found).mean()), 4)
+            row["damage"] = round(float(fidelity.damage(found, outputs["float"]).mean()), 4)
         if engine in LIKE:
             expected = outputs[LIKE[engine]]
             row["sqnr_db"] = round(sqnr_db(expected, found), 1)

@@ -79,7 +79,7 @@ def test_weight_influence_is_the_square_of_each_samples_gradient(layer: nn.Modul
     m.weight.requires_grad_(True)
     steps = [slice(None, None, s) for s in getattr(layer, "stride", ())]
     read = x.double()[(..., *steps)] if steps else x.double()
-    centred = x.double() - read.mean([d for d in range(x.ndim) if d != 1], keepdim=True)
+    centered = x.double() - read.mean([d for d in range(x.ndim) if d != 1], keepdim=True)
     for i in range(4):
         out = m(x[i : i + 1].double())
         z = out.detach().requires_grad_(True)
@@ -88,7 +88,7 @@ def test_weight_influence_is_the_square_of_each_samples_gradient(layer: nn.Modul
         g = torch.autograd.grad(torch.tanh(z.flatten(1))[0], z, root @ signs[i])[0]
         through = torch.autograd.grad(
             torch.func.functional_call(
-                m, {"weight": m.weight, "bias": None}, (centred[i : i + 1],)
+                m, {"weight": m.weight, "bias": None}, (centered[i : i + 1],)
             ),
             m.weight,
             g,

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from rewriter import Plan, profile, target, trace
 from rewriter.assemble import assemble
+from rewriter.damage import measure_fidelity
 from rewriter.errors import RewriteError
 from rewriter.export.streaming import run_stream, streaming, streaming_int8
 from rewriter.graph.lookup import layers
@@ -74,7 +75,7 @@ def test_int8_chunks(run: Any, text: str) -> None:
     torch.manual_seed(0)
     model, x, plan = randomise(Video(run)), sequences(8), Plan.parse(text)
     gm = trace(model, x[:2])
-    gm.meta["kind"] = "values"
+    gm.meta["fidelity"] = measure_fidelity(gm, [x], purpose="scores")
     profile(gm, [x])
     quantized = assemble(gm, plan, target("per_tensor"), [x]).quantized
     stream = streaming_int8(quantized, plan, gm, trace(model, x[:2, :2]))

@@ -134,24 +134,34 @@ CASES = {
            b <- mul -> b [w]
            output <- b""",
     ),
+    "a product with a number is an int8 operation between layers, and arithmetic behind them": (
+        lambda s, x: (lambda y: s.b(y * 0.5 + y) * 3.0 + 1.0)(F.max_pool2d(s.a(x).relu(), 2)),
+        """x -> x
+           a <- x [w]
+           act -> act
+           pool <- act -> act
+           mul <- pool -> mul
+           add <- mul pool -> add
+           b <- add -> b [w]
+           output <- b""",
+    ),
     "what has no int8 kernel computes in float": (
         lambda s, x: s.c((s.a(x) * 0.7 - s.b(s.a(x))).exp()),
         """x -> x
-           a <- x [w]
-           mul
+           a <- x -> a [w]
            a_1 <- x -> a_1 [w]
-           b <- a_1 [w]
-           sub
+           b <- a_1 -> b [w]
+           sub <- a b
            exp -> exp
            c <- exp -> c [w]
            output <- c""",
     ),
-    "a lone batch norm is float, and so is what is fused into it": (
+    "a lone batch norm is a depthwise convolution": (
         lambda s, x: s.c(F.relu(s.norm(F.relu(s.a(x))))),
         """x -> x
            a <- x [w]
-           act
-           norm
+           act -> act
+           norm <- act [w]
            act_1 -> act_1
            c <- act_1 -> c [w]
            output <- c""",
@@ -162,14 +172,14 @@ CASES = {
            a <- x [w]
            act -> act
            b <- act -> b [w]
-           act_1
+           act_1 <- act
            output <- act b""",
     ),
     "an output that the int8 part did not make": (
         lambda s, x: s.a(x).softmax(1),
         """x -> x
-           a <- x [w]
-           act
+           a <- x -> a [w]
+           act <- a
            output""",
     ),
     "a decoded head: all that cat joins gets one range in the end": (

@@ -10,7 +10,9 @@ import torch
 from torch import Tensor
 
 from rewriter import Quantized, profile, quantize, simulate, target, trace
+from rewriter.graph.lookup import module_of
 from rewriter.int8.annotate import annotation
+from rewriter.int8.calibrate import input_scale
 from rewriter.int8.qat import learnable, to_grid
 from tests.search import small
 
@@ -115,3 +117,24 @@ def test_frozen_ranges_stay(quantized: Quantized, images: Tensor) -> None:
         if not torch.equal(t, quantized.gm.state_dict()[n])
     ]
     assert changed
+
+
+def test_a_trained_weight_scale_leaves_room_for_the_int32_bias(
+    quantized: Quantized, images: Tensor
+) -> None:
+    """A kernel adds the bias as an int32 in steps of input scale times weight scale."""
+    learned = learnable(quantized)
+    with torch.no_grad():
+        for log_step in learned.weights.values():
+            log_step -= 40.0  # as far as a training that diverges might take it
+    back = learned.quantized()
+    seen = 0
+    for node in back.gm.graph.nodes:
+        layer = module_of(back.gm, node) if node.name in back.calibration.weights else None
+        step = None if layer is None else input_scale(back.gm, node, back.calibration.values)
+        if layer is not None and layer.bias is not None and step is not None:
+            seen += 1
+            scale = back.calibration.weights[node.name].double()
+            steps = layer.bias.detach().double().abs() / (step * scale)
+            assert float(steps.max()) <= 2.0**30 * 1.01
+    assert seen == 4

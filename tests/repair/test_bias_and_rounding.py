@@ -86,17 +86,23 @@ def test_after_bias_correction_every_layers_mean_is_the_float_one(quantized: Qua
     [("per_tensor", 0.75), ("onnxruntime", 0.9), ("tensorrt", 1.0), ("tflite", 0.9)],
 )
 def test_each_repair_lowers_the_error_on_other_inputs(name: str, left: float) -> None:
-    x, other = torch.cat(batches()), check.inputs(SHAPE, 40, seed=77).float()
-    gm = trace(uneven(), x[:2])
-    plain = quantize(gm, target(name), [x])
+    other = check.inputs(SHAPE, 40, seed=77).float()
+    gm = trace(uneven(), other[:2])
 
     def error(q: Quantized) -> float:
         with torch.no_grad():
             return float((simulate(q)(other) - gm(other)).square().mean())
 
-    biases = error(refine(plain, [x], frozenset({"biases"})))
-    both = error(refine(plain, [x], BOTH))
-    assert both < left * error(plain)
+    plain, biases, both = 0.0, 0.0, 0.0
+    for seed in range(
+        4
+    ):  # one weight that tips to the other side is 10 % of so small a network's error
+        x = check.inputs(SHAPE, 24, seed=seed).float()
+        quantized = quantize(gm, target(name), [x])
+        plain += error(quantized)
+        biases += error(refine(quantized, [x], frozenset({"biases"})))
+        both += error(refine(quantized, [x], BOTH))
+    assert both < left * plain
     assert both < 1.05 * biases
 
 

@@ -98,7 +98,7 @@ def check_site(
     plan = Plan((Step(site.rule, site.anchor),))
     assert Plan.parse(str(plan)) == plan
     expected = flat(gm(x))
-    # the rule under test, which need not be the one of the catalogue, on a copy made as rewrite()
+    # the rule under test, which need not be the one of the catalog, on a copy made as rewrite()
     # does
     new = copy_graph(gm)
     rule.apply(new, site)

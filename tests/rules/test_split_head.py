@@ -76,6 +76,18 @@ def test_auto_takes_no_more_groups_than_it_needs() -> None:
     assert check.layer_count(new) == 3
 
 
+@pytest.mark.parametrize(("wider", "gains"), [(1.02, False), (1.25, True)])
+def test_a_split_has_to_take_a_tenth_of_the_rounding_error_away(wider: float, gains: bool) -> None:
+    """Half of the channels this much wider: their own range saves (1 - 1 / wider^2) / 2."""
+    gm = check.graph_of(check.randomise(nn.Sequential(nn.Conv2d(3, 8, 1))), SHAPE)
+    high = torch.tensor([1.0, wider] * 4)
+    node = next(n for n in gm.graph.nodes if n.op == "call_module")
+    node.meta["channel_range"] = (-high, high)
+    (site,) = SplitHead(2).match(gm)
+    assert ("the ranges are alike: 2 leave" in site.blocked) != gains
+    assert bool(site.blocked) != gains
+
+
 def test_named_groups_are_taken_as_they_are() -> None:
     gm = check.graph_of(wide_boxes(check.randomise(Detector())), SHAPE)
     boxes = [c for first in (0, 9) for c in range(first, first + 4)]

@@ -45,6 +45,16 @@ KEYS = [
         ("data: needs one of", "found npz and digits"),
         {"data": {"npz": "x.npz", "digits": 8}},
     ),
+    Bad(
+        "unknown meaning",
+        ("outputs: unknown: 'boxes'; known: logits,",),
+        {"outputs": "boxes"},
+    ),
+    Bad(
+        "meanings of outputs that are not there",
+        ("outputs: 2 listed, but the network returns 1",),
+        {"outputs": ["logits", "values"]},
+    ),
     Bad("unknown task", ("task: should be", "did you mean detection?"), {"task": "detektion"}),
     Bad(
         "unknown target",
@@ -190,7 +200,7 @@ MODELS = [
     Bad(
         "channels of the input",
         ("fails by itself on an input of shape (2, 3, 16, 16)", "to have 1 channels, but got 3"),
-        model("grey"),
+        model("gray"),
     ),
     Bad(
         "fewer classes than labels",

@@ -49,7 +49,7 @@ def network(kind: str) -> Any:
         model.pw.weight.data[0, 0] = float("nan")
     if kind == "layerless":
         return nn.Sequential(nn.ReLU(), nn.Flatten())
-    if kind == "grey":
+    if kind == "gray":
         model.stem[0] = nn.Conv2d(1, 8, 3, 2, 1)
     if kind == "two":
         model.fc = nn.Linear(12, 2)

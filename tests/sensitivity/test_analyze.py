@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from rewriter import QuantizeError
+from rewriter.damage import fidelity_of, kl_divergence
 from rewriter.int8.annotate import annotate
 from rewriter.int8.scheme import target
 from rewriter.int8.simulate import quantize
@@ -21,7 +22,6 @@ from rewriter.plan import Plan
 from rewriter.sensitivity import Analysis, analyze
 from rewriter.sensitivity.exact import Tally, measure
 from rewriter.sensitivity.journal import Journal
-from rewriter.sensitivity.objective import Objective
 from rewriter.sensitivity.shared_prefix import Forks, int8_variant, keeping
 from rewriter.tracing.trace import trace
 from tests.sensitivity.planted import analysed, healthy, inputs
@@ -87,13 +87,13 @@ def test_metric_and_damage_are_those_of_the_network() -> None:
     q = quantize(gm, target("per_tensor"), [inputs(16, 2), inputs(16, 3)])
     forks = Forks(q)
     float_, int8 = forks.run((x,), {}), forks.run((x,), int8_variant(gm))
-    expected = float(Objective.of(float_).damage(float_, int8).mean())
+    expected = float(kl_divergence(int8[0], float_[0]).mean())
     assert found.baseline.damage == pytest.approx(expected, rel=1e-4)
     first = found.interaction[0]
     without = forks.run(
         (x,), keeping(gm, q.scheme, [n for n in gm.graph.nodes if n.name == found.layers[0].node])
     )
-    left = float(Objective.of(float_).damage(float_, without).mean())
+    left = float(kl_divergence(without[0], float_[0]).mean())
     assert first.measured
     assert first.gain == pytest.approx(expected - left, rel=1e-3, abs=1e-9)
     assert [p.float_layers for p in found.curve] == [0, 1, 2, 3, 5, 8]
@@ -300,11 +300,11 @@ def test_measuring_large_outputs_gives_the_same(monkeypatch: pytest.MonkeyPatch)
     annotate(gm, target("per_tensor"))
     q = quantize(gm, target("per_tensor"), [inputs(16, 2)])
     forks, x = Forks(q), inputs(6)
-    objective = Objective.of(forks.run((x,), {}))
+    fidelity = fidelity_of(gm, [x])
     variants = {"float": {}, "int8": int8_variant(gm)}
-    small = dict(measure(forks, objective, x, {}, variants))
+    small = dict(measure(forks, fidelity, x, {}, variants))
     monkeypatch.setattr("rewriter.sensitivity.exact.KEPT_OUTPUTS", 0)
-    large = dict(measure(forks, objective, x, {}, variants))
+    large = dict(measure(forks, fidelity, x, {}, variants))
     assert small == large
     assert max(small["float"]["damage"]) == 0
 

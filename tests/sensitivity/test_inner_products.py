@@ -6,11 +6,11 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from rewriter.graph.ops import clip_bounds
 from rewriter.int8.scheme import target
 from rewriter.sensitivity import inner_products as products
 from rewriter.sensitivity.inner_products import (
     clipped,
-    clipping_bounds,
     dot,
     rounding_dot,
     weight_dot,
@@ -86,7 +86,7 @@ def test_a_sum_over_places_is_taken_where_it_is_smaller(monkeypatch: pytest.Monk
 def test_clipping_in_place_has_the_gradient_of_the_module(module: nn.Module) -> None:
     x, g = 3 * value(4, 6, 5, 3), value(4, 6, 5, 3, seed=1)
     found: list[Tensor] = []
-    for run in (module, lambda z: clipped(z, *(clipping_bounds(module) or (0, 0)))):
+    for run in (module, lambda z: clipped(z, *(clip_bounds(module) or (0, 0)))):
         leaf = x.clone().requires_grad_()
         seen: list[Tensor] = []
         z = leaf * 1.0
@@ -96,4 +96,4 @@ def test_clipping_in_place_has_the_gradient_of_the_module(module: nn.Module) -> 
         assert leaf.grad is not None
         found += [y.detach(), leaf.grad, seen[0]]
     assert all(torch.equal(a, b) for a, b in zip(found[:3], found[3:], strict=True))
-    assert clipping_bounds(nn.SiLU()) is None
+    assert clip_bounds(nn.SiLU()) is None

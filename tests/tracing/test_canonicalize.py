@@ -6,7 +6,7 @@ from torch import Tensor, nn
 
 from rewriter.errors import TraceError
 from rewriter.graph.lookup import layer_name, layers, module_of
-from rewriter.tracing.fold_batch_norm import folded
+from rewriter.tracing.fold_affine import scaled_outputs
 from rewriter.tracing.trace import trace
 from tests.networks import Forward, conv, kinds, made, network, randomise, traced
 from tests.tracing.test_functional_to_module import FunctionalConv
@@ -41,8 +41,8 @@ def test_folded_weights_by_numpy_order(groups: int) -> None:
     """The scale of output channel o multiplies exactly the weights that make channel o."""
     layer = nn.ConvTranspose2d(4, 8, 3, groups=groups)
     bn = randomise(nn.BatchNorm2d(8), 3)
-    new = folded(layer, bn)
     s = (bn.weight / (bn.running_var + bn.eps).sqrt()).detach()
+    new = scaled_outputs(layer, s.double(), torch.zeros(8).double())
     for i in range(4):
         for j in range(8 // groups):
             out = (i // (4 // groups)) * (8 // groups) + j
@@ -52,15 +52,21 @@ def test_folded_weights_by_numpy_order(groups: int) -> None:
 @pytest.mark.parametrize(
     ("function", "norms"),
     [
-        (lambda s, x: s.conv(s.first(x)), 1),  # before the convolution
+        (lambda s, x: s.conv(s.first(x)), 0),  # folded into the convolution behind it
+        (lambda s, x: s.conv3(F.relu(s.bn(F.relu(s.conv(x))))), 0),  # a depthwise convolution
         (lambda s, x: s.bn(torch.cat([s.conv(x), s.conv2(x)], 1)[:, :4]), 1),
         (lambda s, x: s.bn(F.relu(s.conv(x))), 1),
         (lambda s, x: (lambda y: s.bn(y) + y)(s.conv(x)), 1),  # the convolution feeds two
     ],
 )
-def test_lone_batch_norm_stays(function, norms: int) -> None:
+def test_lone_batch_norm_stays_behind_the_last_layer_alone(function, norms: int) -> None:
     model = Forward(
-        function, conv=conv(), conv2=conv(), bn=nn.BatchNorm2d(4), first=nn.BatchNorm2d(3)
+        function,
+        conv=conv(),
+        conv2=conv(),
+        conv3=conv(4, 4, 1),
+        bn=nn.BatchNorm2d(4),
+        first=nn.BatchNorm2d(3),
     )
     assert made(model).count("BatchNorm2d") == norms
 
@@ -312,11 +318,28 @@ def test_spectral_normalisation() -> None:
 
 
 def test_a_wrong_folding_does_not_pass(monkeypatch: pytest.MonkeyPatch) -> None:
-    def careless(layer, bn):
-        new = folded(layer, bn)
+    def careless(layer, scale, shift):
+        new = scaled_outputs(layer, scale, shift)
         new.bias = nn.Parameter(torch.roll(new.bias.data, 1), requires_grad=False)
         return new
 
-    monkeypatch.setattr("rewriter.tracing.fold_batch_norm.folded", careless)
+    monkeypatch.setattr("rewriter.tracing.fold_affine.scaled_outputs", careless)
     with pytest.raises(TraceError, match="output 0 of the traced graph differs"):
         trace(randomise(nn.Sequential(conv(), nn.BatchNorm2d(4))), torch.randn(2, *IMAGE))
+
+
+def test_a_layer_may_be_called_what_a_method_is() -> None:
+    class Named(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.squeeze, self.mean, self.reshape = (nn.Conv2d(3, 3, 1) for _ in range(3))
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.reshape(self.mean(self.squeeze(x)))
+
+    gm = trace(Named(), torch.randn(2, 3, 4, 4))
+    assert [n.target for n in gm.graph.nodes if n.op == "call_module"] == [
+        "squeeze",
+        "mean",
+        "reshape",
+    ]

@@ -42,7 +42,7 @@ def method_in_place(self, x):
     return y.div_(3)
 
 
-def normalise_input(self, x):
+def normalize_input(self, x):
     x.sub_(0.5).div_(0.25)
     return self.conv(x)
 
@@ -74,7 +74,7 @@ def filled(self, x):
         read_after_relu,
         functional_in_place,
         method_in_place,
-        normalise_input,
+        normalize_input,
         in_place_on_reshaped,
         same_seen_twice,
         filled,

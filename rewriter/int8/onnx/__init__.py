@@ -3,15 +3,20 @@
 from rewriter.int8.onnx.compare import Comparison, compare, first_departure
 from rewriter.int8.onnx.export import float_onnx, to_onnx
 from rewriter.int8.onnx.lint import Finding, lint
+from rewriter.int8.onnx.readback import FloatLayer, ReadBack, by_annotation, opened
 from rewriter.int8.onnx.session import Session
 
 __all__ = [
     "Comparison",
     "Finding",
+    "FloatLayer",
+    "ReadBack",
     "Session",
+    "by_annotation",
     "compare",
     "first_departure",
     "float_onnx",
     "lint",
+    "opened",
     "to_onnx",
 ]

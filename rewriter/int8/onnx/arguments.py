@@ -1,4 +1,4 @@
-"""Arguments of the function and method calls of a graph, by position or by name."""
+"""Arguments of the calls of a graph, by position or by name, and the pads that several emitters need."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from typing import Any
 
 from torch import fx
 
-from rewriter.int8.onnx.builder import UnsupportedError
+from rewriter.int8.onnx.builder import Emission, UnsupportedError
 
 
 def argument(node: fx.Node, position: int, name: str, default: Any = None) -> Any:
@@ -43,3 +43,17 @@ def axes(node: fx.Node, dims: Any) -> list[int]:
     if dims is None or dims == () or dims == []:
         return list(range(count))
     return [d % count for d in ([dims] if isinstance(dims, int) else dims)]
+
+
+def source_of(node: fx.Node) -> fx.Node:
+    """The value that a module reads."""
+    source = node.args[0] if node.args else None
+    if not isinstance(source, fx.Node):
+        raise UnsupportedError("input is no value of the graph")
+    return source
+
+
+def pad(e: Emission, x: str, pads: list[int], mode: str = "constant", value: float = 0.0) -> str:
+    """Pad ``x`` by ``pads`` (all begins, then all ends)."""
+    fill = [e.scalar(value)] if mode == "constant" else []
+    return e.op("Pad", x, e.ints(pads), *fill, mode=mode)

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import fx
 
+from rewriter.int8.annotate import with_number
 from rewriter.int8.onnx.arguments import argument, axes, first, rank
 from rewriter.int8.onnx.builder import Emission, UnsupportedError, Value
 
@@ -57,6 +58,9 @@ def _binary(kind: str) -> Emitter:
     def emit(e: Emission, node: fx.Node) -> Value:
         if node.kwargs.keys() - {"alpha", "other"}:
             raise UnsupportedError(f"arguments {sorted(node.kwargs)}")
+        number = _by_number(e, node)
+        if number is not None:
+            return e.op(kind, *number)
         real = kind == "Div"
         a, b = _operands(e, node, node.args[0], argument(node, 1, "other"), real=real)
         factor: Any = node.kwargs.get("alpha", 1)
@@ -65,6 +69,18 @@ def _binary(kind: str) -> Emitter:
         return e.op(kind, a, b)
 
     return emit
+
+
+def _by_number(e: Emission, node: fx.Node) -> tuple[str, str] | None:
+    """A value and a number as an int8 kernel reads them: the number is one step of its own scale, and so exact."""
+    found = with_number(node)
+    if found is None or found[0].name not in e.note(node).reads:
+        return None
+    if e.note(node).output is None and len(node.users) != 1:
+        return None
+    source, number = found
+    x = e.read(source, node)
+    return x, e.number_in_int8(number, e.integer_kind(x))
 
 
 def _logical(kind: str) -> Emitter:

@@ -104,6 +104,19 @@ class Emission:
         self._shared: dict[tuple[bytes, str, tuple[int, ...]], str] = {}
         self._taken: set[str] = set()
 
+    def snapshot(self) -> tuple[Any, ...]:
+        """How far the emission has come; for ``restore``."""
+        caches = dict(self._dequantized), dict(self._widened), dict(self._shared)
+        return len(self.nodes), len(self.constants), *caches
+
+    def restore(self, before: tuple[Any, ...]) -> None:
+        """Take back all that was emitted since a snapshot."""
+        nodes, constants, *caches = before
+        del self.nodes[nodes:]
+        for name in list(self.constants)[constants:]:
+            del self.constants[name]
+        self._dequantized, self._widened, self._shared = caches
+
     # ------------------------------------------------------------------------------ building
 
     def name(self, wanted: str) -> str:
@@ -144,6 +157,29 @@ class Emission:
     def scalar(self, value: float, dtype: torch.dtype = torch.float32) -> str:
         """A number as a constant without dimensions."""
         return self.constant(torch.tensor(value, dtype=dtype), "scalar")
+
+    def number_in_int8(self, value: float, kind: int) -> str:
+        """A number as DequantizeLinear of one step of a scale of its own: exact in any integer type.
+
+        Args:
+            value: the number.
+            kind: the ONNX type of the values that it is added to or multiplied with.
+        """
+        dtype = helper.tensor_dtype_to_np_dtype(kind)
+        step, zero = (1, 0) if value >= 0 else (0, 1)
+        stored = self.constant(np.array(step, dtype=dtype), "number")
+        scale = self.constant(np.array(abs(value) or 1.0, dtype=np.float32), "number_scale")
+        if value == 0:
+            step = 0
+        point = self.constant(np.array(zero, dtype=dtype), "number_zero_point")
+        short = kind in (onnx.TensorProto.UINT8, onnx.TensorProto.INT8)
+        domain = {} if short else {"domain": CONTRIB}
+        return self.op("DequantizeLinear", stored, scale, point, **domain)
+
+    def integer_kind(self, dequantized: str) -> int:
+        """The ONNX type of the integers behind a tensor that DequantizeLinear made."""
+        made = next(n for n in reversed(self.nodes) if dequantized in n.output)
+        return self.constants[made.input[2]].data_type
 
     def ints(self, values: Sequence[Any]) -> str:
         """A vector of int64 from numbers and from nodes that compute a number."""

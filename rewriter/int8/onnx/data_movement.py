@@ -12,9 +12,9 @@ import torch
 from onnx import numpy_helper
 from torch import fx
 
-from rewriter.int8.onnx.arguments import argument, axes, first, numbers, rank
+from rewriter.int8.onnx.arguments import argument, axes, first, numbers, pad, rank
 from rewriter.int8.onnx.builder import Emission, UnsupportedError, Value
-from rewriter.int8.onnx.modules import channel_shuffle, pad
+from rewriter.int8.onnx.modules import channel_shuffle
 
 Emitter = Callable[[Emission, fx.Node], Value]
 

@@ -11,7 +11,6 @@ import operator
 from collections.abc import Sequence
 from typing import Any
 
-import numpy as np
 import onnx
 import torch
 from onnx import helper
@@ -27,9 +26,9 @@ from rewriter.int8.onnx.builder import (
     Emission,
     UnsupportedError,
     Value,
-    integer_type,
     onnx_type,
 )
+from rewriter.int8.onnx.clips import clip_is_free
 from rewriter.int8.onnx.data_movement import MOVES
 from rewriter.int8.onnx.modules import MODULES
 from rewriter.int8.onnx.opaque import emit_opaque
@@ -98,13 +97,13 @@ def _emit_node(e: Emission, node: fx.Node) -> Value:
                 f"{node.name}: constant: {type(value).__name__}, expected a tensor"
             )
         return e.constant(value, "value")
-    if _clip_is_free(e, node):
+    if clip_is_free(e, node):
         (source,) = node.all_input_nodes
         return e.values[source]
     if _pads_convolutions_only(e, node):
         e.pads[node] = module_of(e.gm, node).padding  # type: ignore[assignment]
         return ""
-    nodes, constants = len(e.nodes), len(e.constants)
+    before = e.snapshot()
     try:
         if node.op == "call_module":
             module = module_of(e.gm, node)
@@ -117,35 +116,9 @@ def _emit_node(e: Emission, node: fx.Node) -> Value:
                 return function(e, node)
         reason = "no emitter for it"
     except UnsupportedError as unsupported:
-        del e.nodes[nodes:]
-        for name in list(e.constants)[constants:]:
-            del e.constants[name]
+        e.restore(before)
         reason = str(unsupported)
     return emit_opaque(e, node, reason)
-
-
-def _clip_is_free(e: Emission, node: fx.Node) -> bool:
-    """Whether a clip may be left out because the quantizer behind it saturates in the same places.
-
-    ONNX Runtime finds this only where the float bounds fit exactly; a clip that is left keeps the
-    convolution before it in float.
-    """
-    if e.quantized is None or not is_call(e.gm, node, nn.ReLU, nn.ReLU6, nn.Hardtanh):
-        return False
-    if e.note(node).output is None or node in e.exposed or e.note(node).reads:
-        return False
-    if not all(node.name in e.note(user).reads for user in node.users):
-        return False
-    scale, zero, spec = e.value_params(node)
-    m = module_of(e.gm, node)
-    low = m.min_val if isinstance(m, nn.Hardtanh) else 0.0
-    high = m.max_val if isinstance(m, nn.Hardtanh) else 6.0 if isinstance(m, nn.ReLU6) else None
-    # QuantizeLinear saturates at the type's own bounds
-    bounds = np.iinfo(integer_type(spec))
-    least, most = int(bounds.min), int(bounds.max)
-    return round(low / scale) + zero <= least and (
-        high is None or round(high / scale) + zero >= most
-    )
 
 
 def _pads_convolutions_only(e: Emission, node: fx.Node) -> bool:

@@ -43,6 +43,11 @@ def lint(quantized: Quantized, model: onnx.ModelProto) -> list[Finding]:
     ]
 
 
+def float_layers(quantized: Quantized, model: onnx.ModelProto) -> list[Finding]:
+    """Layers that will find no int8 kernel in ONNX Runtime, by the patterns that its fusions look for."""
+    return list(_float_layers(quantized, _View(model)))
+
+
 class _View:
     """Who makes and who reads each tensor of an ONNX graph."""
 

@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from typing import Any
 
-import numpy as np
 import torch
-from torch import Tensor, fx, nn
+from torch import fx, nn
 
-from rewriter.errors import QuantizeError
+from rewriter.int8.onnx.arguments import pad, source_of
 from rewriter.int8.onnx.builder import Emission, UnsupportedError, Value
-from rewriter.int8.scheme import channel_axis, quantize_weight
+from rewriter.int8.onnx.layers import transposed_convolution, weight_and_bias
+from rewriter.int8.onnx.pooling import adaptive_pool, average_pool, max_pool, upsample
 
 Emitter = Callable[[Emission, fx.Node, Any], Value]
 
@@ -22,58 +21,9 @@ _PAD_MODES = {
     "circular": "wrap",
     "constant": "constant",
 }
-_INT32 = 2**31 - 1
 
 
 # -------------------------------------------------------------------------------------- layers
-
-
-def weight_and_bias(
-    e: Emission, node: fx.Node, layer: Any, weight: Tensor, transposed: bool = False
-) -> tuple[str, str]:
-    """The weight and the bias ("" if there is none) as the layer reads them.
-
-    An int8 weight is stored as int8, and its bias as int32 in steps of (input scale x weight
-    scale), which is what the kernels add it in.
-
-    Raises:
-        QuantizeError: the bias needs more than 32 bits.
-    """
-    spec = e.note(node).weight
-    bias: Tensor | None = layer.bias
-    if spec is None or e.quantized is None:
-        stored = weight.t() if transposed else weight
-        return e.constant(stored, "weight"), "" if bias is None else e.constant(bias, "bias")
-    scale = e.quantized.calibration.weights[node.name]
-    axis = channel_axis(layer, spec) if scale.ndim else None
-    q = quantize_weight(weight, scale, spec, axis)
-    attributes: dict[str, Any] = {} if axis is None else {"axis": 1 - axis if transposed else axis}
-    w = e.op(
-        "DequantizeLinear",
-        e.constant(q.t() if transposed else q, "weight"),
-        e.constant(scale, "weight_scale"),
-        e.constant(torch.zeros(scale.shape, dtype=torch.int8), "weight_zero_point"),
-        **attributes,
-    )
-    source = node.args[0]
-    if bias is None:
-        return w, ""
-    if not isinstance(source, fx.Node) or source.name not in e.note(node).reads:
-        return w, e.constant(bias, "bias")
-    step = scale * torch.tensor(e.value_params(source)[0], dtype=torch.float32)
-    steps = torch.round(bias.detach().double() / step.double())
-    if float(steps.abs().max()) > _INT32:
-        raise QuantizeError(
-            f"{node.name}: bias: {float(steps.abs().max()):.3g} steps of input scale x weight "
-            f"scale, an int32 holds {_INT32}; a dead channel needs a larger weight scale"
-        )
-    b = e.op(
-        "DequantizeLinear",
-        e.constant(steps.to(torch.int32), "bias"),
-        e.constant(step, "bias_scale"),
-        **({} if axis is None else {"axis": 0}),
-    )
-    return w, b
 
 
 def _convolution(e: Emission, node: fx.Node, m: Any) -> Value:
@@ -112,32 +62,9 @@ def _padding(m: Any) -> tuple[list[int], list[int]]:
     return list(m.padding), list(m.padding)
 
 
-def pad(e: Emission, x: str, pads: list[int], mode: str = "constant", value: float = 0.0) -> str:
-    """Pad ``x`` by ``pads`` (all begins, then all ends)."""
-    fill = [e.scalar(value)] if mode == "constant" else []
-    return e.op("Pad", x, e.ints(pads), *fill, mode=mode)
-
-
-def _transposed_convolution(e: Emission, node: fx.Node, m: Any) -> Value:
-    if len(node.args) > 1 or node.kwargs:
-        raise UnsupportedError("output_size of a transposed convolution")
-    w, b = weight_and_bias(e, node, m, m.weight)
-    x = e.read(_source(node), node)
-    return e.op(
-        "ConvTranspose",
-        *([x, w, b] if b else [x, w]),
-        kernel_shape=list(m.kernel_size),
-        strides=list(m.stride),
-        pads=list(m.padding) * 2,
-        output_padding=list(m.output_padding),
-        dilations=list(m.dilation),
-        group=m.groups,
-    )
-
-
 def _linear(e: Emission, node: fx.Node, m: Any) -> Value:
-    x = e.read(_source(node), node)
-    if len(_source(node).meta["shape"]) == 2:
+    x = e.read(source_of(node), node)
+    if len(source_of(node).meta["shape"]) == 2:
         w, b = weight_and_bias(e, node, m, m.weight)
         return e.op("Gemm", *([x, w, b] if b else [x, w]), transB=1)
     w, b = weight_and_bias(e, node, m, m.weight, transposed=True)
@@ -156,7 +83,7 @@ def _batch_norm(e: Emission, node: fx.Node, m: Any) -> Value:
         "variance": m.running_var,
     }
     names = [e.constant(value, label) for label, value in parts.items()]
-    return e.op("BatchNormalization", e.read(_source(node), node), *names, epsilon=m.eps)
+    return e.op("BatchNormalization", e.read(source_of(node), node), *names, epsilon=m.eps)
 
 
 def _layer_norm(e: Emission, node: fx.Node, m: Any) -> Value:
@@ -164,7 +91,7 @@ def _layer_norm(e: Emission, node: fx.Node, m: Any) -> Value:
     names = [e.constant(weight, "weight")]
     if m.bias is not None:
         names.append(e.constant(m.bias, "bias"))
-    x = e.read(_source(node), node)
+    x = e.read(source_of(node), node)
     return e.op("LayerNormalization", x, *names, axis=-len(m.normalized_shape), epsilon=m.eps)
 
 
@@ -176,38 +103,38 @@ def _plain(kind: str, **settings: Callable[[Any], Any]) -> Emitter:
 
     def emit(e: Emission, node: fx.Node, m: Any) -> Value:
         attributes = {name: of(m) for name, of in settings.items()}
-        return e.op(kind, e.read(_source(node), node), **attributes)
+        return e.op(kind, e.read(source_of(node), node), **attributes)
 
     return emit
 
 
 def _clip(low: Callable[[Any], float], high: Callable[[Any], float]) -> Emitter:
     def emit(e: Emission, node: fx.Node, m: Any) -> Value:
-        return e.op("Clip", e.read(_source(node), node), e.scalar(low(m)), e.scalar(high(m)))
+        return e.op("Clip", e.read(source_of(node), node), e.scalar(low(m)), e.scalar(high(m)))
 
     return emit
 
 
 def _silu(e: Emission, node: fx.Node, m: nn.SiLU) -> Value:
-    x = e.read(_source(node), node)
+    x = e.read(source_of(node), node)
     return e.op("Mul", x, e.op("Sigmoid", x))
 
 
 def _hardswish(e: Emission, node: fx.Node, m: nn.Hardswish) -> Value:
-    x = e.read(_source(node), node)
+    x = e.read(source_of(node), node)
     return e.op("Mul", x, e.op("HardSigmoid", x, alpha=1 / 6, beta=0.5))
 
 
 def _prelu(e: Emission, node: fx.Node, m: nn.PReLU) -> Value:
     slope = m.weight.detach()
     if slope.numel() == 1:  # which has an int8 kernel
-        return e.op("LeakyRelu", e.read(_source(node), node), alpha=float(slope))
-    slope = slope.view(-1, *[1] * (len(_source(node).meta["shape"]) - 2))
-    return e.op("PRelu", e.read(_source(node), node), e.constant(slope, "slope"))
+        return e.op("LeakyRelu", e.read(source_of(node), node), alpha=float(slope))
+    slope = slope.view(-1, *[1] * (len(source_of(node).meta["shape"]) - 2))
+    return e.op("PRelu", e.read(source_of(node), node), e.constant(slope, "slope"))
 
 
 def _softplus(e: Emission, node: fx.Node, m: nn.Softplus) -> Value:
-    x = e.read(_source(node), node)
+    x = e.read(source_of(node), node)
     if m.beta == 1:
         return e.op("Softplus", x)
     beta = e.scalar(m.beta)
@@ -218,131 +145,20 @@ def _softmax(e: Emission, node: fx.Node, m: nn.Softmax) -> Value:
     dim = m.dim
     if dim is None:  # torch's own rule for a missing dimension
         dim = 0 if len(node.meta["shape"]) in (0, 1, 3) else 1
-    return e.op("Softmax", e.read(_source(node), node), axis=dim)
+    return e.op("Softmax", e.read(source_of(node), node), axis=dim)
 
 
-# ------------------------------------------------------------------------- pooling and resizing
-
-
-def _pair(value: Any) -> tuple[int, int]:
-    return (value, value) if isinstance(value, int) else (int(value[0]), int(value[-1]))
-
-
-def _windows(node: fx.Node, m: Any) -> tuple[list[int], ...]:
-    """Kernel, stride, begin and end pads of a pool; the end pads make room for ``ceil_mode``."""
-    kernel, padding = _pair(m.kernel_size), _pair(m.padding)
-    stride = _pair(m.stride if m.stride is not None else m.kernel_size)
-    dilation = _pair(getattr(m, "dilation", 1))
-    end: list[int] = []
-    for i in range(2):
-        size, out = _source(node).meta["shape"][-2 + i], node.meta["shape"][-2 + i]
-        reach = (out - 1) * stride[i] + dilation[i] * (kernel[i] - 1) + 1
-        end.append(max(reach - size - padding[i], padding[i] if not m.ceil_mode else 0))
-    return list(kernel), list(stride), list(padding), end
-
-
-def _max_pool(e: Emission, node: fx.Node, m: nn.MaxPool2d) -> Value:
-    if m.return_indices:
-        raise UnsupportedError("indices of a max pool")
-    kernel, stride, begin, end = _windows(node, m)
-    return e.op(
-        "MaxPool",
-        e.read(_source(node), node),
-        kernel_shape=kernel,
-        strides=stride,
-        pads=begin + end,
-        dilations=list(_pair(m.dilation)),
-    )
-
-
-def _average_pool(e: Emission, node: fx.Node, m: nn.AvgPool2d) -> Value:
-    if m.divisor_override is not None:
-        raise UnsupportedError("divisor_override of an average pool")
-    kernel, stride, begin, end = _windows(node, m)
-    x = e.read(_source(node), node)
-    include = bool(m.count_include_pad) and any(begin)
-    if include and begin != end:
-        # the user's padding counts, what ceil_mode adds behind it does not
-        x = pad(e, x, [0, 0, *begin, 0, 0, *begin])
-        end = [max(a - b, 0) for a, b in zip(end, begin, strict=True)]
-        begin, include = [0, 0], False
-    return e.op(
-        "AveragePool",
-        x,
-        kernel_shape=kernel,
-        strides=stride,
-        pads=begin + end,
-        count_include_pad=int(include),
-    )
-
-
-def _adaptive_pool(e: Emission, node: fx.Node, m: Any) -> Value:
-    x, average = e.read(_source(node), node), isinstance(m, nn.AdaptiveAvgPool2d)
-    sizes, outs = _source(node).meta["shape"][-2:], node.meta["shape"][-2:]
-    if average and tuple(outs) == (1, 1):
-        return e.op("GlobalAveragePool", x)
-    if all(s % o == 0 for s, o in zip(sizes, outs, strict=True)):
-        steps = [s // o for s, o in zip(sizes, outs, strict=True)]
-        kind = "AveragePool" if average else "MaxPool"
-        return e.op(kind, x, kernel_shape=steps, strides=steps)
-    if not average:
-        raise UnsupportedError("adaptive max pool to a size that does not divide its input")
-    # uneven windows: the average over rows and over columns are two matrix products
-    rows, columns = (_window_means(s, o) for s, o in zip(sizes, outs, strict=True))
-    return e.op(
-        "MatMul", e.op("MatMul", e.constant(rows, "rows"), x), e.constant(columns.t(), "columns")
-    )
-
-
-def _window_means(size: int, out: int) -> Tensor:
-    """(out, size) matrix that averages over torch's adaptive windows."""
-    matrix = torch.zeros(out, size)
-    for i in range(out):
-        start, stop = i * size // out, math.ceil((i + 1) * size / out)
-        matrix[i, start:stop] = 1 / (stop - start)
-    return matrix
-
-
-_RESIZE_MODES = {"nearest": "nearest", "nearest-exact": "nearest"} | dict.fromkeys(
-    ("linear", "bilinear", "trilinear"), "linear"
-)
-
-
-def _upsample(e: Emission, node: fx.Node, m: nn.Upsample) -> Value:
-    mode = m.mode
-    if mode != "bicubic" and mode not in _RESIZE_MODES:
-        raise UnsupportedError(f"resizing by {mode}")
-    sizes, outs = _source(node).meta["shape"][2:], node.meta["shape"][2:]
-    attributes: dict[str, Any] = {"mode": _RESIZE_MODES.get(mode, "cubic")}
-    if mode == "nearest":
-        attributes |= {"coordinate_transformation_mode": "asymmetric", "nearest_mode": "floor"}
-    elif mode == "nearest-exact":
-        attributes["nearest_mode"] = "round_prefer_ceil"
-    elif m.align_corners:
-        attributes["coordinate_transformation_mode"] = "align_corners"
-    if mode == "bicubic":
-        attributes["cubic_coeff_a"] = -0.75
-    x = e.read(_source(node), node)
-    factor = m.scale_factor
-    if factor is not None and not m.recompute_scale_factor:
-        factors = list(factor) if isinstance(factor, tuple) else [factor] * len(sizes)
-    elif all(o % s == 0 for s, o in zip(sizes, outs, strict=True)):
-        factors = [o / s for s, o in zip(sizes, outs, strict=True)]
-    else:
-        axes = list(range(2, 2 + len(sizes)))
-        return e.op("Resize", x, "", "", e.ints(list(outs)), axes=axes, **attributes)
-    scales = e.constant(np.array([1, 1, *factors], dtype=np.float32), "scales")
-    return e.op("Resize", x, "", scales, **attributes)
+# --------------------------------------------------------------------------------- moving
 
 
 def _zero_pad(e: Emission, node: fx.Node, m: nn.ZeroPad2d) -> Value:
     left, right, top, bottom = m.padding
     rest = [0] * (len(node.meta["shape"]) - 2)
-    return pad(e, e.read(_source(node), node), [*rest, top, left, *rest, bottom, right])
+    return pad(e, e.read(source_of(node), node), [*rest, top, left, *rest, bottom, right])
 
 
 def _pixel_shuffle(e: Emission, node: fx.Node, m: nn.PixelShuffle) -> Value:
-    x = e.read(_source(node), node)
+    x = e.read(source_of(node), node)
     return e.op("DepthToSpace", x, blocksize=m.upscale_factor, mode="CRD")
 
 
@@ -355,20 +171,13 @@ def channel_shuffle(e: Emission, node: fx.Node, x: str, groups: int) -> str:
 
 
 def _channel_shuffle(e: Emission, node: fx.Node, m: nn.ChannelShuffle) -> Value:
-    return channel_shuffle(e, node, e.read(_source(node), node), m.groups)
-
-
-def _source(node: fx.Node) -> fx.Node:
-    source = node.args[0] if node.args else None
-    if not isinstance(source, fx.Node):
-        raise UnsupportedError("input is no value of the graph")
-    return source
+    return channel_shuffle(e, node, e.read(source_of(node), node), m.groups)
 
 
 MODULES: dict[type[nn.Module], Emitter] = {
     nn.Conv1d: _convolution,
     nn.Conv2d: _convolution,
-    nn.ConvTranspose2d: _transposed_convolution,
+    nn.ConvTranspose2d: transposed_convolution,
     nn.Linear: _linear,
     nn.BatchNorm1d: _batch_norm,
     nn.BatchNorm2d: _batch_norm,
@@ -388,12 +197,12 @@ MODULES: dict[type[nn.Module], Emitter] = {
     nn.Mish: _plain("Mish"),
     nn.Softplus: _softplus,
     nn.Softmax: _softmax,
-    nn.MaxPool2d: _max_pool,
-    nn.AvgPool2d: _average_pool,
-    nn.AdaptiveAvgPool2d: _adaptive_pool,
-    nn.AdaptiveMaxPool2d: _adaptive_pool,
+    nn.MaxPool2d: max_pool,
+    nn.AvgPool2d: average_pool,
+    nn.AdaptiveAvgPool2d: adaptive_pool,
+    nn.AdaptiveMaxPool2d: adaptive_pool,
     nn.ZeroPad2d: _zero_pad,
-    nn.Upsample: _upsample,
+    nn.Upsample: upsample,
     nn.PixelShuffle: _pixel_shuffle,
     nn.ChannelShuffle: _channel_shuffle,
 }

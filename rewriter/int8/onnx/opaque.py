@@ -6,12 +6,12 @@ copied in with prefixed names.
 
 from __future__ import annotations
 
-import hashlib
 import io
 import pickle
 import warnings
 from collections import OrderedDict
-from collections.abc import Callable
+from collections.abc import Callable, Generator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import onnx
@@ -22,8 +22,10 @@ from torch.utils import _pytree as pytree
 
 from rewriter.errors import QuantizeError
 from rewriter.graph.interpret import without_fast_path
-from rewriter.graph.lookup import module_of
+from rewriter.graph.lookup import layer_name, module_of
 from rewriter.int8.onnx.builder import OPSET, Emission, Value
+from rewriter.int8.onnx.plain_forms import plain_form
+from rewriter.storage.digest import short
 
 _CACHE: OrderedDict[Any, onnx.ModelProto] = OrderedDict()
 _CACHED = 64
@@ -47,6 +49,18 @@ class _Part(nn.Module):
         if self.op == "call_method":
             return getattr(args[0], str(self.target))(*args[1:], **kwargs)
         return self.target(*args, **kwargs)  # type: ignore[operator]
+
+
+class _Function(nn.Module):
+    """A function of tensors as a module."""
+
+    def __init__(self, function: Callable[..., Any]) -> None:
+        super().__init__()
+        self.function = function
+        self.called, self.target = None, function
+
+    def forward(self, *inputs: Any) -> Any:
+        return self.function(*inputs)
 
 
 class _Place:
@@ -75,31 +89,42 @@ def emit_opaque(e: Emission, node: fx.Node, reason: str) -> Value:
     Raises:
         QuantizeError: torch cannot export it either.
     """
-    part = _Part(e.gm, node)
+    form = plain_form(e.gm, node)
+    sources = node.all_input_nodes if form is None else form[1]
+    part = _Part(e.gm, node) if form is None else _Function(form[0])
     inputs: list[Any] = []
-    for source in node.all_input_nodes:
+    for source in sources:
         shape, dtype = source.meta.get("shape"), source.meta.get("dtype")
         if dtype is None or shape is None:
-            raise QuantizeError(f"{node.name}: input {source.name}: is no tensor ({reason})")
+            raise QuantizeError(
+                f"{_what(e.gm, node)}: cannot be written to ONNX: it reads {source.name}, "
+                f"which is a size that depends on the batch ({reason})"
+            )
         inputs.append(torch.zeros(shape, dtype=dtype))
     shapes, structure = pytree.tree_flatten(node.meta["shape"], is_leaf=_is_shape)
     tensors = sum(shape is not None for shape in shapes)  # an output may be no tensor
     try:
         exported = _exported(part, tuple(inputs))
     except Exception as cause:
-        what = getattr(part.target, "__name__", str(part.target))
-        if part.called is not None:
-            what = type(part.called).__name__
-        text = " ".join(str(cause).split())[:200]
         raise QuantizeError(
-            f"{node.name}: {what} cannot be written to ONNX: {reason}; torch's exporter: {text}"
+            f"{_what(e.gm, node)}: cannot be written to ONNX: {reason}, and torch's exporter "
+            "does not know it either"
         ) from cause
-    names = _inline(e, node, exported)
+    names = _inline(e, node, sources, exported)
     if len(names) != tensors:
         raise QuantizeError(f"{node.name}: outputs after export: {len(names)}, expected {tensors}")
     rest = iter(names)
     found = ["" if shape is None else next(rest) for shape in shapes]
     return _tuples(pytree.tree_unflatten(found, structure))
+
+
+def _what(gm: fx.GraphModule, node: fx.Node) -> str:
+    """An operation by the user's name for it and its kind."""
+    if node.op == "call_module":
+        return f"{layer_name(node)} ({type(module_of(gm, node)).__name__})"
+    owner = list((node.meta.get("nn_module_stack") or {}).values())
+    inside = f" in {owner[-1][0]}" if owner and owner[-1][0] else ""
+    return f"{getattr(node.target, '__name__', node.target)}{inside}"
 
 
 def _is_shape(value: Any) -> bool:
@@ -110,9 +135,9 @@ def _tuples(names: Any) -> Value:
     return names if isinstance(names, str) else tuple(_tuples(n) for n in names)
 
 
-def _exported(part: _Part, inputs: tuple[Tensor, ...]) -> onnx.ModelProto:
+def _exported(part: _Part | _Function, inputs: tuple[Tensor, ...]) -> onnx.ModelProto:
     try:
-        content = hashlib.sha256(pickle.dumps(part)).hexdigest()
+        content = short(pickle.dumps(part))
     except Exception:  # what cannot be pickled (a module of a local class) is exported every time
         return _export(part, inputs)
     kind = part.target if part.called is None else type(part.called)
@@ -125,10 +150,10 @@ def _exported(part: _Part, inputs: tuple[Tensor, ...]) -> onnx.ModelProto:
     return _CACHE[key]
 
 
-def _export(part: _Part, inputs: tuple[Tensor, ...]) -> onnx.ModelProto:
+def _export(part: _Part | _Function, inputs: tuple[Tensor, ...]) -> onnx.ModelProto:
     names = [f"in{i}" for i in range(len(inputs))]
     file: Any = io.BytesIO()
-    with warnings.catch_warnings(), torch.no_grad(), without_fast_path():
+    with warnings.catch_warnings(), torch.no_grad(), without_fast_path(), _without_dump():
         warnings.simplefilter("ignore")
         torch.onnx.export(
             part.eval(),
@@ -149,10 +174,27 @@ def _export(part: _Part, inputs: tuple[Tensor, ...]) -> onnx.ModelProto:
     return model
 
 
-def _inline(e: Emission, node: fx.Node, model: onnx.ModelProto) -> list[str]:
+@contextmanager
+def _without_dump() -> Generator[None]:
+    """Keep the exporter from printing its whole graph where it knows an operator not.
+
+    It asks whether the function below exists where it means to call it.
+    """
+    place: Any = torch._C
+    asked = place._jit_is_onnx_log_enabled
+    place._jit_is_onnx_log_enabled = None
+    try:
+        yield
+    finally:
+        place._jit_is_onnx_log_enabled = asked
+
+
+def _inline(
+    e: Emission, node: fx.Node, sources: Sequence[fx.Node], model: onnx.ModelProto
+) -> list[str]:
     prefix = e.name(f"{node.name}.part") + "/"
     graph = compose.add_prefix(model, prefix).graph
-    for source, name in zip(node.all_input_nodes, graph.input, strict=True):
+    for source, name in zip(sources, graph.input, strict=True):
         e.nodes.append(onnx.helper.make_node("Identity", [e.read(source, node)], [name.name]))
     e.nodes.extend(graph.node)
     e.constants.update({tensor.name: tensor for tensor in graph.initializer})

@@ -46,6 +46,11 @@ class Session:
         )
         if save_optimized is not None:
             options.optimized_model_filepath = str(save_optimized)
+            # large tensors lie in a file beside it, so that it is read in no time
+            name = f"{Path(save_optimized).name}.data"
+            key = "session.optimized_model_external_initializers"
+            options.add_session_config_entry(f"{key}_file_name", name)
+            options.add_session_config_entry(f"{key}_min_size_in_bytes", "1024")
         source = model.SerializeToString() if isinstance(model, onnx.ModelProto) else model
         source = str(source) if isinstance(source, Path) else source
         self._session = ort.InferenceSession(source, options, providers=["CPUExecutionProvider"])

@@ -113,7 +113,7 @@ def test_saturation(
 
 
 FLOAT = [
-    (nn.Softplus(), "onnxruntime", "", {"first": "Softplus"}),
+    (nn.Softplus(), "tensorrt", "", {"first": "Softplus"}),
     (nn.ReLU(), "onnxruntime", "second", {"second": "as asked", "first": "read in float"}),
     (nn.ReLU(), "tensorrt", "", {"first": "tighter than the int8 range"}),
 ]

@@ -249,7 +249,7 @@ def test_a_flat_folder_has_no_labels(config: Written, tmp_path: Path) -> None:
     assert data.evaluation[0].shape == (3, 8, 8)
 
 
-def test_one_mean_reads_grey(config: Written, tmp_path: Path) -> None:
+def test_one_mean_reads_gray(config: Written, tmp_path: Path) -> None:
     save_images(tmp_path / "set", [f"{i}.png" for i in range(4)])
     data = load_data(config("{imagefolder: set, size: 8, mean: [0], std: [1]}"))
     assert data.evaluation[0].shape == (1, 8, 8)

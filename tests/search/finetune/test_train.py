@@ -12,7 +12,6 @@ from torch import Tensor
 from torch.utils.data import TensorDataset
 
 from rewriter import Quantized, profile, quantize, target, trace
-from rewriter.damage.fidelity import kl_divergence, output_groups, relative_error
 from rewriter.int8.qat import learnable
 from search.config.schema import ConfigError, FinetuneConfig, load_config
 from search.data.images import Data, Inputs
@@ -20,6 +19,7 @@ from search.finetune.data import Kept, Pool, pool_of
 from search.finetune.train import Training
 from search.tasks.classification import Classification
 from search.tasks.detection import Detection
+from tests.damage.given import fidelity
 from tests.search import small
 
 IMAGES = torch.randn(24, 3, 16, 16, generator=torch.Generator().manual_seed(0))
@@ -198,10 +198,9 @@ def test_losses_are_the_damage_of_a_batch_and_have_gradients() -> None:
     wanted = 3 * torch.randn(6, 5, generator=generator)
     found = (wanted + torch.randn(6, 5, generator=generator)).requires_grad_()
     task = Classification()
-    loss = task.distillation_loss([found], [wanted])
-    assert float(loss.detach()) == pytest.approx(
-        float(kl_divergence(found.detach(), wanted).mean())
-    )
+    loss = fidelity([wanted], purpose=task.purpose).damage([found], [wanted]).mean()
+    divergence = (wanted.softmax(1) * (wanted.log_softmax(1) - found.log_softmax(1))).sum(1)
+    assert float(loss.detach()) == pytest.approx(float(divergence.mean().detach()))
     loss.backward()
     p, q = found.detach().softmax(1), wanted.softmax(1)
     assert found.grad is not None
@@ -213,9 +212,8 @@ def test_losses_are_the_damage_of_a_batch_and_have_gradients() -> None:
     boxes = torch.randn(6, 4, 3, generator=generator)
     moved = (boxes + 0.1).requires_grad_()
     detector = Detection(lambda outputs: [])
-    loss = detector.distillation_loss([moved], [boxes])
-    expected = relative_error([moved], [boxes], [output_groups(boxes)]).mean()
-    assert float(loss.detach()) == pytest.approx(float(expected.detach()))
+    loss = fidelity([boxes], purpose=detector.purpose).damage([moved], [boxes]).mean()
+    assert float(loss.detach()) == pytest.approx(0.01 / float(boxes.square().mean()), rel=1e-4)
     loss.backward()
     assert moved.grad is not None and bool(moved.grad.any())
     with pytest.raises(ConfigError, match="a detector's loss is not known"):

@@ -62,18 +62,18 @@ def content() -> dict[str, Any]:
     }
 
 
-def test_bars_are_as_long_as_the_damage_and_coloured_by_the_first_cause() -> None:
+def test_bars_are_as_long_as_the_damage_and_colored_by_the_first_cause() -> None:
     root = ET.fromstring(sensitivity_svg(content()))
     bars = [r for r in root.iter(f"{SPACE}rect") if r.get("height") == str(BAR)]
     widths = [float(b.get("width", "0")) for b in bars]
     assert len(bars) == 3  # a layer without damage has no bar
     assert [w / widths[0] for w in widths] == pytest.approx([1, 0.5, 0.125], rel=1e-3)
     assert [b.get("fill") for b in bars] == [
-        LOOKS["shared_range"].colour,
-        LOOKS["weight_channel_spread"].colour,
+        LOOKS["shared_range"].color,
+        LOOKS["weight_channel_spread"].color,
         "#fff",
     ]
-    assert bars[2].get("stroke") == NO_CAUSE.colour
+    assert bars[2].get("stroke") == NO_CAUSE.color
     titles = [t.text or "" for t in root.iter(f"{SPACE}title")]
     assert "a<b> (conv): damage 0.8. shared_range 9 (threshold 3) of a<b>" in titles[0]
 
@@ -106,4 +106,4 @@ def test_remarks_name_the_value_its_range_its_channels_and_its_readers() -> None
 
 def test_every_cause_that_is_found_has_its_look() -> None:
     assert set(LOOKS) == set(THRESHOLDS)
-    assert len({each.colour for each in LOOKS.values()} | {NO_CAUSE.colour}) == len(LOOKS) + 1
+    assert len({each.color for each in LOOKS.values()} | {NO_CAUSE.color}) == len(LOOKS) + 1

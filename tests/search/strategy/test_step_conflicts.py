@@ -11,7 +11,7 @@ from torch import nn
 from rewriter import Plan, Step, find_sites, profile, target, trace
 from rewriter.errors import RewriteError
 from rewriter.plan import rewrite
-from search.strategy.space import make_space
+from search.strategy.space import make_space, saves
 from search.strategy.step_conflicts import clashes
 
 
@@ -52,7 +52,7 @@ def carried_out(gm: Any, plan: Plan) -> bool:
 
 
 def test_the_clashes_are_the_pairs_that_cannot_be_carried_out(gm: Any) -> None:
-    sites = [s for s in find_sites(gm) if not s.blocked]
+    sites = [s for s in find_sites(gm) if not s.blocked and not saves(s)]
     found = {frozenset(pair) for pair in clashes(gm, sites)}
     steps = [Step(s.rule, s.anchor) for s in sites]
     splits = [s for s in steps if s.rule.startswith("split_")]
@@ -69,6 +69,20 @@ def test_the_clashes_are_the_pairs_that_cannot_be_carried_out(gm: Any) -> None:
     assert rules >= {"replace_block split_range_2", "keep_float split_head_2"}
     # of a split head nothing is stored in int8 any more
     assert ("keep_int16 split_head_2" in rules) == (gm.meta["scheme"].wide is not None)
+
+
+def test_what_is_thinned_is_not_replaced_and_can_be_split(gm: Any) -> None:
+    sites = [s for s in find_sites(gm) if not s.blocked]
+    found = {frozenset(pair) for pair in clashes(gm, sites)}
+    thin = [s for s in sites if saves(s)]
+    assert thin
+    for site in thin:
+        for other in sites:
+            if other.rule in ("replace_block", "fuse_expand", "densify_depthwise_4"):
+                together = set(site.nodes) & set(other.nodes)
+                assert (frozenset({Step.at(site), Step.at(other)}) in found) == bool(together)
+            elif other.rule.startswith("split_range"):
+                assert carried_out(gm, Plan((Step.at(site), Step.at(other)))), (site, other)
 
 
 def test_plans_of_the_space_can_be_carried_out(gm: Any) -> None:

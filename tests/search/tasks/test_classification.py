@@ -9,10 +9,15 @@ from scipy.special import rel_entr, softmax
 
 from search.config.schema import ConfigError
 from search.tasks.classification import Classification
+from tests.damage.given import fidelity
 
 TASK = Classification()
 LOGITS = torch.tensor([[0.1, 2.0, -1.0], [3.0, 0.0, 1.0], [0.0, 0.5, 0.2], [0.0, 1.0, 9.0]])
 LABELS = torch.tensor([1, 2, 1, 2])
+
+
+def damage(reference: torch.Tensor, found: torch.Tensor) -> torch.Tensor:
+    return fidelity([LOGITS], purpose=TASK.purpose).damage([found], [reference])
 
 
 def test_top1_of_each_sample_and_of_all() -> None:
@@ -32,15 +37,15 @@ def test_damage_is_the_kl_divergence_of_scipy(scale: float) -> None:
     generator = torch.Generator().manual_seed(0)
     p, q = (torch.randn(5, 7, generator=generator) * scale for _ in range(2))
     wanted = rel_entr(*(softmax(x.double().numpy(), axis=1) for x in (p, q))).sum(1)
-    found = TASK.damage([p], [q])
+    found = damage(p, q)
     assert found.dtype == torch.float64
     np.testing.assert_allclose(found.numpy(), wanted, rtol=1e-9)
-    assert not np.allclose(TASK.damage([q], [p]).numpy(), wanted)  # which one is the reference
+    assert not np.allclose(damage(q, p).numpy(), wanted)  # which one is the reference
 
 
 def test_equal_outputs_do_no_damage_whatever_their_offset() -> None:
-    assert TASK.damage([LOGITS], [LOGITS]).tolist() == [0, 0, 0, 0]
-    shifted = TASK.damage([LOGITS], [LOGITS + 100])
+    assert damage(LOGITS, LOGITS).tolist() == [0, 0, 0, 0]
+    shifted = damage(LOGITS, LOGITS + 100)
     assert shifted.min() >= 0
     assert shifted.max() < 1e-9
 
@@ -49,21 +54,20 @@ def test_tiny_damage_is_not_lost_in_rounding() -> None:
     p = torch.tensor([[0.0, 0.0]], dtype=torch.float64)
     q = torch.tensor([[1e-6, 0.0]], dtype=torch.float64)
     # 1/8 of the square of the difference, to leading order
-    assert TASK.damage([p], [q]).item() == pytest.approx(1.25e-13, rel=1e-2)
+    assert damage(p, q).item() == pytest.approx(1.25e-13, rel=1e-2)
 
 
 def test_outputs_that_are_not_finite_do_infinite_damage() -> None:
     broken = LOGITS.clone()
     broken[1, 0], broken[2, 1] = math.nan, math.inf
-    damage = TASK.damage([LOGITS], [broken])
-    assert damage.isinf().tolist() == [False, True, True, False]
+    assert damage(LOGITS, broken).isinf().tolist() == [False, True, True, False]
 
 
 def test_a_class_that_the_reference_rules_out_adds_nothing() -> None:
     p = torch.tensor([[0.0, 1.0, -math.inf]])
     q = torch.tensor([[0.0, 2.0, -math.inf]])
-    wanted = TASK.damage([p[:, :2]], [q[:, :2]])
-    torch.testing.assert_close(TASK.damage([p], [q]), wanted)
+    wanted = damage(p[:, :2], q[:, :2])
+    torch.testing.assert_close(damage(p, q), wanted)
 
 
 @pytest.mark.parametrize(

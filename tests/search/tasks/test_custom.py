@@ -10,6 +10,7 @@ from torch import Tensor
 from rewriter import trace
 from search.config.schema import ConfigError
 from search.tasks.custom import Custom
+from tests.damage.given import fidelity
 from tests.search.small import small
 
 
@@ -80,9 +81,9 @@ def test_one_sample_has_no_spread() -> None:
 
 def test_damage_needs_no_metric_and_is_0_where_nothing_changes() -> None:
     (reference,), _ = made(8)
-    task = Custom(top1)
-    assert float(task.damage([reference], [reference]).abs().max()) == 0
-    assert float(task.damage([reference], [reference + torch.randn(8, 5)]).min()) > 0
+    judge = fidelity([reference], purpose=Custom(top1).purpose)
+    assert float(judge.damage([reference], [reference]).abs().max()) == 0
+    assert float(judge.damage([reference + torch.randn(8, 5)], [reference]).min()) > 0
 
 
 def test_what_the_users_metric_does_wrong_is_said() -> None:

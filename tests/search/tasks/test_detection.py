@@ -8,6 +8,7 @@ import torch
 
 from search.tasks.average_precision import average_precision, match
 from search.tasks.detection import Detection, coco_ap
+from tests.damage.given import fidelity
 
 
 def scenes(seed: int, images: int = 12, classes: int = 4):
@@ -106,8 +107,8 @@ def test_damage_counts_scores_as_much_as_boxes():
     reference = torch.cat([boxes, scores], 2)
     broken_scores = torch.cat([boxes, scores * 0], 2)
     broken_boxes = torch.cat([boxes * 0, scores], 2)
-    task = Detection(lambda x: x)
-    a = task.damage([reference], [broken_scores]).mean()
-    b = task.damage([reference], [broken_boxes]).mean()
+    judge = fidelity([reference], purpose=Detection(lambda x: x).purpose)
+    a = judge.damage([broken_scores], [reference]).mean()
+    b = judge.damage([broken_boxes], [reference]).mean()
     assert a == pytest.approx(0.5, abs=0.05)
     assert b == pytest.approx(0.5, abs=0.05)
