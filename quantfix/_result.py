@@ -181,7 +181,7 @@ class Result:
         )
 
     def _repr_html_(self) -> str:
-        return self._results._repr_html_()
+        return self._results._repr_html_()  # pyright: ignore[reportPrivateUsage]
 
     def __repr__(self) -> str:
         if not self._results.front.points:

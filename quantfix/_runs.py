@@ -252,7 +252,8 @@ def _task(name: str, metric: str | Metric | None, higher_is_better: bool, postpr
     if name == "detection":
         if not callable(postprocess):
             raise ConfigError("task detection: postprocess: must be a callable on raw outputs")
-        made: Any = Detection(postprocess)
+        decode: Any = postprocess
+        made: Any = Detection(decode)
     elif name in ("classification", "video"):
         made = Classification() if name == "classification" else Video()
     elif name == "custom":

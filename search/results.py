@@ -120,6 +120,8 @@ class Results:
             return self.best() if which == "best" else self.knee()
         if bound := re.fullmatch(r"macs\s*<=\s*(\d*\.?\d+)", which.strip()):
             return self._within(float(bound[1]))
+        if "<=" in which:
+            raise RunError(f"pick {which!r}: must be macs<=RATIO, such as macs<=0.85")
         text = "" if which == "plain" else " ".join(sorted(which.split()))
         for score in self.scores:
             if " ".join(sorted(score.plan.split())) == text:

@@ -30,7 +30,7 @@ from rewriter.int8.onnx import (
 )
 from rewriter.plan import rule_named
 from rewriter.storage import replacing
-from search.engines import OnnxRuntime
+from search.engines import engine_named
 from search.run_dir.files import write_json
 from search.run_dir.scores import Score
 from search.scoring.evaluator import RewriteEvaluator
@@ -123,7 +123,7 @@ def linted(findings: Sequence[Finding]) -> str:
 
 def measure_file(evaluator: RewriteEvaluator, plan: Plan, file: Path) -> Score:
     """Score an int8 file as it lies on disk, on the kernels of ONNX Runtime."""
-    engine = OnnxRuntime()
+    engine = engine_named("onnxruntime")
     session = engine.open(file, evaluator.threads, evaluator.device)
     found = [session.run(x) for x in evaluator.samples.batches()]
     outputs = [torch.cat(parts) for parts in zip(*found, strict=True)]

@@ -121,7 +121,7 @@ class RewriteEvaluator(Bench):
         except LostError as cause:
             late = self.limit_s if isinstance(cause, LateError) else None
             known = self.unscored(plan, cost(self.gm).macs, late)
-            return [(score, None) for score in failed(known, cause, list(parts))]
+            return [(score, None) for score in failed(known, cause, parts)]
 
     def _lacking(self, score: Score) -> bool:
         """Whether a score has no time where one is asked for, or failed for want of time that there is now."""

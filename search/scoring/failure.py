@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import errno
-from collections.abc import Generator
+from collections.abc import Generator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 
@@ -33,7 +33,7 @@ def blamed() -> Generator[None]:
         raise CandidateError(cause) from cause
 
 
-def failed(known: Score, cause: BaseException, parts: list[Part]) -> list[Score]:
+def failed(known: Score, cause: BaseException, parts: Sequence[Part]) -> list[Score]:
     """A score with the reason for each part."""
     text = " ".join(str(cause).split())[:500]
     kind = "" if isinstance(cause, RewriteError) else f"{type(cause).__name__}: "
