@@ -32,8 +32,15 @@ from search.tasks import Task
 
 @dataclass
 class Once:
-    """What is computed of the float network once, for all benches that are made from one another."""
+    """What is computed of the float network once, for all benches that are made from one another.
 
+    Attributes:
+        of: The network and the samples that it is of; a bench with others computes it anew.
+        reference: Flat float outputs.
+        measure: What compares with them.
+    """
+
+    of: tuple[fx.GraphModule, SampleSet] | None = None
     reference: list[Tensor] | None = None
     measure: Measure | None = None
 
@@ -127,18 +134,22 @@ class Bench:
 
     def reference(self) -> list[Tensor]:
         """Flat float outputs over all samples, each (n, ...); computed once."""
-        if self.once.reference is None:
-            self.once.reference = [o.cpu() for o in self._run_torch(self.samples.batches())]
-            check_outputs(self.once.reference, self.samples.count)
-        return self.once.reference
+        once = self.once
+        if once.of is None or once.of[0] is not self.gm or once.of[1] is not self.samples:
+            found = [o.cpu() for o in self._run_torch(self.samples.batches())]
+            check_outputs(found, self.samples.count)
+            once.of, once.reference, once.measure = (self.gm, self.samples), found, None
+        assert once.reference is not None
+        return once.reference
 
     @property
     def measured(self) -> Measure:
         """What outputs are compared by."""
-        if self.once.measure is None or self.once.measure.task is not self.task:
+        known = self.once.measure
+        if known is None or known.task is not self.task or known.samples is not self.samples:
             fidelity = fidelity_of(self.gm, self.calibration)
-            self.once.measure = Measure(self.task, fidelity, self.samples, self.reference)
-        return self.once.measure
+            known = self.once.measure = Measure(self.task, fidelity, self.samples, self.reference)
+        return known
 
     def runner(self, quantized: Quantized) -> Runner:
         """What turns a batch of inputs into flat int8 outputs on this evaluator's engine."""

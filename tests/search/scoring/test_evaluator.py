@@ -1,7 +1,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import FrozenInstanceError, replace
 from pathlib import Path
 from typing import Any
 
@@ -229,3 +229,21 @@ def test_a_metric_that_is_no_mean_gets_its_interval_from_replicates(
     assert samples is not None
     assert samples.metric is None
     assert np.shape(samples.replicates) == (500,)
+
+
+def test_an_evaluator_never_changes_and_others_made_from_it_share_what_is_computed_once(
+    network: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    evaluate = make(network, tmp_path)
+    with pytest.raises(FrozenInstanceError):
+        evaluate.threads = 2  # type: ignore[misc]
+    reference, measured = evaluate.reference(), evaluate.measured
+    raced = replace(evaluate, limit_s=60.0)
+    assert raced.reference() is reference
+    assert raced.measured is measured
+    assert evaluate.limit_s is None
+    # of other samples the outputs are others
+    fewer = replace(evaluate, samples=load_samples(small.data(count=20).evaluation))
+    assert len(fewer.reference()[0]) == 20
+    assert fewer.measured is not measured
+    assert len(evaluate.reference()[0]) == 48
