@@ -153,8 +153,11 @@ class Bench:
 
     def runner(self, quantized: Quantized) -> Runner:
         """What turns a batch of inputs into flat int8 outputs on this evaluator's engine."""
-        engine = engine_named(self.engine)
-        return engine.open(engine.emit(quantized), self.threads, self.device).run
+        return self.opened(engine_named(self.engine).emit(quantized))
+
+    def opened(self, model: Any) -> Runner:
+        """The same of what the engine has emitted."""
+        return engine_named(self.engine).open(model, self.threads, self.device).run
 
     def unscored(self, plan: Plan, macs: int, limit_s: float | None = None) -> Score:
         """A plan of which nothing is known but what would run it."""
@@ -172,7 +175,7 @@ class Bench:
             engine = engine_named(self.engine)
             model = engine.emit(quantized)
             known = with_file(size_of(plan, quantized.gm), read_back(engine, quantized, model))
-            runner = engine.open(model, self.threads, self.device).run
+            runner = self.opened(model)
         if self.timed:
             (x,) = self.samples.batches(1, 0, 1)
             with blamed():

@@ -299,8 +299,10 @@ def test_weights_trained_in_the_users_own_loop_come_back_as_int8(tmp_path: Path)
     assert error < 0.2 * other
     assert names == list(result.rewrite(plan).state_dict())
     with pytest.raises(quantfix.RewriteError, match="weights: of another network or plan"):
-        result.export(tmp_path / "other", "plain", weights=net.state_dict())
-    broken = {k: torch.full_like(v, torch.nan) for k, v in net.state_dict().items()}
+        result.export(tmp_path / "other", plan, weights={"a.weight": torch.ones(1)})
+    broken = {
+        k: v * torch.nan if v.is_floating_point() else v for k, v in net.state_dict().items()
+    }
     with pytest.raises(quantfix.RewriteError, match="NaN or infinite"):
         result.export(tmp_path / "other", plan, weights=broken)
     with pytest.raises(quantfix.ConfigError, match="not readable as safetensors"):

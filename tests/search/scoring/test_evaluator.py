@@ -158,7 +158,7 @@ def test_outputs_that_are_not_finite_are_a_failed_candidate(
     def broken(*args: object) -> Any:
         return lambda x: [torch.full((len(x), 5), torch.nan)]
 
-    monkeypatch.setattr(RewriteEvaluator, "runner", broken)
+    monkeypatch.setattr(RewriteEvaluator, "opened", broken)
     assert evaluate(Plan.parse("keep_float@fc")).error == (
         "the int8 network's outputs are NaN or infinite"
     )
@@ -169,11 +169,21 @@ def test_outputs_that_are_not_finite_are_a_failed_candidate(
 def test_what_the_users_data_set_raises_is_never_swallowed(network: Any, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="sample 7: ZeroDivisionError"):
         load_samples(small.data(broken=True).evaluation)
-    good = load_samples(small.data().evaluation)
-    samples = replace(good, dataset=small.data(broken=True).evaluation, inputs=None)
-    evaluate = make(network, tmp_path, samples=good)
+    data = [small.data().evaluation]
+
+    class Breaking:
+        """Whole at first."""
+
+        def __len__(self) -> int:
+            return len(data[0])
+
+        def __getitem__(self, index: int) -> Any:
+            return data[0][index]
+
+    samples = replace(load_samples(data[0]), dataset=Breaking(), inputs=None)
+    evaluate = make(network, tmp_path, samples=samples)
     evaluate.baseline()
-    evaluate.samples = samples
+    data[0] = small.data(broken=True).evaluation
     with pytest.raises(ConfigError, match="sample 7: ZeroDivisionError"):
         evaluate(Plan.parse("keep_float@fc"))
     assert "keep_float@fc" not in evaluate.records
