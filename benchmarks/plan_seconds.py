@@ -23,6 +23,7 @@ import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -41,6 +42,7 @@ PHASES = {
         ("rewriter.assemble", ("graph_digest", "data_digest", "save_to", "load"))
     ],
     "file and session": [
+        ("search.engines.onnxruntime", ("to_onnx", "Session")),
         ("search.scoring.evaluator", ("to_onnx", "Session")),
         ("search.evaluator", ("to_onnx", "Session")),
     ],
@@ -208,6 +210,7 @@ def work(network: str, tree: Path, images: int | None) -> None:
     from rewriter import Plan, find_sites
     from rewriter.assemble import prepare
     from search.job import open_job
+    from search.scoring.bench import Once
 
     load_config = imported("search.config.schema", "search.config").load_config
 
@@ -221,12 +224,12 @@ def work(network: str, tree: Path, images: int | None) -> None:
         job = open_job(load_config(config), folder / "run", threads=1)
         evaluator = job.evaluator
         if images is not None:
-            evaluator.samples = cut(evaluator.samples, images)
-            evaluator.confirmations = None
+            samples = cut(evaluator.samples, images)
+            evaluator = replace(evaluator, samples=samples, confirmations=None, once=Once())
         loaded = time.process_time()
         clock.watch()
         evaluator.reference()
-        evaluator.measured.float_metric(evaluator.chosen_on)
+        evaluator.measured.float_metric(evaluator.choosing)
         prepare(evaluator.gm, evaluator.calibration, evaluator.store)
         once = time.process_time() - loaded
         sites = [f"{s.rule}@{s.anchor}" for s in find_sites(evaluator.gm) if not s.blocked]
@@ -234,7 +237,7 @@ def work(network: str, tree: Path, images: int | None) -> None:
         for line in sys.stdin:
             clock.seconds.clear()
             start = time.process_time()
-            score, _ = evaluator.measure(Plan.parse(line.strip()))
+            ((score, _),) = evaluator.measure(Plan.parse(line.strip()), [evaluator.choosing])
             total = time.process_time() - start
             clock.seconds["run and compare"] = total - sum(clock.seconds.values())
             peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
@@ -251,8 +254,6 @@ def work(network: str, tree: Path, images: int | None) -> None:
 
 def cut(samples: Any, count: int) -> Any:
     """The first samples of a set."""
-    from dataclasses import replace
-
     targets = None if samples.targets is None else samples.targets[:count]
     inputs = None if samples.inputs is None else samples.inputs[:count]
     return replace(

@@ -1,8 +1,10 @@
-"""Identity: SHA-256 digests of tensors, graphs and data, by which results are stored and found again."""
+"""Identity: SHA-256 digests of texts, code, tensors, graphs and data, by which results are stored and found again."""
 
 from __future__ import annotations
 
+import ast
 import hashlib
+import textwrap
 from collections.abc import Iterable, Mapping
 from typing import Any
 
@@ -22,6 +24,36 @@ def key(parts: Iterable[str]) -> str:
     for part in parts:
         digest.update(hashlib.sha256(part.encode()).digest())
     return digest.hexdigest()
+
+
+def short(content: str | bytes) -> str:
+    """32 hex digits of SHA-256: a name for what is no secret."""
+    data = content.encode() if isinstance(content, str) else content
+    return hashlib.sha256(data).hexdigest()[:32]
+
+
+def code_digest(text: str) -> str:
+    """Identity of what Python code computes: comments, docstrings and formatting do not count.
+
+    Text that is no Python counts as it is.
+    """
+    try:
+        tree = ast.parse(textwrap.dedent(text))
+    except (SyntaxError, ValueError):
+        return short(text)
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef):
+            # a text that stands alone anywhere computes nothing
+            node.body = [s for s in node.body if not _is_text(s)]
+    return short(ast.dump(tree))
+
+
+def _is_text(statement: ast.stmt) -> bool:
+    return (
+        isinstance(statement, ast.Expr)
+        and isinstance(statement.value, ast.Constant)
+        and isinstance(statement.value.value, str)
+    )
 
 
 def graph_digest(gm: fx.GraphModule) -> str:

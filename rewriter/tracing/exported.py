@@ -12,11 +12,24 @@ from torch import Tensor, fx, nn
 from rewriter.errors import TraceError
 
 F = nn.functional
-_OPERATORS = {"add": operator.add, "sub": operator.sub, "mul": operator.mul, "div": operator.truediv}
-_GUARDS = ("_assert_async", "_assert_scalar", "sym_constrain_range", "sym_constrain_range_for_size", "_guards_fn")
+_OPERATORS = {
+    "add": operator.add,
+    "sub": operator.sub,
+    "mul": operator.mul,
+    "div": operator.truediv,
+}
+_GUARDS = (
+    "_assert_async",
+    "_assert_scalar",
+    "sym_constrain_range",
+    "sym_constrain_range_for_size",
+    "_guards_fn",
+)
 
 
-def _batch_norm(x: Any, w: Any, b: Any, mean: Any, var: Any, _t: Any, momentum: Any, eps: Any, *_: Any) -> Any:
+def _batch_norm(
+    x: Any, w: Any, b: Any, mean: Any, var: Any, _t: Any, momentum: Any, eps: Any, *_: Any
+) -> Any:
     return F.batch_norm(x, mean, var, w, b, False, momentum, eps)
 
 
@@ -38,8 +51,12 @@ def _same(x: Any, *_: Any, **__: Any) -> Any:
 _SPECIAL: dict[str, Callable[..., Any]] = {
     "batch_norm": _batch_norm,
     "layer_norm": lambda x, shape, w=None, b=None, eps=1e-5, *_: F.layer_norm(x, shape, w, b, eps),
-    "group_norm": lambda x, groups, w=None, b=None, eps=1e-5, *_: F.group_norm(x, groups, w, b, eps),
-    "instance_norm": lambda x, w, b, m, v, s, mo, eps, *_: F.instance_norm(x, m, v, w, b, s, mo, eps),
+    "group_norm": lambda x, groups, w=None, b=None, eps=1e-5, *_: F.group_norm(
+        x, groups, w, b, eps
+    ),
+    "instance_norm": lambda x, w, b, m, v, s, mo, eps, *_: F.instance_norm(
+        x, m, v, w, b, s, mo, eps
+    ),
     "dropout": _same,
     "feature_dropout": _same,
     "alpha_dropout": _same,
@@ -58,12 +75,15 @@ _SPECIAL: dict[str, Callable[..., Any]] = {
     "sym_size": lambda x, axis: x.shape[axis],
     "select": lambda x, axis, index: x[(slice(None),) * axis + (index,)],
     "slice": lambda x, axis=0, start=None, end=None, step=1: x[
-        (slice(None),) * axis + (slice(start, None if end is not None and end > 2**60 else end, step),)
+        (slice(None),) * axis
+        + (slice(start, None if end is not None and end > 2**60 else end, step),)
     ],
     "index": lambda x, indices: x[tuple(slice(None) if i is None else i for i in indices)],
     "pad": lambda x, pads, mode="constant", value=None: F.pad(x, pads, mode, value),
     "gelu": lambda x, approximate="none": F.gelu(x, approximate=approximate),
-    "mean": lambda x, dims=None, keep=False, **_: x.mean() if dims is None else torch.mean(x, dims, keep),
+    "mean": lambda x, dims=None, keep=False, **_: (
+        x.mean() if dims is None else torch.mean(x, dims, keep)
+    ),
     "hardtanh": lambda x, low=-1.0, high=1.0: F.hardtanh(x, low, high),
     "softmax": lambda x, axis, *_: F.softmax(x, axis),
     "log_softmax": lambda x, axis, *_: F.log_softmax(x, axis),
@@ -101,7 +121,9 @@ class _Program(nn.Module):
                 values[node] = getattr(self, self.names[str(node.target)])
             elif node.op == "output":
                 result = fx.node.map_arg(node.args[0], values.__getitem__)
-                return result[0] if isinstance(result, (tuple, list)) and len(result) == 1 else result
+                return (
+                    result[0] if isinstance(result, (tuple, list)) and len(result) == 1 else result
+                )
             elif _is_guard(node):
                 values[node] = None
             else:

@@ -221,7 +221,7 @@ def front(folder: RunFolder, pictures: Pictures = False, quiet: Quiet = False) -
 def export(
     folder: RunFolder,
     pick: Annotated[
-        str, typer.Option(metavar='best|knee|"macs<=0.85"|"PLAN"', help="Which plan.")
+        str, typer.Option(metavar='best|knee|plain|"macs<=R"|"PLAN"', help="Which plan.")
     ] = "best",
     out_dir: Annotated[
         Path | None, typer.Option("--out", metavar="DIR2", help="Default: DIR/export.")
@@ -233,6 +233,12 @@ def export(
     untrained: Annotated[
         bool, typer.Option("--untrained", help="A fine-tuned plan as it was before.")
     ] = False,
+    weights: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FILE", help="Trained weights of the plan's architecture (quantfix.rewrite)."
+        ),
+    ] = None,
     to: Annotated[
         str,
         typer.Option(
@@ -251,7 +257,7 @@ def export(
     """
     from search.cli import commands
 
-    commands.export(folder, pick, out_dir, compared, untrained, quiet, to)
+    commands.export(folder, pick, out_dir, compared, untrained, weights, quiet, to)
 
 
 @app.command()

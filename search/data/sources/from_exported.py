@@ -53,10 +53,14 @@ def _refuse_objects(path: Path) -> None:
         with zipfile.ZipFile(path) as archive:
             names = archive.namelist()
     except (OSError, zipfile.BadZipFile) as error:
-        raise ConfigError(f"model.exported: {path.name}: no archive of torch.export.save: {error}") from error
+        raise ConfigError(
+            f"model.exported: {path.name}: no archive of torch.export.save: {error}"
+        ) from error
     for name in names:
         if any(kind in name for kind in _OBJECTS):
-            raise ConfigError(f"model.exported: {path.name}: holds an object ({name}): refused, only tensors are read")
+            raise ConfigError(
+                f"model.exported: {path.name}: holds an object ({name}): refused, only tensors are read"
+            )
 
 
 @contextmanager
