@@ -98,7 +98,7 @@ def main() -> None:
     chosen = plans(job) if given.plan is None else ((p, p) for p in given.plan)
     for name, text in chosen:
         plan = Plan.parse(text)
-        print(line(name, e.confirm(plan), level), flush=True)
+        print(line(name, e.score(plan, "whole"), level), flush=True)
         if ("replace_block" in text or "merge_" in text) and "@model" not in text:
             print(line("  the same, closed form", closed_form(job, plan), level), flush=True)
 

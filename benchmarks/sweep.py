@@ -42,7 +42,8 @@ FIELDS = (
         "error",
     ),
 )
-LIMIT_S = 300
+LIMIT_S = 300  # of processor time
+WALL_S = 1800
 MEMORY = 6 << 30  # address space beyond what torch takes
 
 
@@ -107,6 +108,7 @@ def child(name: str, pipe: Any) -> None:
     warnings.simplefilter("ignore")
     used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
     resource.setrlimit(resource.RLIMIT_AS, (used + MEMORY, used + MEMORY))
+    resource.setrlimit(resource.RLIMIT_CPU, (LIMIT_S, LIMIT_S + 5))
     row: dict[str, Any] = {"network": name}
     try:
         measured(name, row)
@@ -124,13 +126,10 @@ def one(name: str) -> dict[str, Any]:
     process.start()
     there.close()
     try:
-        row = (
-            here.recv()
-            if here.poll(LIMIT_S)
-            else {"stage": "late", "error": f"not done after {LIMIT_S} s"}
-        )
+        late = {"stage": "late", "error": f"not done after {WALL_S} s"}
+        row = here.recv() if here.poll(WALL_S) else late
     except EOFError:
-        row = {"stage": "lost", "error": "the process died"}
+        row = {"stage": "lost", "error": f"the process died, or took more than {LIMIT_S} s"}
     process.kill()
     process.join()
     return {"network": name, **row}

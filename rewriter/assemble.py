@@ -20,10 +20,10 @@ from rewriter.graph.lookup import layers
 from rewriter.int8.annotate import annotate
 from rewriter.int8.calibrate import Calibration, ValueStats
 from rewriter.int8.scheme import QuantScheme
-from rewriter.int8.simulate import Quantized, quantize
+from rewriter.int8.simulate import Quantized
 from rewriter.plan import Plan, Step, rewrite, rule_named
-from rewriter.repair.activation_ranges import least_damage_ranges
 from rewriter.repair.bias_and_rounding import refine
+from rewriter.repair.known_ranges import calibrated, refined
 from rewriter.rules._model_rule import WholeModelRule
 from rewriter.storage.cache import Store, load, save_to
 from rewriter.storage.digest import data_digest, graph_digest, key
@@ -64,7 +64,8 @@ def assemble(
 
     Single places are rewritten and fitted first, then the rules of the whole model act on what came out, then int8
     ranges are measured, and at last weights and biases are repaired layer by layer. The graph's weights and structure are not
-    touched; what was measured of it (``influence``) is kept in its nodes' meta for the next plan.
+    touched; what was measured of it (``influence``, and the damage where none is fixed yet) is kept in its
+    meta for the next plan.
 
     Args:
         gm: canonical graph of the float network.
@@ -101,7 +102,8 @@ def assemble(
             shape = Plan(tuple(s for s in whole.steps if _whole(s).replaces))
             made = rewrite(base, shape, facts={"scheme": scheme})
             return Assembled(restored(made, found, scheme), fits)
-    quantized = repaired(_scaled(base, whole, plan, scheme, batches, store), scheme, batches)
+    scaled = _scaled(base, whole, plan, scheme, batches, store)
+    quantized = repaired(scaled, scheme, batches, store)
     if store is not None and name:
         save_to(store, name, *record(quantized))
     return Assembled(quantized, fits)
@@ -218,14 +220,19 @@ def _measured(gm: fx.GraphModule, what: tuple[str, ...]) -> dict[str, Tensor]:
     return tensors
 
 
-def repaired(gm: fx.GraphModule, scheme: QuantScheme, batches: Batches) -> Quantized:
-    """Calibrate and repair a rewritten graph as its steps asked for; edits its annotations."""
+def repaired(
+    gm: fx.GraphModule, scheme: QuantScheme, batches: Batches, store: Store | None = None
+) -> Quantized:
+    """Calibrate and repair a rewritten graph as its steps asked for; edits its annotations.
+
+    What earlier plans share with this one (ranges of the same network, layers repaired alike) is taken from the store.
+    """
     repairs: frozenset[str] = facts.REPAIRS.get(gm, frozenset())
-    quantized = quantize(gm, scheme, batches, facts.CALIBRATION.get(gm, "minmax"))
+    quantized = calibrated(gm, scheme, batches, facts.CALIBRATION.get(gm, "minmax"), store)
     if "ranges" in repairs:
-        quantized = least_damage_ranges(quantized, batches)
+        quantized = refined(quantized, batches, store)
     if repairs & {"biases", "rounding"}:
-        quantized = refine(quantized, batches, repairs)
+        quantized = refine(quantized, batches, repairs, store)
     return quantized
 
 

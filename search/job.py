@@ -12,7 +12,7 @@ from typing import Any, Literal
 
 import onnxruntime
 import torch
-from torch import Tensor, fx
+from torch import Tensor, fx, nn
 from torch.utils import _pytree as pytree
 
 from rewriter import profile, target, trace
@@ -28,6 +28,7 @@ from rewriter.storage import (
     Store,
     checked,
     inside,
+    key,
     model_digest,
 )
 from search.config.schema import Config, ConfigError
@@ -35,6 +36,7 @@ from search.data.datasets import Data, Inputs, batches, load_data
 from search.data.evaluation_set import Tick, check_outputs, chosen_on, load_samples, shuffled
 from search.data.model import load_model
 from search.data.overlap import mark, warn_of_overlap
+from search.data.user_code import callable_digest
 from search.engines import Engine, EngineError, refusal, scoring_engine
 from search.run_dir.fingerprint import rules_digest, source_digest
 from search.run_dir.scores import Confirmations, Records, Score, fingerprint, open_run
@@ -43,6 +45,9 @@ from search.scoring.trial import trial
 from search.tasks import Task, task
 
 log = logging.getLogger(__name__)
+
+IN_MEMORY = "in memory"
+"""What ``run.json`` says in place of a config whose network and data were given from Python."""
 
 Progress = Callable[[str], AbstractContextManager[Tick]]
 OnScore = Callable[[Score, int], None]
@@ -53,6 +58,15 @@ def silent(label: str) -> Generator[Tick]:
     """Progress that shows nothing."""
     del label
     yield lambda done, total: None
+
+
+@dataclass(frozen=True)
+class Given:
+    """A network, its data and its task that are in memory, instead of what a config says."""
+
+    model: nn.Module
+    data: Data
+    task: Task
 
 
 @dataclass(frozen=True)
@@ -76,6 +90,7 @@ class Job:
     folder: Path
     evaluator: RewriteEvaluator
     data: Data
+    given: Given | None = None
     # search spaces laid out so far (search.strategy.space.Space), each with its ranking
     spaces: list[tuple[Any, Any]] = field(default_factory=list)
 
@@ -87,6 +102,10 @@ class Job:
     def records(self) -> Records:
         return self.evaluator.records
 
+    def model(self) -> nn.Module:
+        """The network as it was before it was traced."""
+        return load_model(self.cfg) if self.given is None else self.given.model
+
     @property
     def objective(self) -> Literal["metric", "damage"]:
         wanted = self.cfg.search.objective
@@ -95,14 +114,17 @@ class Job:
         return "damage" if self.evaluator.samples.targets is None else "metric"
 
 
-def load_network(cfg: Config, progress: Progress = silent) -> Network:
-    """Load a config's model and data and trace the model.
+def load_network(cfg: Config, progress: Progress = silent, given: Given | None = None) -> Network:
+    """Load a config's model and data, unless they are given, and trace the model.
 
     Raises:
         ConfigError: the model or the data cannot be had, or no int8 file of it can be run.
         TraceError: the model cannot be traced.
     """
-    model, data = load_model(cfg), load_data(cfg)
+    if given is None:
+        model, data = load_model(cfg), load_data(cfg)
+    else:
+        model, data = given.model, given.data
     found: list[Tensor] = []
     limit = cfg.calibration.samples or len(data.calibration)
     total, done = min(limit, len(data.calibration)), 0
@@ -125,7 +147,7 @@ def load_network(cfg: Config, progress: Progress = silent) -> Network:
     facts.CALIBRATION.put(gm, cfg.calibration.method)
     scheme = target(cfg.target)
     facts.SCHEME.put(gm, scheme)
-    goal = task(cfg)
+    goal = task(cfg) if given is None else given.task
     goal.attach(gm)
     profile(gm, found)
     try:
@@ -178,7 +200,11 @@ def float_metric(network: Network, count: int = 256) -> str:
 
 
 def open_job(
-    cfg: Config, folder: Path, progress: Progress = silent, threads: int | None = None
+    cfg: Config,
+    folder: Path,
+    progress: Progress = silent,
+    threads: int | None = None,
+    given: Given | None = None,
 ) -> Job:
     """Load everything, and claim the run directory or continue the run that is in it.
 
@@ -187,7 +213,7 @@ def open_job(
         RunError: the directory holds a run of another model, data or target.
         TraceError: the model cannot be traced.
     """
-    network = load_network(cfg, progress)
+    network = load_network(cfg, progress, given)
     device = device_of_run(cfg)
     with progress("reading evaluation images") as tick:
         evaluation = network.data.evaluation
@@ -208,13 +234,13 @@ def open_job(
         "evaluation": samples.digest,
         "target": _scheme_digest(scheme, engine.name),
         "damage": fidelity_of(network.gm).digest,
-        "metric": source_digest(network.task, *_user_functions(network.task)),
+        "metric": key([source_digest(network.task), *_user_functions(network.task)]),
         "rules": rules_digest(),
         "seed": str(cfg.search.seed),
         "confirmation": f"{chosen} of {samples.count} choose",
     }
     about = {
-        "config": str(cfg.path),
+        "config": str(cfg.path) if given is None else IN_MEMORY,
         "task": network.task.name,
         "metric": network.task.metric,
         "higher_is_better": network.task.higher_is_better,
@@ -255,7 +281,7 @@ def open_job(
         confirmations=Confirmations.of(records, chosen) if chosen < samples.count else None,
         timed=cfg.search.cost == "latency" or cfg.search.max_latency_ms is not None,
     )
-    return Job(cfg, folder, evaluator, network.data)
+    return Job(cfg, folder, evaluator, network.data, given)
 
 
 def place_of(cfg: Config) -> Place | None:
@@ -312,6 +338,6 @@ def _scheme_digest(scheme: QuantScheme, engine: str) -> str:
     return digest.hex()
 
 
-def _user_functions(goal: Task) -> list[object]:
+def _user_functions(goal: Task) -> list[str]:
     found = (getattr(goal, name, None) for name in ("postprocess", "function"))
-    return [f for f in found if f is not None]
+    return [callable_digest(f) for f in found if f is not None]

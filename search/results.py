@@ -109,20 +109,21 @@ class Results:
         return points[knee(macs, value, extent)]
 
     def picked(self, which: str) -> Score:
-        """The score of ``best``, ``knee``, ``macs<=0.85`` (the best of at most so many), or of a plan's text.
+        """The score of ``best``, ``knee``, ``plain`` (no step), ``macs<=0.85`` (the best of at most so many), or a plan.
 
         Raises:
             RunError: no such plan was scored, or it failed.
         """
         if which in ("best", "knee"):
             if not self.front.points:
-                raise RunError(
-                    f"{self.folder}: no plan is scored yet: quantfix run {self.facts['config']}"
-                )
+                again = f"quantfix run {self.facts['config']}"
+                raise RunError(f"{self.folder}: no plan is scored yet: {again}")
             return self.best() if which == "best" else self.knee()
         if bound := re.fullmatch(r"macs\s*<=\s*(\d*\.?\d+)", which.strip()):
             return self._within(float(bound[1]))
-        text = " ".join(sorted(which.split()))
+        if "<=" in which:
+            raise RunError(f"pick {which!r}: must be macs<=RATIO, such as macs<=0.85")
+        text = "" if which == "plain" else " ".join(sorted(which.split()))
         for score in self.scores:
             if " ".join(sorted(score.plan.split())) == text:
                 if score.error is not None:
@@ -203,10 +204,10 @@ class Results:
             "engine": self.facts["engine"],
             "baseline": baseline_of(self.baseline),
             "limits": dict(self.limits),
-            "points": [self._point(s) for s in points],
-            "ties": [self._point(s) for s in self.front.ties],
+            "points": [self.point_dict(s) for s in points],
+            "ties": [self.point_dict(s) for s in self.front.ties],
             "overtaken": [s.plan for s in self.overtaken()],
-            "references": [self._point(s) for s in self.references],
+            "references": [self.point_dict(s) for s in self.references],
             "control": controls(self.scores),
             "separable": self.separable,
             "best": self.best().plan if points else None,
@@ -229,7 +230,7 @@ class Results:
         left = {s.plan for s in self.front.all()}
         return [self.confirmed[s.plan].whole for s in self.chosen.all() if s.plan not in left]
 
-    def _point(self, score: Score) -> dict[str, Any]:
+    def point_dict(self, score: Score) -> dict[str, Any]:
         known = self.confirmed.get(score.plan)
         tuned = self.finetuned.get(score.plan)
         more: dict[str, Any] = {} if tuned is None else {"finetuned": tuned.to_dict()}

@@ -38,8 +38,19 @@ Kind = Literal[
     "ignored",
 ]
 KINDS: tuple[str, ...] = get_args(Kind)
-# What a task says of all outputs at once: one class for each input; numbers that a decoder reads; a score for each position.
-Purpose = Literal["classes", "decoded", "scores", "unknown"]
+# What a task says of all outputs at once: one class for each input; numbers that a decoder reads; a score for each position; and,
+# of the first output alone: classes of pixels, classes of steps (N, T, C), places, vectors, numbers.
+Purpose = Literal[
+    *("classes", "decoded", "scores", "unknown"),
+    *("pixels", "steps", "places", "vectors", "numbers"),
+]
+_FIRST: dict[str, Kind] = {
+    "pixels": "logits",
+    "steps": "logits",
+    "places": "coordinates",
+    "vectors": "embeddings",
+    "numbers": "values",
+}
 _ENDS: dict[str, Kind] = {
     "softmax": "probabilities",
     "log_softmax": "logits",
@@ -138,7 +149,7 @@ def _entry(item: Any, where: str) -> Meaning:
 
 
 def _group(item: Any, kind: Kind | None, where: str) -> Part:
-    channels = item
+    channels: Any = item
     if isinstance(item, Mapping):
         _only(item, ("kind", "channels"), where)
         kind = _kind(item["kind"], f"{where}.kind") if "kind" in item else kind
@@ -253,6 +264,8 @@ def _by_purpose(ends: list[fx.Node], sources: list[Origin], purpose: Purpose) ->
     if purpose == "classes":
         first = _classes(sources[0], assumed=False)
         return [first, *(Meaning.of("ignored") for _ in ends[1:])]
+    if purpose in _FIRST:
+        return [_first(ends[0], sources[0], purpose), *(Meaning.of("ignored") for _ in ends[1:])]
     if purpose == "unknown" and len(ends) == 1:
         shape = facts.SHAPE.get(ends[0], ())
         end = _ending(sources[0])
@@ -274,6 +287,21 @@ def _classes(origin: Origin, *, assumed: bool) -> Meaning:
     if assumed and end == "normalize":
         kind = "embeddings"
     return Meaning((Part(kind),), axis=1, assumed=assumed)
+
+
+def _first(node: fx.Node, origin: Origin, purpose: Purpose) -> Meaning:
+    shape, end = node.meta.get("shape", ()), _ending(origin)
+    kind = _FIRST[purpose]
+    if purpose in ("pixels", "steps"):
+        axis = 1 if purpose == "pixels" else len(shape) - 1
+        if end in ("softmax", "sigmoid"):
+            kind = _ENDS[end]
+        elif shape[axis] == 1:
+            kind = "sigmoid_logits"
+        return Meaning((Part(kind),), axis=axis)
+    if purpose == "places" and len(shape) == 4:
+        kind = "values"  # maps of heat, one for each point
+    return Meaning.of(kind)
 
 
 def _scores(origin: Origin) -> Meaning:

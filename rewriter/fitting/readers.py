@@ -18,6 +18,9 @@ from rewriter.int8.scheme import QuantScheme
 from rewriter.rules.thin_channels import channels_of_units
 from rewriter.surgery.hidden_channels import Hidden
 
+# A refitted layer is pulled towards weights that make what it made before by one of these shares,
+# the one that is best on inputs held back, where any is better than those weights.
+PULLS = (1e-4, 1e-3, 1e-2, 1e-1, 1.0)
 # Rows of what a reader reads: at least so many, and so many for each of its inputs.
 ROWS, ROWS_EACH = 12_000, 4
 
@@ -76,6 +79,43 @@ def set_weights(layer: nn.Module, w: Tensor) -> None:
     new = w[:-1].T.reshape(weight.shape).to(weight.dtype)
     layer.weight = nn.Parameter(new.contiguous(), requires_grad=False)
     layer.bias = nn.Parameter(w[-1].to(weight.dtype).clone(), requires_grad=False)
+
+
+def corrected(start: Tensor, fitted: Moments, held: Moments, rows: Tensor, columns: int) -> Tensor:
+    """Weights moved towards the wanted outputs as far as inputs held back say that it helps.
+
+    What is wanted makes up for errors made earlier, which is noise to a layer that cannot: with few inputs
+    the plain least squares of a wide layer is worse than none.
+
+    Args:
+        start: (K' + 1, O) weights that make what the layer made.
+        fitted: Moments of all inputs of the layer that fit.
+        held: Of those held back.
+        rows: Which K' + 1 of their rows belong to ``start``.
+        columns: How many there are.
+    """
+    rows = rows % columns
+    fitted, held = (Moments(m.xx[rows][:, rows], m.xy[rows], m.rows) for m in (fitted, held))
+    if not held.rows or not fitted.rows:
+        return start
+    tried = [(_excess(held, start), 0.0)]
+    tried += [(_excess(held, _pulled(fitted, start, pull)), pull) for pull in PULLS]
+    best = min(tried)[1]
+    if not best:
+        return start
+    whole = Moments(fitted.xx + held.xx, fitted.xy + held.xy, fitted.rows + held.rows)
+    return _pulled(whole, start, best)
+
+
+def _pulled(moments: Moments, start: Tensor, share: float) -> Tensor:
+    more = torch.full_like(moments.xx.diagonal(), share * float(moments.xx.diagonal().mean()))
+    left = moments.xx + more.diag()
+    return start + torch.linalg.solve(left, moments.xy - moments.xx @ start)
+
+
+def _excess(moments: Moments, w: Tensor) -> float:
+    """Squared error of some weights, but for what does not depend on them."""
+    return float((w * (moments.xx @ w)).sum() - 2 * (w * moments.xy).sum())
 
 
 def influence_of(reader: fx.Node, original: fx.Node | None, outputs: int) -> Tensor:

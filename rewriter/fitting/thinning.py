@@ -25,6 +25,7 @@ from rewriter.damage import fidelity_of
 from rewriter.damage.fisher import weigh
 from rewriter.fitting.brain_surgeon import Moments, remove, solve
 from rewriter.fitting.readers import (
+    corrected,
     influence_of,
     input_rows,
     problem_of,
@@ -47,7 +48,8 @@ from rewriter.surgery.hidden_channels import Gate, Hidden, hidden_of, keep_chann
 log = logging.getLogger(__name__)
 
 # Raised whenever a fit comes out differently, so that stored ones are not taken for it.
-VERSION = 1
+VERSION = 2
+HELD = 4  # one part of the inputs in so many is held back
 # A squeeze reads one row for each input: it is pulled towards its weights by this share.
 SQUEEZE_RIDGE = 1e-2
 
@@ -182,7 +184,10 @@ class _Thinned:
             self._wanted(values, old, layer, reader, target, skip)
             for values, old in zip(self.values.parts, self.teacher.parts, strict=True)
         ]
-        moments = self._moments(layer, reader, wanted)
+        fitted, held = self._moments(layer, reader, wanted)
+        # which channels go is decided by what it makes, which is not noisy as what is wanted is
+        moments = Moments(fitted.xx + held.xx, fitted.xy, fitted.rows + held.rows)
+        moments.xy = moments.xx @ weights_of(layer)
         weight = influence_of(reader, self.names.get(reader.name), len(layer.weight))
         problem = problem_of(self.student, hidden, moments, self.scheme, weight)
         units = remove(problem, [count // hidden.unit])[count // hidden.unit]
@@ -195,13 +200,16 @@ class _Thinned:
         for gate, (pooled, answers) in zip(hidden.gates, squeezed, strict=True):
             self._refit_squeeze(gate, pooled, answers, kept)
             state |= self._state(gate.squeeze)
+        rows = input_rows(module_of(self.student, reader), columns)
         if hidden.gates:
             self._again(hidden)
-            moments = self._moments(layer, reader, wanted)
-            rows = input_rows(layer, columns)
+            fitted, held = self._moments(layer, reader, wanted)
+            moments = Moments(fitted.xx + held.xx, fitted.xy, fitted.rows + held.rows)
+            moments.xy = moments.xx @ start_weights[rows]
             problem = thinned_problem(problem, moments, start_weights[rows], units)
-            units = torch.arange(problem.channels)
-        set_weights(layer, solve(problem, units))
+            units, rows = torch.arange(problem.channels), torch.arange(len(moments.xx))
+        same = solve(problem, units)
+        set_weights(layer, corrected(same, fitted, held, rows, len(fitted.xx)))
         state |= self._state(reader)
         error = self._error(layer, reader, wanted)
         self._done(hidden, target)
@@ -234,17 +242,19 @@ class _Thinned:
             y = old[target]
             return y if skip is None else y - values[skip]
 
-    def _moments(self, layer: nn.Module, reader: fx.Node, wanted: Sequence[Tensor]) -> Moments:
+    def _moments(
+        self, layer: nn.Module, reader: fx.Node, wanted: Sequence[Tensor]
+    ) -> list[Moments]:
+        """Of the inputs that fit, and of those that are held back."""
         source: Any = reader.args[0]
         generator = torch.Generator().manual_seed(self.seed)
-        found: Moments | None = None
-        for values, y in zip(self.values.parts, wanted, strict=True):
+        found: list[Moments] = []
+        for i, (values, y) in enumerate(zip(self.values.parts, wanted, strict=True)):
             x, t = rows_of(layer, values[source], y, self.images, generator)
             assert t is not None
-            if found is None:
-                found = Moments.empty(x.shape[1], t.shape[1], x.device)
-            found.add(x, t)
-        assert found is not None
+            if not found:
+                found = [Moments.empty(x.shape[1], t.shape[1], x.device) for _ in range(2)]
+            found[int(i % HELD == HELD - 1)].add(x, t)
         return found
 
     def _error(self, layer: nn.Module, reader: fx.Node, wanted: Sequence[Tensor]) -> float:

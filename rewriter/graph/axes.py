@@ -73,7 +73,7 @@ def channel_axes(gm: fx.GraphModule) -> dict[fx.Node, int]:
 
 
 def _rank(node: fx.Node) -> int:
-    shape = facts.SHAPE.get(node)
+    shape: Any = facts.SHAPE.get(node)
     plain = isinstance(shape, tuple) and all(isinstance(v, int) for v in shape)
     return len(shape) if plain and node.op != "output" else 0
 
@@ -127,7 +127,7 @@ def _moved(node: fx.Node, source: fx.Node) -> list[int] | None:
         dims[a], dims[b] = dims[b], dims[a]
         return dims
     if node.target in ("unsqueeze", torch.unsqueeze):
-        place = args[1] if len(args) > 1 else node.kwargs.get("dim", 0)
+        place: Any = args[1] if len(args) > 1 else node.kwargs.get("dim", 0)
         dims.insert(int(place) % (rank + 1), -1)
         return dims
     if node.target is operator.getitem:

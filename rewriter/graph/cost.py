@@ -108,8 +108,8 @@ def node_macs(gm: fx.GraphModule) -> dict[str, int]:
 
 
 def _product_macs(node: fx.Node, shapes: list[Any]) -> int:
-    made = facts.SHAPE.get(node)
-    if node.target in _PRODUCTS:
+    made: Any = facts.SHAPE.get(node)
+    if node.target in _PRODUCTS and made:
         return math.prod(made) * shapes[0][-1]
     if node.target is torch.nn.functional.scaled_dot_product_attention:
         query, key, value = (facts.SHAPE.of(n) for n in node.args[:3])  # type: ignore[union-attr]

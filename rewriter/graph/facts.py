@@ -148,6 +148,8 @@ EXAMPLE: Fact[tuple[Shape, ...]] = Fact(
 """Shapes of the inputs without the batch."""
 OPAQUE: Fact[Any] = Fact("opaque", ("tracing",), ("search", "sensitivity", "tracing"))
 """The sub-modules that are kept whole: ``rewriter.graph.lookup.Opaque``."""
+NAMES: Fact[tuple[tuple[str, ...], tuple[str, ...]]] = Fact("names", ("tracing",), ("int8",))
+"""What the file that a network was imported from calls its inputs and outputs; empty for other networks."""
 STRUCTURE: Fact[Any] = Fact("structure", ("export", "tracing"), ("damage", "graph", "tracing"))
 """How the outputs are nested, a torch pytree."""
 CONSTANT_OUTPUTS: Fact[dict[int, Any]] = Fact(

@@ -209,8 +209,10 @@ class _Reading:
         if moves_values(self.gm, node):
             return False
         tensors = [n for n in node.args if isinstance(n, fx.Node) and _is_float_tensor(n)]
-        if row.tensors is None or len(tensors) == row.tensors:
+        if row.tensors is None:
             return True
+        if len(tensors) == row.tensors:  # a square may be part of a norm that is written out
+            return len(set(tensors)) > 1 or self._links(node)
         # Behind the last layer, and next to float operations, numbers are arithmetic in float.
         return with_number(node) is not None and self._links(node)
 

@@ -120,13 +120,23 @@ def calibrate(
             inputs = batch if isinstance(batch, tuple) else (batch,)
             samples += len(inputs[0])
             for node, value in walk(gm, inputs):
-                note = annotation(node)
-                # what was moved in int8 has the range of its source
-                moved = moves_values(gm, node) and note.reads
-                if note.output is not None and not moved:
+                if is_observed(gm, node):
                     _observe(stats, node, value, histograms, axes.get(node, 1))
     if samples == 0:
         raise QuantizeError("calibration: no input was given")
+    return from_stats(gm, stats, samples, method)
+
+
+def is_observed(gm: fx.GraphModule, node: fx.Node) -> bool:
+    """Whether calibration looks at a node's value; what was moved in int8 has the range of its source."""
+    note = annotation(node)
+    return note.output is not None and not (moves_values(gm, node) and note.reads)
+
+
+def from_stats(
+    gm: fx.GraphModule, stats: dict[str, ValueStats], samples: int, method: Method = "minmax"
+) -> Calibration:
+    """The ranges of an annotated graph, from what was seen of its values."""
     values = _ranges(gm, stats, method)
     return Calibration(values, weight_scales(gm, values), stats, samples)
 

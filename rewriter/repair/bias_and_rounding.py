@@ -26,6 +26,7 @@ from rewriter.int8.calibrate import input_scale
 from rewriter.int8.integer_grid import dequantized_weight, fake_quantize, least_weight_scale
 from rewriter.int8.scheme import TINY, QuantSpec, channel_axis
 from rewriter.int8.simulate import Quantized
+from rewriter.repair.known_layers import KnownLayers, Repaired
 from rewriter.repair.layer_patches import patches
 from rewriter.repair.weight_rounding import (
     DAMPING,
@@ -34,6 +35,7 @@ from rewriter.repair.weight_rounding import (
     reproducing,
     round_weights,
 )
+from rewriter.storage.cache import Store
 
 # Inputs that the repairs look at: with a third less the damage on others grows, with twice as many it stays.
 INPUTS = 48
@@ -42,7 +44,10 @@ MEMORY = 3 * 2**30
 
 
 def refine(
-    quantized: Quantized, batches: Sequence[Tensor | tuple[Tensor, ...]], repairs: frozenset[str]
+    quantized: Quantized,
+    batches: Sequence[Tensor | tuple[Tensor, ...]],
+    repairs: frozenset[str],
+    store: Store | None = None,
 ) -> Quantized:
     """Repair every int8 layer in the order in which they run.
 
@@ -50,6 +55,7 @@ def refine(
         quantized: annotated graph and its ranges; it is not touched.
         batches: unlabelled calibration inputs, each (N, ...), or a tuple with one tensor for each input.
         repairs: what to do: "biases", or "rounding", which leaves every mean to the bias and so corrects it too.
+        store: where repaired layers are kept for plans that begin like this one.
 
     Returns:
         A copy with new weights (on their grid where they were rounded), biases and weight scales.
@@ -59,13 +65,15 @@ def refine(
     result = replace(quantized, gm=gm, calibration=replace(quantized.calibration, weights=scales))
     inputs = _in_two(_affordable(quantized.gm, batches))
     last = last_uses(quantized.gm)
+    count = sum(len(x[0]) for x in inputs)
+    known = KnownLayers(quantized, batches, count, repairs, store)
     exact, rounded = _Side(quantized, inputs, _inside), _Side(result, inputs, _rounded)
     with torch.no_grad():
         for node, twin in zip(quantized.gm.graph.nodes, gm.graph.nodes, strict=True):
             if node.op == "output":
                 break
             if is_layer(gm, node) and annotation(node).weight is not None:
-                _repair(result, node, twin, exact, rounded, repairs)
+                _repair(result, node, twin, exact, rounded, repairs, known)
             else:
                 exact.run(node)
                 rounded.run(twin)
@@ -201,6 +209,7 @@ def _repair(
     exact: _Side,
     rounded: _Side,
     repairs: frozenset[str],
+    known: KnownLayers,
 ) -> None:
     """Choose the layer's int8 weights and bias, and run it.
 
@@ -211,6 +220,7 @@ def _repair(
         exact: the network as it was.
         rounded: the network under repair.
         repairs: what to do.
+        known: layers that were repaired before; this one is added.
     """
     layer: Any = module_of(quantized.gm, node)
     spec = annotation(node).weight
@@ -219,7 +229,13 @@ def _repair(
     assert isinstance(before, fx.Node)
     assert isinstance(source, fx.Node)
     inputs = [rounded.as_read(node, source, values) for values in rounded.values]
-    if "rounding" in repairs and is_call(quantized.gm, node, nn.Conv1d, nn.Conv2d, nn.Linear):
+    found = known.get(original)
+    rounds = "rounding" in repairs and is_call(quantized.gm, node, nn.Conv1d, nn.Conv2d, nn.Linear)
+    if found is not None:
+        if found.weight is not None:
+            layer.weight = nn.Parameter(found.weight, requires_grad=False)
+        quantized.calibration.weights[node.name] = found.scale
+    elif rounds:
         clipped = [exact.as_read(original, before, values) for values in exact.values]
         _round(quantized, node, layer, spec, clipped, inputs)
     scale = quantized.calibration.weights[node.name]
@@ -228,7 +244,11 @@ def _repair(
     wanted = exact.run(original)
     if repairs & {"biases", "rounding"}:
         axis = made[0].ndim - 1 if isinstance(layer, nn.Linear) else 1
-        shift = _mean(wanted, axis) - _mean(made, axis)
+        if found is None:
+            shift = _mean(wanted, axis) - _mean(made, axis)
+            known.put(original, Repaired(layer.weight if rounds else None, scale, shift))
+        else:
+            shift = found.shift
         old = layer.bias.double() if layer.bias is not None else 0.0
         layer.bias = nn.Parameter((old + shift).to(layer.weight.dtype), requires_grad=False)
         wide = shift.to(made[0]).view([-1 if d == axis else 1 for d in range(made[0].ndim)])

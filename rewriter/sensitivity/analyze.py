@@ -112,7 +112,7 @@ def analyze(
         raise QuantizeError("sensitivity: evaluation inputs: none was given")
     calibration_batches = list(calibration_batches)
     fidelity = fidelity or fidelity_of(gm, calibration_batches)
-    method = facts.CALIBRATION.get(gm, "minmax")
+    method: Any = facts.CALIBRATION.get(gm, "minmax")
     quantized = quantize(gm, scheme, calibration_batches, method)
     names = {n.name: n for n in layers(gm) if annotation(n).weight is not None}
     if not names:

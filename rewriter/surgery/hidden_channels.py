@@ -323,7 +323,12 @@ def _keep_meta(node: fx.Node, kept: Tensor, axis: int, width: int) -> None:
     shape = list(facts.SHAPE.of(node))
     shape[axis] = len(kept)
     facts.SHAPE.put(node, tuple(shape))
-    for fact in (facts.CHANNEL_RANGE, facts.INFLUENCE, facts.WEIGHT_INFLUENCE):
+    measured: tuple[facts.Fact[Any], ...] = (
+        facts.CHANNEL_RANGE,
+        facts.INFLUENCE,
+        facts.WEIGHT_INFLUENCE,
+    )
+    for fact in measured:
         known = fact.get(node)
         if known is None:
             continue

@@ -5,7 +5,7 @@
     x ** 2      x * x
     weight.reshape(1, -1, 1, 1) * (variance + eps).rsqrt()          a constant
 
-A square behind the last layer stays as it is: there it is arithmetic on outputs, in float.
+A square that no layer reads stays as it is: it is part of a norm, or arithmetic on outputs, in float.
 """
 
 from __future__ import annotations
@@ -19,13 +19,15 @@ from torch import Tensor, fx, nn
 from rewriter.graph import facts
 from rewriter.graph.edit import add_module
 from rewriter.graph.lookup import is_call, module_of
-from rewriter.tracing.fold_affine import feeding_layers
+from rewriter.graph.ops import LAYER_TYPES
+from rewriter.tracing.fold_affine import affine_of
 
 F = nn.functional
 
 _POWERS = (operator.pow, torch.pow, "pow", "__pow__")
 _SQUARES = (torch.square, "square")
 _SELU_ALPHA, _SELU_SCALE = 1.6732632423543772848170429916717, 1.0507009873554804934193349852946
+_RANDOM = ("rand", "bernoulli", "normal_", "dropout", "multinomial", "poisson", "exponential")
 # A constant may be this many times as large as what it is computed from, and a few numbers in any case.
 GROWTH, SMALL = 4, 4096
 
@@ -48,6 +50,8 @@ def fold_constants(gm: fx.GraphModule) -> None:
         if all(user in values for user in node.users):
             continue  # a step on the way
         name = f"constant_{node.name}"
+        while hasattr(gm, name):
+            name += "_"
         gm.register_buffer(name, values[node].clone().contiguous())
         with gm.graph.inserting_before(node):
             new = gm.graph.get_attr(name)
@@ -58,6 +62,8 @@ def fold_constants(gm: fx.GraphModule) -> None:
 
 def _depends_on(node: fx.Node, values: dict[fx.Node, Any]) -> bool:
     inputs = node.all_input_nodes
+    if any(word in str(node.target) for word in _RANDOM):
+        return False
     return bool(inputs) and all(n in values for n in inputs)
 
 
@@ -75,7 +81,6 @@ def _computed(node: fx.Node, values: dict[fx.Node, Any]) -> Any:
 
 def expand_operators(gm: fx.GraphModule) -> None:
     """Write operators in others; edits gm in place."""
-    ahead = feeding_layers(gm)
     for node in list(gm.graph.nodes):
         if is_call(gm, node, nn.GLU):
             _glu(gm, node, module_of(gm, node).dim)
@@ -84,9 +89,18 @@ def expand_operators(gm: fx.GraphModule) -> None:
             _glu(gm, node, dim)
         elif is_call(gm, node, nn.SELU) or node.target in (F.selu, torch.selu):
             _selu(gm, node)
-        elif node in ahead and _is_square(node):
+        elif _is_square(node) and _read_by_layers(gm, node):
             node.op, node.target = "call_function", operator.mul
             node.args, node.kwargs = (node.args[0], node.args[0]), {}
+
+
+def _read_by_layers(gm: fx.GraphModule, node: fx.Node) -> bool:
+    """Whether layers alone read a value, or constant affine maps of it: in a norm written out a square stays in float."""
+    return bool(node.users) and all(
+        is_call(gm, user, *LAYER_TYPES)
+        or (affine_of(gm, user) is not None and _read_by_layers(gm, user))
+        for user in node.users
+    )
 
 
 def _is_square(node: fx.Node) -> bool:

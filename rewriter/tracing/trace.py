@@ -35,7 +35,8 @@ def trace(model: nn.Module, example: Tensor | tuple[Tensor, ...]) -> fx.GraphMod
 
     Returns:
         A graph module with the same outputs; ``meta`` holds ``opaque``, ``example`` (input
-        shapes without the batch) and ``structure`` (how the outputs are nested).
+        shapes without the batch), ``structure`` (how the outputs are nested) and ``names`` (of
+        inputs and outputs, where the model has ``input_names`` and ``output_names``).
 
     Raises:
         TraceError: the outermost forward cannot be traced, or the graph does not compute what
@@ -43,6 +44,7 @@ def trace(model: nn.Module, example: Tensor | tuple[Tensor, ...]) -> fx.GraphMod
     """
     examples = example if isinstance(example, tuple) else (example,)
     examples = tuple(e.detach().float().cpu() for e in examples)
+    names = tuple(getattr(model, k, ()) for k in ("input_names", "output_names"))
     model = _prepared_copy(model)
     reference = copy.deepcopy(model)  # the graph shares its modules with the model
     few, many = (tuple(batch_of(e, size) for e in examples) for size in BATCHES)
@@ -56,6 +58,7 @@ def trace(model: nn.Module, example: Tensor | tuple[Tensor, ...]) -> fx.GraphMod
     gm = fx.GraphModule(model, graph, class_name=type(model).__name__)
     facts.EXAMPLE.put(gm, tuple(tuple(e.shape[1:]) for e in examples))
     facts.OPAQUE.put(gm, opaque)
+    facts.NAMES.put(gm, names)
     _record_structure(gm)
     try:
         gm = canonicalize(gm)

@@ -191,7 +191,7 @@ def changes(
         "Nothing was changed."
     ]
     if evaluator.maker is not None:
-        lines += ["", "All weights were then trained end to end with int8 in mind (fine-tuned)."]
+        lines += ["", "All weights were then trained end to end (fine-tuned, or given as a file)."]
     lines += ["", "## Layers", "", *_difference(evaluator.gm, gm), "", "## Measured", ""]
     lines += [
         f"`{name}`, this file, on {_SHOWN.get(score.engine, score.engine)} with {score.samples} samples:",

@@ -15,7 +15,6 @@ from rewriter.export import State, first_output_only, run_stream, streaming_int8
 from rewriter.graph import facts
 from rewriter.int8.onnx import Session, to_onnx
 from rewriter.storage import replacing
-from search.data.model import load_model
 from search.job import Job
 from search.run_dir.files import read_json, write_json
 
@@ -48,7 +47,7 @@ def export_stream(
         raise RewriteError(
             f"streaming: chunk: {chunk} does not divide {calibration.shape[1]} frames"
         )
-    gm = trace(load_model(job.cfg), calibration[:2, :chunk])
+    gm = trace(job.model(), calibration[:2, :chunk])
     first_output_only(gm)
     facts.FIDELITY.put(gm, facts.FIDELITY.get(job.gm))
     stream = streaming_int8(quantized, plan, job.gm, gm)

@@ -129,15 +129,15 @@ def make_table(
         write_table(job, table)
         on_row(table)
 
-    add("as it is", job.evaluator.confirm(empty))
-    first = job.evaluator.confirm(replaced)
+    add("as it is", job.evaluator.score(empty, "whole"))
+    first = job.evaluator.score(replaced, "whole")
     if first.error is not None:
         raise RewriteError(f"table: {step}: {first.error}")
     add("replaced", first)
     remedies = Plan(tuple(Step(rule, "model") for _, rule in REMEDIES))
     both = Plan((*replaced.steps, *remedies.steps))
-    add("replaced + free rewrites", job.evaluator.confirm(both))
-    add("control: free rewrites", job.evaluator.confirm(remedies), control=True)
+    add("replaced + free rewrites", job.evaluator.score(both, "whole"))
+    add("control: free rewrites", job.evaluator.score(remedies, "whole"), control=True)
     tuners = dict[str, Finetuner]()
     for loss in TRAININGS:
         why = _unusable(job, loss)

@@ -195,7 +195,7 @@ def finetune(job: Job, plans: Sequence[Plan], progress: Progress = silent) -> No
         control = control_of(plan)
         for wanted in (plan, control):
             if wanted is not None:
-                job.evaluator.confirm(wanted)
+                job.evaluator.score(wanted, "whole")
                 trained[str(wanted)] = asdict(tuner.score(wanted, progress)[1])
         rows[str(plan)] = None if control is None else str(control)
         facts = {"digest": tuner.pool.digest, "options": options.model_dump(), "plans": rows}

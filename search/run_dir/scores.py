@@ -8,7 +8,6 @@ again.
 
 from __future__ import annotations
 
-import hashlib
 import io
 import json
 import logging
@@ -23,7 +22,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from rewriter.storage import Place, replacing
+from rewriter.storage import Place, replacing, short
 from search.run_dir.files import REMEDY, RunError, append, finite, mend, read_json, write_json
 from search.run_dir.shared_scores import Exchange
 from search.run_dir.validation import checked, fault_of_run
@@ -144,6 +143,19 @@ class Baseline:
     int8_share: float | None = None
     float_ops: dict[str, int] | None = field(default=None, hash=False)
 
+    @classmethod
+    def of(cls, score: Score) -> Baseline:
+        """What the score of the empty plan says."""
+        return cls(
+            score.original,
+            score.metric,
+            score.macs,
+            score.damage,
+            score.interval,
+            score.int8_share,
+            score.float_ops,
+        )
+
 
 @dataclass
 class Records:
@@ -259,7 +271,7 @@ class Records:
         return len(self._scores)
 
     def _samples_path(self, plan: str) -> Path:
-        key = hashlib.sha256(f"{self.fingerprint}\n{plan}".encode()).hexdigest()[:32]
+        key = short(f"{self.fingerprint}\n{plan}")
         return self.folder / "samples" / f"{key}.npz"
 
 
@@ -354,7 +366,7 @@ def note(folder: Path, **facts: Any) -> None:
 
 def fingerprint(parts: Mapping[str, str]) -> str:
     """One hash of all ingredients."""
-    return hashlib.sha256(json.dumps(dict(sorted(parts.items()))).encode()).hexdigest()[:32]
+    return short(json.dumps(dict(sorted(parts.items()))))
 
 
 def _packed(samples: Samples) -> bytes:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import errno
 import hashlib
 import traceback
-from collections.abc import Generator
+from collections.abc import Generator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -37,9 +37,11 @@ def blamed() -> Generator[None]:
         raise CandidateError(cause) from cause
 
 
-def failed(known: Score, cause: BaseException, parts: list[Part], folder: Path) -> list[Score]:
+def failed(
+    known: Score, cause: BaseException, parts: Sequence[Part], folder: Path | None
+) -> list[Score]:
     """A score with the reason for each part; the traceback is kept in the run directory."""
-    where = keep_traceback(folder, known.plan, cause)
+    where = None if folder is None else keep_traceback(folder, known.plan, cause)
     text = " ".join(str(cause).split())[:500]
     kind = "" if isinstance(cause, RewriteError) else f"{type(cause).__name__}: "
     return [

@@ -22,10 +22,13 @@ from search.study.study import Outcome
 
 
 @contextmanager
-def helpers(job: Job, storage: str | None, goal: Goal | None = None) -> Generator[None]:
+def helpers(job: Job, storage: str | None, goal: Goal | None = None) -> Generator[int]:
     """The config's other worker processes beside this one; they end with the search, or when one of all has met the goal.
 
     The threads that this process may use (``OMP_NUM_THREADS``, else the cores) are shared among all.
+
+    Yields:
+        How many of them are this process's own.
     """
     cfg, threads = job.cfg, torch.get_num_threads()
     context = multiprocessing.get_context("spawn")
@@ -50,9 +53,8 @@ def helpers(job: Job, storage: str | None, goal: Goal | None = None) -> Generato
     finally:
         signal.pthread_sigmask(signal.SIG_SETMASK, mask)
     torch.set_num_threads(share)
-    job.evaluator.threads = share
     try:
-        yield
+        yield share
         for process in started:
             process.join()
     finally:
@@ -61,7 +63,6 @@ def helpers(job: Job, storage: str | None, goal: Goal | None = None) -> Generato
                 process.terminate()
                 process.join(10)
         torch.set_num_threads(threads)
-        job.evaluator.threads = threads
 
 
 def work(

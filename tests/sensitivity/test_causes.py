@@ -175,3 +175,31 @@ def test_answers_touch_the_layer_and_free_ones_come_first() -> None:
     merged = dict(zip(dw.answers, dw.answer_macs, strict=True))["merge_separable@dw"]
     places = 7 * 6
     assert merged == places * (16 * 24 * 9 - 16 * 9 - 16 * 24)
+
+
+class Swish(nn.Module):
+    """A convolution far below -3 before a hardswish, where nothing that follows can tell."""
+
+    def __init__(self, shift: float) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.first, self.act, self.last = nn.Conv2d(3, 8, 3), nn.Hardswish(), nn.Conv2d(8, 4, 1)
+        with torch.no_grad():
+            self.first.weight *= 3
+            self.first.bias[:4] -= shift
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.last(self.act(self.first(x)))
+
+
+@pytest.mark.parametrize(("shift", "named"), [(60.0, True), (0.0, False)])
+def test_levels_that_a_hardswish_cannot_tell_apart(shift: float, named: bool) -> None:
+    found = [
+        entry(Swish(shift).eval(), layer, "onnxruntime", top=9) for layer in ("first", "last")
+    ]
+    assert any("idle_range" in f.causes for f in found) == named, [f.evidence for f in found]
+    if named:
+        (cause,) = [e for f in found for e in f.evidence if e.name == "idle_range"][:1]
+        assert cause.about == "first"
+        assert cause.number < 0.3
+        assert any("refine_ranges@model" in f.answers for f in found if f.causes)

@@ -32,6 +32,7 @@ from rewriter.int8.onnx.builder import (
 from rewriter.int8.onnx.clips import clip_is_free
 from rewriter.int8.onnx.data_movement import MOVES
 from rewriter.int8.onnx.modules import MODULES
+from rewriter.int8.onnx.names import original_names, rename
 from rewriter.int8.onnx.opaque import emit_opaque
 from rewriter.int8.onnx.recurrent import RECURRENT
 from rewriter.int8.simulate import Quantized
@@ -83,9 +84,11 @@ def _emit(
     opsets = [helper.make_opsetid("", OPSET)]
     if any(n.domain == CONTRIB for n in e.nodes):
         opsets.append(helper.make_opsetid(CONTRIB, 1))
-    return helper.make_model(
+    model = helper.make_model(
         graph, opset_imports=opsets, ir_version=IR_VERSION, producer_name="quantfix"
     )
+    rename(model, {} if exposed else original_names(gm, model))
+    return model
 
 
 def _emit_node(e: Emission, node: fx.Node) -> Value:

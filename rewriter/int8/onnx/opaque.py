@@ -6,7 +6,6 @@ copied in with prefixed names.
 
 from __future__ import annotations
 
-import hashlib
 import io
 import pickle
 import warnings
@@ -27,6 +26,7 @@ from rewriter.graph.interpret import without_fast_path
 from rewriter.graph.lookup import layer_name, module_of
 from rewriter.int8.onnx.builder import OPSET, Emission, Value
 from rewriter.int8.onnx.plain_forms import plain_form
+from rewriter.storage.digest import short
 
 _CACHE: OrderedDict[Any, onnx.ModelProto] = OrderedDict()
 _CACHED = 64
@@ -138,7 +138,7 @@ def _tuples(names: Any) -> Value:
 
 def _exported(part: _Part | _Function, inputs: tuple[Tensor, ...]) -> onnx.ModelProto:
     try:
-        content = hashlib.sha256(pickle.dumps(part)).hexdigest()
+        content = short(pickle.dumps(part))
     except Exception:  # what cannot be pickled (a module of a local class) is exported every time
         return _export(part, inputs)
     kind = part.target if part.called is None else type(part.called)

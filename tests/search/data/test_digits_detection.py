@@ -47,7 +47,7 @@ def test_a_short_training_is_repeatable_and_changes_the_weights() -> None:
 def test_splitting_the_head_gives_back_what_int8_took(tmp_path: Path) -> None:
     job = open_job(load_config(shipped_config("detection_digits.yaml")), tmp_path / "run")
     level = job.evaluator.baseline()
-    split = job.evaluator.confirm(Plan.parse("split_head_auto@head"))
+    split = job.evaluator.score(Plan.parse("split_head_auto@head"), "whole")
     assert level.float is not None
     assert level.int8 is not None
     assert split.metric is not None

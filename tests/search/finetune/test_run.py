@@ -90,7 +90,7 @@ def test_other_ways_of_training_are_scored_and_kept(tmp_path: Path, quantization
     cfg = load_config(write(tmp_path, quantization=quantization))
     job = open_job(cfg, tmp_path / "out")
     tuner = Finetuner(job, cfg.finetune)
-    before = job.evaluator.confirm(Plan(()))
+    before = job.evaluator.score(Plan(()), "whole")
     after, trained = tuner.score(Plan(()))
     assert after.error is None and after.samples == before.samples == 48
     assert trained.steps == 10
