@@ -1,4 +1,4 @@
-"""MCUNet distilled from its own float model on unlabelled images that the evaluation never shows.
+"""MCUNet distilled from its own float model on unlabeled images that the evaluation never shows.
 
     quantfix table benchmarks/mcunet.yaml          # the first block replaced, closed form and distilled, with controls
     quantfix run benchmarks/mcunet.yaml --trials 12 --finetune knee

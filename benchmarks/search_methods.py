@@ -42,6 +42,7 @@ from search.job import Job, open_job
 from search.pareto.front import hypervolume
 from search.run import limits_of, sensitivity_of, space_of, with_options
 from search.run_dir.scores import Records, Score
+from search.scoring.bench import Once
 from search.scoring.evaluator import RewriteEvaluator
 from search.sensitivity.run import float_gains_on
 from search.strategy.schedule import worth_trying
@@ -66,16 +67,18 @@ def prepared(options: argparse.Namespace) -> tuple[Job, Space, Any]:
     evaluator = job.evaluator
     count = min(options.images or evaluator.samples.count, evaluator.samples.count)
     if evaluator.samples.inputs is None or evaluator.samples.targets is None:
-        raise SystemExit("needs labelled images that fit into memory")
-    evaluator.samples = replace(
+        raise SystemExit("needs labeled images that fit into memory")
+    identity = f"{job.records.fingerprint}-{count}"
+    samples = replace(
         evaluator.samples,
         count=count,
         inputs=evaluator.samples.inputs[:count],
         targets=evaluator.samples.targets[:count],
     )
-    evaluator._reference = None  # of the images that were left out too
-    identity = f"{job.records.fingerprint}-{count}"
-    evaluator.records = Records(options.out / "memo", identity)
+    records = Records(options.out / "memo", identity)
+    # what was computed of the float network is of the images that were left out too
+    evaluator = replace(evaluator, samples=samples, records=records, once=Once())
+    job = replace(job, evaluator=evaluator)
     space = space_of(job, sensitivity)
     left = {
         slot: tuple(rule for rule in rules if rule not in options.without)

@@ -33,7 +33,7 @@ REQUIRED = ("Before", "After", "Why", "Exact", "Cost")
 
 
 def rules_by_file() -> dict[str, list[RewriteRule]]:
-    """The rules of each file of rewriter/rules, in the catalogue's order."""
+    """The rules of each file of rewriter/rules, in the catalog's order."""
     found: dict[str, list[RewriteRule]] = {}
     for rule in RULES:
         found.setdefault(type(rule).__module__.rsplit(".", 1)[1], []).append(rule)
@@ -106,7 +106,8 @@ def table() -> str:
     for file, rules in rules_by_file().items():
         names = ", ".join(f"[`{rule.name}`](rules/{file}.md)" for rule in rules)
         contracts = ", ".join(dict.fromkeys(rule.contract for rule in rules))
-        macs = "none" if all(rule.free for rule in rules) else "change"
+        saves = any(getattr(rule, "saves", False) for rule in rules)
+        macs = "none" if all(rule.free for rule in rules) else "fewer" if saves else "more"
         title = markdown(sections(docstring_of(rules[0]))["title"]).rstrip(".")
         rows.append(f"| {names} | {contracts} | {macs} | {title} |")
     return "\n".join(rows) + "\n"

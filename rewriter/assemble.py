@@ -8,20 +8,22 @@ from typing import Any
 
 from torch import Tensor, fx, nn
 
+from rewriter.damage.fisher import INPUTS as ALL
 from rewriter.damage.fisher import weigh
 from rewriter.damage.grouping import fidelity_of
 from rewriter.errors import RewriteError
 from rewriter.fitting.fit import FitReport, fit
+from rewriter.graph import facts
 from rewriter.graph.channel_ranges import profile
 from rewriter.graph.edit import copy_graph
 from rewriter.graph.lookup import layers
 from rewriter.int8.annotate import annotate
 from rewriter.int8.calibrate import Calibration, ValueStats
 from rewriter.int8.scheme import QuantScheme
-from rewriter.int8.simulate import Quantized, quantize
+from rewriter.int8.simulate import Quantized
 from rewriter.plan import Plan, Step, rewrite, rule_named
-from rewriter.repair.activation_ranges import least_damage_ranges
 from rewriter.repair.bias_and_rounding import refine
+from rewriter.repair.known_ranges import calibrated, refined
 from rewriter.rules._model_rule import WholeModelRule
 from rewriter.storage.cache import Store, load, save_to
 from rewriter.storage.digest import data_digest, graph_digest, key
@@ -30,13 +32,15 @@ __all__ = ["Assembled", "assemble", "prepare", "record", "repaired", "restored",
 
 Batches = Sequence[Tensor | tuple[Tensor, ...]]
 # Raised when the result of the repairs changes, so that stored ones are not reused.
-VERSION = 6
+VERSION = 7
 _ENDS: dict[str, tuple[str, ...]] = {
     "channel_range": ("low", "high"),
     "influence": ("",),
     "weight_influence": ("",),
 }
 _MEASURED = tuple(_ENDS)
+# Inputs that the influence of a rewritten network's values is measured on; that of the network as it is, once, on more.
+INPUTS = 24
 
 
 @dataclass(frozen=True)
@@ -60,7 +64,8 @@ def assemble(
 
     Single places are rewritten and fitted first, then the rules of the whole model act on what came out, then int8
     ranges are measured, and at last weights and biases are repaired layer by layer. The graph's weights and structure are not
-    touched; what was measured of it (``influence``) is kept in its nodes' meta for the next plan.
+    touched; what was measured of it (``influence``, and the damage where none is fixed yet) is kept in its
+    meta for the next plan.
 
     Args:
         gm: canonical graph of the float network.
@@ -87,7 +92,7 @@ def assemble(
                 scheme.identity,
                 str(plan),
                 str(VERSION),
-                str(base.meta.get("calibration")),
+                str(facts.CALIBRATION.get(base)),
                 fidelity.digest,
                 *(f"{r.name} {r.version}" for r in rules),
             ]
@@ -97,7 +102,8 @@ def assemble(
             shape = Plan(tuple(s for s in whole.steps if _whole(s).replaces))
             made = rewrite(base, shape, facts={"scheme": scheme})
             return Assembled(restored(made, found, scheme), fits)
-    quantized = repaired(_scaled(base, whole, plan, scheme, batches, store), scheme, batches)
+    scaled = _scaled(base, whole, plan, scheme, batches, store)
+    quantized = repaired(scaled, scheme, batches, store)
     if store is not None and name:
         save_to(store, name, *record(quantized))
     return Assembled(quantized, fits)
@@ -170,7 +176,7 @@ def _measure(gm: fx.GraphModule, batches: Batches, store: Store | None, again: b
 
     They depend on the float network alone: a plan that adds layers in float finds those of the plan without.
     """
-    if not again and any("influence" in n.meta for n in gm.graph.nodes):
+    if not again and any(facts.INFLUENCE.known(n) for n in gm.graph.nodes):
         return
     what = _MEASURED if again else _MEASURED[1:]  # the ranges of the network as it is are given
     name, found = "", None
@@ -182,7 +188,7 @@ def _measure(gm: fx.GraphModule, batches: Batches, store: Store | None, again: b
         if again:
             _forget(gm, what)
             profile(gm, batches)
-        weigh(gm, batches)
+        weigh(gm, batches, INPUTS if again else ALL)
         if store is not None:
             save_to(store, name, _measured(gm, what), {})
         return
@@ -192,13 +198,13 @@ def _measure(gm: fx.GraphModule, batches: Batches, store: Store | None, again: b
             parts = [f"{known}.{end}.{node.name}" for end in _ENDS[known]]
             if parts[0] in found[0]:
                 values = [found[0][part] for part in parts]
-                node.meta[known] = tuple(values) if len(values) > 1 else values[0]
+                facts.named(known).put(node, tuple(values) if len(values) > 1 else values[0])
 
 
 def _forget(gm: fx.GraphModule, what: tuple[str, ...]) -> None:
     for node in gm.graph.nodes:
         for known in what:
-            node.meta.pop(known, None)
+            facts.named(known).drop(node)
 
 
 def _measured(gm: fx.GraphModule, what: tuple[str, ...]) -> dict[str, Tensor]:
@@ -206,7 +212,7 @@ def _measured(gm: fx.GraphModule, what: tuple[str, ...]) -> dict[str, Tensor]:
     tensors: dict[str, Tensor] = {}
     for node in gm.graph.nodes:
         for known in what:
-            value = node.meta.get(known)
+            value = facts.named(known).get(node)
             if value is not None:
                 parts = value if isinstance(value, tuple) else (value,)
                 for end, part in zip(_ENDS[known], parts, strict=True):
@@ -214,14 +220,19 @@ def _measured(gm: fx.GraphModule, what: tuple[str, ...]) -> dict[str, Tensor]:
     return tensors
 
 
-def repaired(gm: fx.GraphModule, scheme: QuantScheme, batches: Batches) -> Quantized:
-    """Calibrate and repair a rewritten graph as its steps asked for; edits its annotations."""
-    repairs: frozenset[str] = gm.meta.get("repairs", frozenset())
-    quantized = quantize(gm, scheme, batches, gm.meta.get("calibration", "minmax"))
+def repaired(
+    gm: fx.GraphModule, scheme: QuantScheme, batches: Batches, store: Store | None = None
+) -> Quantized:
+    """Calibrate and repair a rewritten graph as its steps asked for; edits its annotations.
+
+    What earlier plans share with this one (ranges of the same network, layers repaired alike) is taken from the store.
+    """
+    repairs: frozenset[str] = facts.REPAIRS.get(gm, frozenset())
+    quantized = calibrated(gm, scheme, batches, facts.CALIBRATION.get(gm, "minmax"), store)
     if "ranges" in repairs:
-        quantized = least_damage_ranges(quantized, batches)
+        quantized = refined(quantized, batches, store)
     if repairs & {"biases", "rounding"}:
-        quantized = refine(quantized, batches, repairs)
+        quantized = refine(quantized, batches, repairs, store)
     return quantized
 
 
@@ -252,15 +263,15 @@ def reassemble(
     gm = copy_graph(gm)
     known = {n.name: n for n in original.graph.nodes}
     for node in gm.graph.nodes:  # what rules decide by
-        meta = known[node.name].meta if node.name in known else {}
-        node.meta.update({k: meta[k] for k in _MEASURED if k in meta})
+        if node.name in known:
+            facts.keep(node, known[node.name], *map(facts.named, _MEASURED))
     rules = [(s, rule_named(s.rule)) for s in plan.steps]
     single = Plan(tuple(s for s, r in rules if not isinstance(r, WholeModelRule)))
     whole = Plan(tuple(s for s, r in rules if isinstance(r, WholeModelRule) and r.replaces))
-    facts = {"scheme": quantized.scheme}
-    made = rewrite(rewrite(gm, single, facts=facts), whole, facts=facts)
+    told = {"scheme": quantized.scheme}
+    made = rewrite(rewrite(gm, single, facts=told), whole, facts=told)
     if {n.name for n in layers(made)} != {n.name for n in layers(quantized.gm)}:
-        raise RewriteError(f"plan {plan}: makes other layers for inputs {gm.meta['example']}")
+        raise RewriteError(f"plan {plan}: makes other layers for inputs {facts.EXAMPLE.of(gm)}")
     _put(made, quantized.gm.state_dict())
     return made
 
@@ -282,7 +293,7 @@ def restored(
     scheme: QuantScheme,
 ) -> Quantized:
     """The inverse of ``record``, on a graph of the same structure; edits gm. Nothing is run."""
-    tensors, facts = found
+    tensors, rest = found
     kinds: dict[str, dict[str, Tensor]] = {"state": {}, "scale": {}, "low": {}, "high": {}}
     for path, value in tensors.items():
         kind, _, name = path.partition(".")
@@ -295,5 +306,5 @@ def restored(
         )
         for name, low in kinds["low"].items()
     }
-    ranges = {k: (low, high) for k, (low, high) in facts["ranges"].items()}
-    return Quantized(gm, Calibration(ranges, kinds["scale"], stats, facts["samples"]), scheme)
+    ranges = {k: (low, high) for k, (low, high) in rest["ranges"].items()}
+    return Quantized(gm, Calibration(ranges, kinds["scale"], stats, rest["samples"]), scheme)

@@ -12,12 +12,12 @@ from typing import Any, Literal
 
 import onnxruntime
 import torch
-from torch import Tensor, fx
+from torch import Tensor, fx, nn
 from torch.utils import _pytree as pytree
 
 from rewriter import profile, target, trace
 from rewriter.damage import MeaningError, declared, fidelity_of, measure_fidelity
-from rewriter.graph import layers
+from rewriter.graph import facts, layers
 from rewriter.int8 import QuantScheme
 from rewriter.int8.onnx import ReadBack
 from rewriter.storage import (
@@ -28,6 +28,7 @@ from rewriter.storage import (
     Store,
     checked,
     inside,
+    key,
     model_digest,
 )
 from search.config.schema import Config, ConfigError
@@ -35,7 +36,8 @@ from search.data.datasets import Data, Inputs, batches, load_data
 from search.data.evaluation_set import Tick, check_outputs, chosen_on, load_samples, shuffled
 from search.data.model import load_model
 from search.data.overlap import mark, warn_of_overlap
-from search.engines import Engine, EngineError, scoring_engine
+from search.data.user_code import callable_digest
+from search.engines import Engine, EngineError, refusal, scoring_engine
 from search.run_dir.fingerprint import rules_digest, source_digest
 from search.run_dir.scores import Confirmations, Records, Score, fingerprint, open_run
 from search.scoring.evaluator import RewriteEvaluator
@@ -44,8 +46,11 @@ from search.tasks import Task, task
 
 log = logging.getLogger(__name__)
 
+IN_MEMORY = "in memory"
+"""What ``run.json`` says in place of a config whose network and data were given from Python."""
+
 Progress = Callable[[str], AbstractContextManager[Tick]]
-Told = Callable[[Score, int], None]
+OnScore = Callable[[Score, int], None]
 
 
 @contextmanager
@@ -53,6 +58,15 @@ def silent(label: str) -> Generator[Tick]:
     """Progress that shows nothing."""
     del label
     yield lambda done, total: None
+
+
+@dataclass(frozen=True)
+class Given:
+    """A network, its data and its task that are in memory, instead of what a config says."""
+
+    model: nn.Module
+    data: Data
+    task: Task
 
 
 @dataclass(frozen=True)
@@ -64,7 +78,8 @@ class Network:
     data: Data
     task: Task
     calibration: tuple[Tensor, ...]
-    file: ReadBack
+    engine: Engine  # what scores int8 candidates
+    file: ReadBack  # what the file of plain int8 does
 
 
 @dataclass(frozen=True)
@@ -75,6 +90,7 @@ class Job:
     folder: Path
     evaluator: RewriteEvaluator
     data: Data
+    given: Given | None = None
     # search spaces laid out so far (search.strategy.space.Space), each with its ranking
     spaces: list[tuple[Any, Any]] = field(default_factory=list)
 
@@ -86,6 +102,10 @@ class Job:
     def records(self) -> Records:
         return self.evaluator.records
 
+    def model(self) -> nn.Module:
+        """The network as it was before it was traced."""
+        return load_model(self.cfg) if self.given is None else self.given.model
+
     @property
     def objective(self) -> Literal["metric", "damage"]:
         wanted = self.cfg.search.objective
@@ -94,14 +114,17 @@ class Job:
         return "damage" if self.evaluator.samples.targets is None else "metric"
 
 
-def load_network(cfg: Config, progress: Progress = silent) -> Network:
-    """Load a config's model and data and trace the model.
+def load_network(cfg: Config, progress: Progress = silent, given: Given | None = None) -> Network:
+    """Load a config's model and data, unless they are given, and trace the model.
 
     Raises:
         ConfigError: the model or the data cannot be had, or no int8 file of it can be run.
         TraceError: the model cannot be traced.
     """
-    model, data = load_model(cfg), load_data(cfg)
+    if given is None:
+        model, data = load_model(cfg), load_data(cfg)
+    else:
+        model, data = given.model, given.data
     found: list[Tensor] = []
     limit = cfg.calibration.samples or len(data.calibration)
     total, done = min(limit, len(data.calibration)), 0
@@ -115,33 +138,37 @@ def load_network(cfg: Config, progress: Progress = silent) -> Network:
     gm = trace(model, found[0][:2])
     if not layers(gm):
         hidden = "; ".join(
-            f"{part.name} is kept whole: {part.reason}" for part in gm.meta["opaque"]
+            f"{part.name} is kept whole: {part.reason}" for part in facts.OPAQUE.of(gm)
         )
         why = f" ({hidden})" if hidden else ""
         raise ConfigError(
             f"model: no convolution, linear layer or matrix product to quantize{why}"
         )
-    gm.meta["calibration"] = cfg.calibration.method
-    scheme = gm.meta["scheme"] = target(cfg.target)
-    goal = task(cfg)
+    facts.CALIBRATION.put(gm, cfg.calibration.method)
+    scheme = target(cfg.target)
+    facts.SCHEME.put(gm, scheme)
+    goal = task(cfg) if given is None else given.task
     goal.attach(gm)
     profile(gm, found)
     try:
         said = None if cfg.outputs is None else declared(cfg.outputs)
-        gm.meta["fidelity"] = measure_fidelity(gm, found, said, goal.purpose)
+        facts.FIDELITY.put(gm, measure_fidelity(gm, found, said, goal.purpose))
     except MeaningError as error:
         raise ConfigError(f"{cfg.path.name}: {error}") from error
-    return Network(cfg, gm, data, goal, tuple(found), trial(gm, scheme, found, engine_of(cfg)))
+    engine = engine_of(cfg, gm, found[0][:2])
+    file = trial(gm, target(cfg.target), found, engine)
+    return Network(cfg, gm, data, goal, tuple(found), engine, file)
 
 
-def engine_of(cfg: Config) -> Engine:
-    """What scores the candidates of a run.
+def engine_of(cfg: Config, gm: fx.GraphModule, images: Tensor) -> Engine:
+    """What runs int8 candidates: the first engine of the config, by default of the target, that can run this network here.
 
     Raises:
-        ConfigError: none of the engines asked for can run here.
+        ConfigError: none of them can.
     """
+    scheme = target(cfg.target)
     try:
-        return scoring_engine(cfg.target, cfg.engines)
+        return scoring_engine(cfg.target, cfg.engines, lambda e: refusal(e, gm, scheme, images))
     except EngineError as cause:
         raise ConfigError(f"{cfg.path.name}: {cause}") from cause
 
@@ -173,7 +200,11 @@ def float_metric(network: Network, count: int = 256) -> str:
 
 
 def open_job(
-    cfg: Config, folder: Path, progress: Progress = silent, threads: int | None = None
+    cfg: Config,
+    folder: Path,
+    progress: Progress = silent,
+    threads: int | None = None,
+    given: Given | None = None,
 ) -> Job:
     """Load everything, and claim the run directory or continue the run that is in it.
 
@@ -182,7 +213,7 @@ def open_job(
         RunError: the directory holds a run of another model, data or target.
         TraceError: the model cannot be traced.
     """
-    network = load_network(cfg, progress)
+    network = load_network(cfg, progress, given)
     device = device_of_run(cfg)
     with progress("reading evaluation images") as tick:
         evaluation = network.data.evaluation
@@ -194,7 +225,7 @@ def open_job(
     warn_of_overlap(network.calibration, samples.marks)
     chosen = chosen_on(samples.count, cfg.search.confirmation)
     scheme = target(cfg.target)
-    engine = engine_of(cfg)
+    engine = network.engine
     calibration = Digest()
     calibration.add([cfg.calibration.method, *network.calibration])
     parts = {
@@ -203,13 +234,13 @@ def open_job(
         "evaluation": samples.digest,
         "target": _scheme_digest(scheme, engine.name),
         "damage": fidelity_of(network.gm).digest,
-        "metric": source_digest(network.task, *_user_functions(network.task)),
+        "metric": key([source_digest(network.task), *_user_functions(network.task)]),
         "rules": rules_digest(),
         "seed": str(cfg.search.seed),
         "confirmation": f"{chosen} of {samples.count} choose",
     }
     about = {
-        "config": str(cfg.path),
+        "config": str(cfg.path) if given is None else IN_MEMORY,
         "task": network.task.name,
         "metric": network.task.metric,
         "higher_is_better": network.task.higher_is_better,
@@ -250,7 +281,7 @@ def open_job(
         confirmations=Confirmations.of(records, chosen) if chosen < samples.count else None,
         timed=cfg.search.cost == "latency" or cfg.search.max_latency_ms is not None,
     )
-    return Job(cfg, folder, evaluator, network.data)
+    return Job(cfg, folder, evaluator, network.data, given)
 
 
 def place_of(cfg: Config) -> Place | None:
@@ -307,6 +338,6 @@ def _scheme_digest(scheme: QuantScheme, engine: str) -> str:
     return digest.hex()
 
 
-def _user_functions(goal: Task) -> list[object]:
+def _user_functions(goal: Task) -> list[str]:
     found = (getattr(goal, name, None) for name in ("postprocess", "function"))
-    return [f for f in found if f is not None]
+    return [callable_digest(f) for f in found if f is not None]

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import hashlib
 import logging
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -15,9 +14,10 @@ from rewriter import RULES, Plan, Step, cost, find_sites
 from rewriter.fitting import Price, thin_table
 from rewriter.graph import layers
 from rewriter.ladder import HEAD, RANGES, TAIL, exact_splits
+from rewriter.storage import short
 from search.config.messages import dotted, explain
 from search.config.schema import Config, ConfigError, SearchConfig
-from search.job import Job, Progress, Told, silent
+from search.job import Job, OnScore, Progress, silent
 from search.pareto.front import cost_named, select_front
 from search.pareto.limits import Limits
 from search.results import load_results
@@ -25,6 +25,8 @@ from search.run_dir.scores import Samples, Score, note
 from search.scoring.added_macs import extra_macs
 from search.scoring.child_process import possible
 from search.scoring.confirm import confirm
+from search.scoring.deployed import score_deployed
+from search.scoring.evaluator import RewriteEvaluator
 from search.scoring.failure import to_be_tried_again
 from search.scoring.racing import Race
 from search.sensitivity.run import Sensitivity, analyze, float_gains_on, read_sensitivity
@@ -157,7 +159,7 @@ def run_search(
     job: Job,
     sensitivity: Sensitivity,
     storage: str | None = None,
-    told: Told = lambda score, count: None,
+    on_score: OnScore = lambda score, count: None,
     goal: Goal | None = None,
 ) -> Outcome:
     """Search until the config's budget is used up; the same call again goes on from there.
@@ -166,7 +168,7 @@ def run_search(
         job: What to search.
         sensitivity: Its analysis.
         storage: URL of a shared Optuna storage; None: a journal in the run directory.
-        told: Called after each plan.
+        on_score: Called after each plan.
         goal: What is good enough; a plan that meets it, adds no MACs and keeps no layer in float
             ends the search, since no plan that meets the goal is cheaper.
     """
@@ -178,7 +180,9 @@ def run_search(
             len(space.dropped),
             max(damage.get(anchor, 0.0) for anchor in space.dropped),
         )
-    options = job.cfg.search
+    options, evaluator = job.cfg.search, searching(job)
+    if evaluator.limit_s is None and "candidate_timeout" in options.model_fields_set:
+        log.warning("search.candidate_timeout: not kept: needs Linux and device cpu, without CUDA")
     settings = Settings(
         name=_study_name(job, space),
         trials=options.trials,
@@ -189,11 +193,9 @@ def run_search(
         cost=options.cost,
         limits=limits_of(job),
         admits=limits_of(job).admits(job.gm, {"scheme": job.evaluator.scheme}),
-        again=lambda score: to_be_tried_again(score, job.evaluator.limit_s),
+        again=lambda score: to_be_tried_again(score, evaluator.limit_s),
         elsewhere_s=None if options.store is None else options.candidate_timeout + GRACE_S,
     )
-    job.evaluator.race = race_of(job)
-    job.evaluator.limit_s = _time_limit(job)
     place = storage_at(storage or str(job.folder / "journal.log"))
     gains_on = partial(float_gains_on, job.evaluator)
     savings = _savings(job, space)
@@ -201,7 +203,7 @@ def run_search(
         job.gm, space, sensitivity, options.trials, settings.admits, gains_on, savings
     )
     enough = _meets(job, goal)
-    return search(job.evaluator, job.records, space, worth, settings, place, told, enough)
+    return search(evaluator, job.records, space, worth, settings, place, on_score, enough)
 
 
 def _savings(job: Job, space: Space) -> Savings | None:
@@ -217,13 +219,11 @@ def _savings(job: Job, space: Space) -> Savings | None:
     return Savings(space, options.least_macs, options.most_macs, table)
 
 
-def _time_limit(job: Job) -> float | None:
-    """How long a plan may take; None where it cannot be scored in a process of its own."""
-    if possible(job.evaluator.device):
-        return job.cfg.search.candidate_timeout
-    if "candidate_timeout" in job.cfg.search.model_fields_set:
-        log.warning("search.candidate_timeout: not kept: needs Linux and device cpu, without CUDA")
-    return None
+def searching(job: Job) -> RewriteEvaluator:
+    """A run's evaluator as it searches: plans are given up early, and each is scored in a process of its own where that can be."""
+    own = job.evaluator
+    limit_s = job.cfg.search.candidate_timeout if possible(own.device) else None
+    return replace(own, race=race_of(job), limit_s=limit_s)
 
 
 @dataclass(frozen=True)
@@ -253,7 +253,7 @@ class Goal:
 def _meets(job: Job, goal: Goal | None) -> Callable[[Score], bool]:
     if goal is None or goal == Goal() or job.cfg.search.cost != "macs":
         return lambda score: False
-    macs, limits = job.evaluator.baseline().macs, limits_of(job)
+    macs, limits, evaluator = job.evaluator.baseline().macs, limits_of(job), searching(job)
     return lambda score: (
         score.error is None
         and not score.stopped
@@ -261,19 +261,21 @@ def _meets(job: Job, goal: Goal | None) -> Callable[[Score], bool]:
         and score.float_layers == 0
         and limits.meets(score)
         and goal.met(job, score)
-        and goal.met(job, job.evaluator.confirm(Plan.parse(score.plan)))
+        and goal.met(job, evaluator.score(Plan.parse(score.plan), "whole"))
     )
 
 
 def confirm_front(job: Job, progress: Progress = silent) -> None:
-    """Run what the run directory shows on all images, where some are held back."""
-    if job.evaluator.confirmations is None:
-        return
+    """Run what the run directory shows on all images, where some are held back, and on the engine that ships it."""
     job.records.refresh()
     results = load_results(job.folder)
     plans = [s.plan for s in (*results.chosen.all(), *results.references)]
-    with progress("confirming the front") as tick:
-        confirm(job.evaluator, list(dict.fromkeys(["", *plans])), tick)
+    if job.evaluator.confirmations is not None:
+        with progress("confirming the front") as tick:
+            confirm(searching(job), list(dict.fromkeys(["", *plans])), tick)
+        results = load_results(job.folder)
+    with progress("confirming on the runtime that ships"):
+        score_deployed(job.evaluator, job.folder, [results.empty(), *results.front.points])
 
 
 def cheapest(job: Job, goal: Goal, max_macs: float) -> Score | None:
@@ -281,7 +283,7 @@ def cheapest(job: Job, goal: Goal, max_macs: float) -> Score | None:
     job.records.refresh()
     results = load_results(job.folder)
     for score in results.meeting(goal.max_drop, max_macs, goal.max_damage):
-        whole = job.evaluator.confirm(Plan.parse(score.plan))
+        whole = searching(job).score(Plan.parse(score.plan), "whole")
         if goal.met(job, whole):
             return whole
     return None
@@ -309,4 +311,4 @@ def _study_name(job: Job, space: Space) -> str:
             job.cfg.search.seed,
         )
     )
-    return f"{job.cfg.path.stem}-{hashlib.sha256(text.encode()).hexdigest()[:12]}"
+    return f"{job.cfg.path.stem}-{short(text)[:12]}"

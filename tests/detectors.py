@@ -23,7 +23,7 @@ def conv(i: int, o: int, k: int = 1, s: int = 1, g: int = 1) -> nn.Sequential:
 
 
 class Focus(nn.Module):
-    """Four neighbouring pixels become channels."""
+    """Four neighboring pixels become channels."""
 
     def __init__(self, o: int) -> None:
         super().__init__()
@@ -164,8 +164,8 @@ class Yolox(nn.Module):
             grids.append(torch.stack((xv, yv), 2).view(1, -1, 2))
             strides.append(torch.full((1, h * w, 1), stride))
         grid, step = torch.cat(grids, 1).type_as(y), torch.cat(strides, 1).type_as(y)
-        centre = (y[..., 0:2] + grid) * step
-        return torch.cat([centre, torch.exp(y[..., 2:4]) * step, y[..., 4:]], dim=-1)
+        center = (y[..., 0:2] + grid) * step
+        return torch.cat([center, torch.exp(y[..., 2:4]) * step, y[..., 4:]], dim=-1)
 
 
 class DFL(nn.Module):

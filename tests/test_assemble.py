@@ -79,7 +79,7 @@ def test_the_graph_is_not_touched(gm: fx.GraphModule, batches: tuple[Tensor, ...
     first = assemble(gm, ALL, target("per_tensor"), batches)
     second = assemble(gm, ALL, target("per_tensor"), batches)
     assert gm.code == code
-    assert set(gm.meta) == meta
+    assert set(gm.meta) - {"fidelity"} == meta  # what is measured of the network once
     assert all(torch.equal(v, state[k]) for k, v in gm.state_dict().items())
     assert not any("int8" in n.meta for n in gm.graph.nodes)
     a, b = (q.quantized.gm.state_dict() for q in (first, second))
@@ -111,7 +111,7 @@ def test_what_is_stored_comes_back_to_the_last_bit(
     def fail(*args: object) -> None:
         raise AssertionError("made again")
 
-    for work in ("refine", "weigh", "least_damage_ranges"):
+    for work in ("refine", "weigh", "refined"):
         monkeypatch.setattr(module, work, fail)
     again = assemble(gm, plan, scheme, batches, tmp_path).quantized
     assert again.gm.code == first.gm.code

@@ -16,7 +16,9 @@ from tests.test_documents import blocks, smaller
 
 ROOT = Path(__file__).resolve().parents[1]
 FLAGS = doctest.ELLIPSIS
-FILES = sorted(p for folder in ("rewriter", "search") for p in (ROOT / folder).rglob("*.py"))
+FILES = sorted(
+    p for folder in ("quantfix", "rewriter", "search") for p in (ROOT / folder).rglob("*.py")
+)
 WITH_EXAMPLES = [
     ".".join(p.relative_to(ROOT).with_suffix("").parts)
     for p in FILES
@@ -53,4 +55,16 @@ def test_the_page_for_notebooks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     runner = doctest.DocTestRunner(optionflags=FLAGS)
     runner.run(test)
     assert runner.tries > 30
+    assert runner.failures == 0
+
+
+@pytest.mark.slow
+def test_the_page_on_python(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    page = ROOT / "docs" / "python.md"
+    monkeypatch.chdir(tmp_path)
+    examples = "\n".join(b.text for b in blocks(page) if b.language == "python")
+    test = doctest.DocTestParser().get_doctest(examples, {}, page.name, str(page), 0)
+    runner = doctest.DocTestRunner(optionflags=FLAGS)
+    runner.run(test)
+    assert runner.tries > 25
     assert runner.failures == 0

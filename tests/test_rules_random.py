@@ -16,7 +16,7 @@ from rewriter.rules import Site
 from tests.rules import check
 
 SHAPE = (3, 12, 9)
-ON = "qnn"  # where every rule of the catalogue may act
+ON = "qnn"  # where every rule of the catalog may act
 ACTIVATIONS = (
     nn.ReLU,
     nn.ReLU6,

@@ -18,6 +18,7 @@ from torch import Tensor, fx, nn
 from torch.fx.node import map_arg
 from torch.nn import functional
 
+from rewriter.graph import facts
 from rewriter.graph.lookup import module_of, outputs
 from rewriter.graph.ops import LAYER_TYPES
 
@@ -131,10 +132,40 @@ def origins(gm: fx.GraphModule) -> list[Origin]:
     """Where each flat output of a canonical graph comes from; nothing is run but moves of small arrays."""
     table = _Table()
     values: dict[fx.Node, Any] = {}
+    tail = _tail(gm)
     for step, node in enumerate(gm.graph.nodes):
-        if node.op != "output":
+        if node in tail:
             values[node] = _identities(gm, node, step, values, table)
     return [_origin(values[node], node, table) for node in outputs(gm)]
+
+
+def _tail(gm: fx.GraphModule) -> set[fx.Node]:
+    """The outputs and what they are made of, back to where each number was made anew."""
+    found: set[fx.Node] = set()
+    waiting = outputs(gm)
+    while waiting:
+        node = waiting.pop()
+        if node in found:
+            continue
+        found.add(node)
+        what = _operation(gm, node)
+        if what in _MOVES:
+            waiting += node.all_input_nodes
+        elif not _makes(what):
+            shape = facts.SHAPE.get(node)
+            sources = [n for n in node.all_input_nodes if n.op != "get_attr"]
+            waiting += [n for n in sources if facts.SHAPE.get(n) == shape][:1]
+    return found
+
+
+def _operation(gm: fx.GraphModule, node: fx.Node) -> Any:
+    return type(module_of(gm, node)) if node.op == "call_module" else node.target
+
+
+def _makes(what: Any) -> bool:
+    """Whether an operation makes new numbers of several old ones."""
+    name = getattr(what, "__name__", str(what)).lower()
+    return what in LAYER_TYPES or any(word in name for word in _POOLS)
 
 
 def _identities(
@@ -143,8 +174,8 @@ def _identities(
     """The identities of the numbers of a value (1, ...); None where it has no shape."""
     if node.op == "get_attr":
         return None
-    what: Any = type(module_of(gm, node)) if node.op == "call_module" else node.target
-    shape = node.meta.get("shape")
+    what: Any = _operation(gm, node)
+    shape = facts.SHAPE.get(node)
     if what in _MOVES:
         try:
             return _moved(gm, node, values)
@@ -152,8 +183,7 @@ def _identities(
             pass  # a form of it that cannot be followed is like any other operation
     if not isinstance(shape, tuple) or any(not isinstance(s, int) for s in shape):
         return None
-    name = getattr(what, "__name__", str(what)).lower()
-    if what not in LAYER_TYPES and not any(word in name for word in _POOLS):
+    if not _makes(what):
         same = next((v for v in _read(node, values) if tuple(v.shape) == shape), None)
         if same is not None:
             return table.after(same, step, _end(node, what))
@@ -169,13 +199,14 @@ def _moved(gm: fx.GraphModule, node: fx.Node, values: dict[fx.Node, Any]) -> Any
     def filled(n: fx.Node) -> Any:
         found = known(n)
         # a constant beside others, such as in a concatenation
-        return torch.zeros(n.meta["shape"], dtype=torch.float64) if found is None else found
+        return torch.zeros(facts.SHAPE.of(n), dtype=torch.float64) if found is None else found
 
     args, kwargs = map_arg(node.args, filled), map_arg(node.kwargs, filled)
     if node.op == "call_module":
         return module_of(gm, node)(*args, **kwargs)
     if node.op == "call_method":
-        return getattr(args[0], str(node.target))(*args[1:], **kwargs).double()
+        made = getattr(args[0], str(node.target))(*args[1:], **kwargs)
+        return made.double() if isinstance(made, Tensor) else made
     operation: Callable[..., Any] = node.target  # type: ignore[assignment]
     return operation(*args, **kwargs)
 
@@ -186,7 +217,7 @@ def _read(node: fx.Node, values: dict[fx.Node, Any]) -> list[Tensor]:
 
 def _end(node: fx.Node, what: Any) -> str:
     if what is operator.truediv or what is torch.div:
-        divisor = node.args[1]
+        divisor = node.args[1] if len(node.args) > 1 else None
         if isinstance(divisor, fx.Node) and any("norm" in n.name for n in _upwards(divisor)):
             return "normalize"
     return SQUASHES.get(what, "")
@@ -209,7 +240,7 @@ def _fresh(what: Any, shape: tuple[int, ...], table: _Table) -> Tensor | None:
 
 
 def _origin(identities: Any, node: fx.Node, table: _Table) -> Origin:
-    shape = node.meta.get("shape")
+    shape = facts.SHAPE.get(node)
     if not isinstance(identities, Tensor) and isinstance(shape, tuple):
         identities = _fresh(None, shape, table)
     if not isinstance(identities, Tensor) or identities.ndim < 2:

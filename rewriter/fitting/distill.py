@@ -31,17 +31,13 @@ import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
 from rewriter.damage.grouping import fidelity_of
+from rewriter.graph import facts
 from rewriter.graph.cost import layer_macs
 from rewriter.graph.interpret import run_node, walk
 from rewriter.graph.lookup import is_call, module_of, outputs
 from rewriter.graph.ops import LAYER_TYPES
-from rewriter.int8.scheme import (
-    QuantScheme,
-    channel_axis,
-    dequantized_weight,
-    fake_quantize,
-    weight_scale,
-)
+from rewriter.int8.integer_grid import dequantized_weight, fake_quantize
+from rewriter.int8.scheme import QuantScheme, channel_axis, weight_scale
 
 log = logging.getLogger(__name__)
 Batches = Sequence[Tensor | tuple[Tensor, ...]]
@@ -72,7 +68,7 @@ class _Student:
     node: fx.Node
     scheme: QuantScheme
     input_scale: tuple[float, int]
-    neighbours: Sequence[fx.Node] = ()
+    neighbors: Sequence[fx.Node] = ()
 
     def __post_init__(self) -> None:
         self.moving = {self.node}  # what the fitted layers give, up to the layers that read it
@@ -81,7 +77,7 @@ class _Student:
             if self.after & set(n.all_input_nodes):
                 self.after.add(n)
             weighted = is_call(self.gm, n, *LAYER_TYPES)
-            if n in self.neighbours or (not weighted and self.moving & set(n.all_input_nodes)):
+            if n in self.neighbors or (not weighted and self.moving & set(n.all_input_nodes)):
                 self.moving.add(n)
         ends = outputs(self.gm)
         reads = {r for n in self.after if n.op != "output" for r in n.all_input_nodes}
@@ -127,7 +123,7 @@ class _Student:
 
     def numbers(self) -> int:
         """Size of what is kept of one input."""
-        shapes = [n.meta.get("shape") for n in self.border if n.op != "get_attr"]
+        shapes = [facts.SHAPE.get(n) for n in self.border if n.op != "get_attr"]
         return sum(math.prod(s) for s in shapes if isinstance(s, tuple))
 
 
@@ -164,17 +160,17 @@ def amounts(images: int, macs: int, numbers: int) -> _Amounts:
     return _Amounts(images, views, max(1, round(seen / (used * views))))
 
 
-def distil(
+def distill(
     teacher: fx.GraphModule,
     rewritten: fx.GraphModule,
     node: fx.Node,
     batches: Batches,
     scheme: QuantScheme,
     input_scale: tuple[float, int],
-    neighbours: Sequence[fx.Node] = (),
+    neighbors: Sequence[fx.Node] = (),
     seed: int = 0,
 ) -> int:
-    """Improve the weights of the new layer ``node`` of ``rewritten`` and of its neighbours, in place.
+    """Improve the weights of the new layer ``node`` of ``rewritten`` and of its neighbors, in place.
 
     Args:
         teacher: the original network.
@@ -183,13 +179,13 @@ def distil(
         batches: unlabelled inputs; every fifth is held out.
         scheme: how the new layer's weights and input are rounded.
         input_scale: scale and zero point of the new layer's input.
-        neighbours: layers after it that are moved with it.
+        neighbors: layers after it that are moved with it.
         seed: of the views and of the order of the inputs.
 
     Returns:
         The number of steps that were kept.
     """
-    student = _Student(rewritten, node, scheme, input_scale, neighbours)
+    student = _Student(rewritten, node, scheme, input_scale, neighbors)
     inputs = _joined(batches)
     amount = amounts(len(inputs[0]), student.macs(), student.numbers())
     chosen = range(amount.images)
@@ -202,7 +198,7 @@ def distil(
     if not all(a.is_floating_point() for a in answers[0]):
         return 0
     damage = fidelity_of(teacher, batches).damage
-    groups = list(_groups([module_of(rewritten, n) for n in (node, *neighbours)]))
+    groups = list(_groups([module_of(rewritten, n) for n in (node, *neighbors)]))
     weights: list[Tensor] = [w for g in groups for w in g["params"]]
     optimizer = torch.optim.Adam(groups)
     total = amount.epochs * len(data)

@@ -22,13 +22,15 @@ from torch import Tensor, fx, nn
 
 from rewriter.damage.grouping import fidelity_of
 from rewriter.errors import PlanError, QuantizeError
-from rewriter.fitting.distill import distil, rounded_weight
+from rewriter.fitting.distill import distill, rounded_weight
 from rewriter.fitting.least_squares import NormalEquations
 from rewriter.fitting.thinning import fit_thin, is_thin
+from rewriter.graph import facts
 from rewriter.graph.edit import copy_graph
 from rewriter.graph.interpret import walk
 from rewriter.graph.lookup import find, layers, module_of
-from rewriter.int8.scheme import QuantScheme, fake_quantize
+from rewriter.int8.integer_grid import fake_quantize
+from rewriter.int8.scheme import QuantScheme
 from rewriter.plan import Plan, Step, in_order, rewrite, rule_named
 from rewriter.storage.cache import Store, load, save_to
 from rewriter.storage.digest import data_digest, graph_digest, key
@@ -39,7 +41,7 @@ Batches = Sequence[Tensor | tuple[Tensor, ...]]
 # Raised whenever a fit comes out differently, so that stored ones are not taken for it.
 VERSION = 5
 # Layers after the new one that are fitted with it: about the next block.
-NEIGHBOURS = 3
+NEIGHBORS = 3
 RIDGES = (1e-7, 1e-5, 1e-4, 1e-3, 1e-2)
 
 
@@ -105,7 +107,7 @@ def fit(
     reports: list[FitReport] = []
     teacher: fx.GraphModule | None = None
     moved: list[tuple[Tensor, ...]] = []
-    near = neighbours(gm, plan) if distilled else {}
+    near = neighbors(gm, plan) if distilled else {}
     for step in plan.steps:
         rule = rule_named(step.rule)
         if rule.contract != "approximate" or rule.saves:
@@ -162,12 +164,12 @@ def _thinned(
     if device != "cpu":
         teacher, base = copy_graph(gm).to(device), base.to(device)
     moved = [tuple(x.to(device) for x in _tuple(b)) for b in batches]
-    for step, state, facts in fit_thin(teacher, base, thin, moved, scheme, store, seed):
-        error = facts["error"]
+    for step, state, report in fit_thin(teacher, base, thin, moved, scheme, store, seed):
+        error = report["error"]
         yield (
             step,
             state,
-            FitReport(str(step), error, error, facts["images"], 0, facts["seconds"]),
+            FitReport(str(step), error, error, report["images"], 0, report["seconds"]),
         )
 
 
@@ -192,7 +194,7 @@ def _fit_step(
     assert isinstance(source, fx.Node)
     scale = _input_scale(gm, source.name, batches, scheme)
     images = sum(len(b[0]) for b in batches)
-    places = torch.Size(node.meta["shape"][2:]).numel()
+    places = torch.Size(facts.SHAPE.of(node)[2:]).numel()
     equations = NormalEquations(layer, images * places, seed)
     with torch.no_grad():
         for batch in batches:
@@ -202,7 +204,7 @@ def _fit_step(
     steps = 0
     also = [find(alone, name) for name in after or ()]
     if after is not None:
-        steps = distil(gm, alone, node, batches, scheme, scale, also, seed)
+        steps = distill(gm, alone, node, batches, scheme, scale, also, seed)
     error = equations.error()
     seconds = time.perf_counter() - start
     report = FitReport(
@@ -218,11 +220,11 @@ def _fit_step(
     return state, report
 
 
-def neighbours(gm: fx.GraphModule, plan: Plan) -> dict[Step, tuple[str, ...]]:
+def neighbors(gm: fx.GraphModule, plan: Plan) -> dict[Step, tuple[str, ...]]:
     """The layers that are fitted with each approximate step of a plan, by name.
 
-    They are the next ``NEIGHBOURS`` layers that depend on the new one; none where another step of the plan
-    replaces one of them or has it for a neighbour already.
+    They are the next ``NEIGHBORS`` layers that depend on the new one; none where another step of the plan
+    replaces one of them or has it for a neighbor already.
 
     Args:
         gm: canonical graph of the original network.
@@ -261,7 +263,7 @@ def _followers(gm: fx.GraphModule, nodes: tuple[str, ...]) -> tuple[str, ...]:
         # weights that two layers share are not those of the next one alone
         if owners.count(id(module_of(gm, node).weight)) == 1:
             found.append(node.name)
-            if len(found) == NEIGHBOURS:
+            if len(found) == NEIGHBORS:
                 break
     return tuple(found)
 
@@ -273,7 +275,7 @@ def fitted_layer(gm: fx.GraphModule, step: Step) -> fx.Node:
         PlanError: there is none.
     """
     for node in layers(gm):
-        if node.meta.get("rewritten_by") == str(step):
+        if facts.REWRITTEN_BY.get(node) == str(step):
             return node
     raise PlanError(f"{step}: the rewritten graph has no layer of this step")
 

@@ -24,6 +24,7 @@ from rewriter.damage.fisher import gradients, weigh
 from rewriter.fitting.brain_surgeon import Moments, remove, solve
 from rewriter.fitting.readers import influence_of, input_rows, problem_of, rows_of, weights_of
 from rewriter.fitting.side_by_side import Batches, some_inputs
+from rewriter.graph import facts
 from rewriter.graph.cost import layer_macs
 from rewriter.graph.interpret import run_node, walk
 from rewriter.graph.lookup import find, module_of, outputs
@@ -116,7 +117,7 @@ def _measured(
     inputs = some_inputs(gm, batches)
     if not places or not inputs:
         return {}
-    if not any("influence" in n.meta for n in gm.graph.nodes):
+    if not any(facts.INFLUENCE.known(n) for n in gm.graph.nodes):
         weigh(gm, inputs)
     fitted = max(1, round(FITTED * len(inputs)))
     pricing = inputs[fitted:] or inputs

@@ -42,7 +42,7 @@ class Operator:
         homogeneous: f(s x) = s f(x) for s > 0.
         moves: only selects or rearranges values, or pads with zero.
         pools: averages over places.
-        norm: normalises by statistics that were fixed when the network was trained.
+        norm: normalizes by statistics that were fixed when the network was trained.
         bounded: its output spans [-1, 1] at most.
         squashes: turns logits into scores.
         normal: whether the normal form has it; if not it is kept whole.

@@ -21,6 +21,7 @@ from rewriter.graph.channel_ranges import channel_range, hull
 from rewriter.graph.interpret import walk
 from rewriter.graph.lookup import layer_name, layers, module_of
 from rewriter.int8.annotate import annotation, moves_values
+from rewriter.int8.integer_grid import least_weight_scale
 from rewriter.int8.scheme import TINY, QuantSpec, channel_axis, weight_scale
 
 Method = Literal["minmax", "percentile", "mse"]
@@ -119,13 +120,23 @@ def calibrate(
             inputs = batch if isinstance(batch, tuple) else (batch,)
             samples += len(inputs[0])
             for node, value in walk(gm, inputs):
-                note = annotation(node)
-                # what was moved in int8 has the range of its source
-                moved = moves_values(gm, node) and note.reads
-                if note.output is not None and not moved:
+                if is_observed(gm, node):
                     _observe(stats, node, value, histograms, axes.get(node, 1))
     if samples == 0:
         raise QuantizeError("calibration: no input was given")
+    return from_stats(gm, stats, samples, method)
+
+
+def is_observed(gm: fx.GraphModule, node: fx.Node) -> bool:
+    """Whether calibration looks at a node's value; what was moved in int8 has the range of its source."""
+    note = annotation(node)
+    return note.output is not None and not (moves_values(gm, node) and note.reads)
+
+
+def from_stats(
+    gm: fx.GraphModule, stats: dict[str, ValueStats], samples: int, method: Method = "minmax"
+) -> Calibration:
+    """The ranges of an annotated graph, from what was seen of its values."""
     values = _ranges(gm, stats, method)
     return Calibration(values, weight_scales(gm, values), stats, samples)
 
@@ -209,12 +220,7 @@ def least_error_range(
 
 
 def weight_scales(gm: fx.GraphModule, values: dict[str, tuple[float, float]]) -> dict[str, Tensor]:
-    """Min-max scale of every int8 layer's weight, raised where the int32 bias would overflow.
-
-    The bias is stored as int32 in steps of (input scale x weight scale): a dead channel, with
-    weights near zero and a bias that is not, needs a coarser weight scale (its weights are zero
-    all the same).
-    """
+    """Min-max scale of every int8 layer's weight, raised where the int32 bias would overflow."""
     scales: dict[str, Tensor] = {}
     for node in layers(gm):
         note = annotation(node)
@@ -224,9 +230,8 @@ def weight_scales(gm: fx.GraphModule, values: dict[str, tuple[float, float]]) ->
         axis = channel_axis(layer, note.weight)
         scale = weight_scale(layer.weight, note.weight, axis)
         step = input_scale(gm, node, values)
-        if layer.bias is not None and step is not None:
-            bias = layer.bias.detach().abs()
-            least = (bias if axis is not None else bias.amax()) / (step * 2.0**30)
+        if layer.bias is not None and step is not None and not note.float_bias:
+            least = least_weight_scale(layer.bias, step, axis is not None)
             scale = torch.maximum(scale, least.float())
         scales[node.name] = scale.clamp_min(TINY)
     return scales

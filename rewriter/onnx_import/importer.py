@@ -314,6 +314,15 @@ def import_onnx(
     return network
 
 
+def file_sizes(
+    path: Path, sizes: Mapping[str, Sequence[int]] | Sequence[int] | None = None
+) -> tuple[tuple[int, ...], ...]:
+    """The shape of each input of a file, without its batch; arguments and errors as for `import_onnx`."""
+    return tuple(
+        tuple(int(d or 0) for d in s[1:]) for s in input_shapes(read_file(path), sizes).values()
+    )
+
+
 def _class_name(path: Path) -> str:
     return "".join(w.capitalize() for w in re.split(r"\W+|_", path.stem) if w) or "Network"
 

@@ -25,6 +25,7 @@ from rewriter.damage.grouping import fidelity_of
 from rewriter.graph.interpret import walk
 from rewriter.graph.lookup import is_call, module_of, outputs
 from rewriter.int8.annotate import annotation, moves_values
+from rewriter.int8.integer_grid import ends, steps
 from rewriter.int8.scheme import QuantSpec
 from rewriter.int8.simulate import Quantized
 
@@ -83,6 +84,18 @@ def cut_to_useful(
         for owner in _better_ordered(quantized, ranked, batches):
             ranges[owner] = ranked[owner]
     return replace(quantized, calibration=replace(quantized.calibration, values=ranges))
+
+
+def useful_share(quantized: Quantized, value: fx.Node, fidelity: Fidelity) -> float:
+    """Share of a value's range that what reads it can tell apart, in (0, 1]."""
+    owner = annotation(value).range_of
+    low, high = quantized.calibration.values[owner]
+    members = _members(quantized.gm)[owner]
+    needed = [n.bounds for v in members for n in _readers(quantized, v, fidelity)]
+    least, most = _inside((low, high), needed)
+    whole = max(high, 0.0) - min(low, 0.0)
+    part = max(most, 0.0) - min(least, 0.0)
+    return part / whole if whole > 0 and part > 0 else 1.0
 
 
 def _members(gm: fx.GraphModule) -> dict[str, list[fx.Node]]:
@@ -186,10 +199,10 @@ def _better_ordered(
             yield owner
 
 
-def ties(scores: Tensor, ends: Range, spec: QuantSpec) -> tuple[float, float]:
+def ties(scores: Tensor, span: Range, spec: QuantSpec) -> tuple[float, float]:
     """Share of pairs of scores that int8 makes equal, among all and among the highest."""
-    scale, zero = spec.params(*ends)
-    whole = torch.round(scores.double() / scale).clamp(spec.qmin - zero, spec.qmax - zero)
+    scale, zero = spec.params(*span)
+    whole = steps(scores.double(), scale).clamp(*ends(spec, zero))
     count = max(2, round(HIGHEST * len(scores)))
     highest = whole[scores.topk(min(count, len(scores))).indices]
     return _equal_pairs(whole), _equal_pairs(highest)

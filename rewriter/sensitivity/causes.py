@@ -14,6 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
+from rewriter.damage.grouping import fidelity_of
+from rewriter.graph import facts
 from rewriter.graph.axes import channel_axes
 from rewriter.graph.channel_ranges import channel_range
 from rewriter.graph.interpret import walk
@@ -22,6 +24,7 @@ from rewriter.int8.annotate import annotation, moves_values
 from rewriter.int8.calibrate import input_scale
 from rewriter.int8.scheme import channel_axis, weight_scale
 from rewriter.int8.simulate import Quantized
+from rewriter.repair.useful_ranges import useful_share
 from rewriter.sensitivity.screen import Screening
 
 # The number at which each cause is named. A range three times too wide costs 1.6 of 8 bits.
@@ -29,18 +32,21 @@ THRESHOLDS: dict[str, float] = {
     "weight_channel_spread": 3.0,
     "weight_outliers": 4.0,
     "dead_channels": 2.0,
-    "bias_overflow": float(2**30),
+    "bias_overflow": float(2**31),  # the weight scale is then twice as coarse as it need be
     "activation_channel_spread": 3.0,
     "activation_outliers": 0.5,
     "shared_range": 2.5,
     "saturating_input": 0.001,
+    "idle_range": 0.7,  # half a bit
 }
+# Shares: the smaller, the worse.
+SHARES = ("activation_outliers", "idle_range")
 # A side of the layer with less than this share of the damage is not what hurts.
 SIDE = 0.2
 USED = 0.999
 WEIGHT_USED = 0.99
 # Values of a channel from which its quantiles are taken.
-ENOUGH = 1 << 14
+QUANTILE_VALUES = 1 << 14
 
 
 @dataclass(frozen=True)
@@ -92,11 +98,21 @@ def find_causes(
     values = {v for n in harmful for v in (*_read(n), *_returned(quantized, screening, n))}
     values |= {s for v in values for s in _sources(v)}
     usage = _usage(quantized, values, inputs)
-    return {n.name: _causes_of(quantized, screening, n, usage) for n in harmful}
+    fidelity = fidelity_of(quantized.gm, [inputs])
+    used = {v: useful_share(quantized, v, fidelity) for v in values if _stored(quantized, v)}
+    return {n.name: _causes_of(quantized, screening, n, usage, used) for n in harmful}
+
+
+def _stored(quantized: Quantized, value: fx.Node) -> bool:
+    return annotation(value).range_of in quantized.calibration.values
 
 
 def _causes_of(
-    quantized: Quantized, screening: Screening, node: fx.Node, usage: Mapping[fx.Node, Usage]
+    quantized: Quantized,
+    screening: Screening,
+    node: fx.Node,
+    usage: Mapping[fx.Node, Usage],
+    used: Mapping[fx.Node, float],
 ) -> tuple[Cause, ...]:
     weight, read, returned = _sides(screening, node.name)
     total = max(screening.damage(screening.layer(node.name)), 1e-30)
@@ -105,17 +121,24 @@ def _causes_of(
         found += _weight_causes(quantized, node, usage)
     if read >= SIDE * total:
         for value in _read(node):
-            found += _value_causes(quantized, value, usage)
+            found += _idle(value, used) or _value_causes(quantized, value, usage)
     if returned >= SIDE * total:
-        found += _output_causes(_returned(quantized, screening, node), usage)
+        for value in _returned(quantized, screening, node):
+            found += _idle(value, used) or _output_causes([value], usage)
     found.sort(key=lambda c: -_strength(c))
     return tuple(found)
 
 
+def _idle(value: fx.Node, used: Mapping[fx.Node, float]) -> list[Cause]:
+    """Levels spent where nothing that reads the value can tell them apart, as below -3 before a hardswish."""
+    found: list[Cause] = []
+    _name(found, "idle_range", used.get(value, 1.0), value.name)
+    return found
+
+
 def _strength(cause: Cause) -> float:
-    # activation_outliers is a share: the smaller, the worse
     ratio = cause.number / cause.threshold
-    return 1 / max(ratio, 1e-9) if cause.name == "activation_outliers" else ratio
+    return 1 / max(ratio, 1e-9) if cause.name in SHARES else ratio
 
 
 def _sides(screening: Screening, name: str) -> tuple[float, float, float]:
@@ -217,7 +240,7 @@ def _quantile(rows: Tensor, share: float) -> Tensor:
 def _name(found: list[Cause], name: str, number: Any, about: str) -> None:
     """Add a cause if its number passes the threshold."""
     number, threshold = float(number), THRESHOLDS[name]
-    below = name == "activation_outliers"
+    below = name in SHARES
     if (number <= threshold) if below else (number >= threshold):
         found.append(Cause(name, number, threshold, about))
 
@@ -262,7 +285,7 @@ def _has_partners(quantized: Quantized, value: fx.Node) -> bool:
     sharing = [
         n
         for n in quantized.gm.graph.nodes
-        if "int8" in n.meta
+        if facts.INT8.known(n)
         and annotation(n).range_of == owner
         and not moves_values(quantized.gm, n)
     ]
@@ -293,7 +316,7 @@ def _usage_of(quantized: Quantized, node: fx.Node, value: Tensor, axis: int) -> 
     value = value.detach().float().movedim(axis, 1)
     least, most = (r.cpu() for r in channel_range(value))
     rows = value.transpose(0, 1)
-    each = max(1, value[:, 0].numel() // ENOUGH)
+    each = max(1, value[:, 0].numel() // QUANTILE_VALUES)
     if value.ndim > 2 and each > 1:  # every so many places, before anything is copied
         rows = rows.flatten(2)[:, :, ::each]
     rows = rows.reshape(value.shape[1], -1).cpu()

@@ -7,7 +7,6 @@ by the kill is dropped.
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import time
@@ -16,11 +15,11 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from rewriter.int8.annotate import annotation
 from rewriter.int8.simulate import Quantized
+from rewriter.storage.digest import Digest
 
 FORMAT = 1
 
@@ -111,21 +110,16 @@ def _whole_lines(path: Path) -> list[Any]:
     return lines
 
 
-def fingerprint(quantized: Quantized, inputs: Tensor, targets: object, *settings: object) -> str:
+def journal_key(quantized: Quantized, inputs: Tensor, targets: object, *settings: object) -> str:
     """Identity of a network, its int8 form, the data and the settings."""
-    digest = hashlib.blake2b(digest_size=16)
     gm, scheme = quantized.gm, quantized.scheme
     notes = [
         (n.name, a.weight, a.output, a.reads, a.range_of)
         for n, a in ((n, annotation(n)) for n in gm.graph.nodes)
     ]
     ranges = sorted(quantized.calibration.values.items())
-    digest.update(repr((FORMAT, str(gm), scheme.name, notes, ranges, settings)).encode())
-    weights = [t for _, t in sorted(gm.state_dict().items())]
-    for part in (*weights, *quantized.calibration.weights.values(), inputs, targets):
-        if isinstance(part, Tensor):
-            array = part.detach().cpu().contiguous().view(-1).view(torch.uint8)
-            digest.update(array.numpy().data)
-        else:
-            digest.update(repr(part).encode())
-    return digest.hexdigest()
+    digest = Digest()
+    digest.add(repr((FORMAT, str(gm), scheme.name, notes, ranges, settings)))
+    digest.add([t for _, t in sorted(gm.state_dict().items())])
+    digest.add([*quantized.calibration.weights.values(), inputs, targets])
+    return digest.hex()

@@ -1,7 +1,7 @@
 """Files that are written whole or not at all, a store of results, and the digests they are found by."""
 
 from rewriter.storage.cache import Mirror, Store, load, save_to
-from rewriter.storage.digest import Digest, key, model_digest
+from rewriter.storage.digest import Digest, code_digest, key, model_digest, short, tensor_digest
 from rewriter.storage.files import (
     Place,
     PlaceError,
@@ -20,6 +20,7 @@ __all__ = [
     "PlaceError",
     "Store",
     "checked",
+    "code_digest",
     "inside",
     "key",
     "load",
@@ -28,5 +29,7 @@ __all__ = [
     "read",
     "replacing",
     "save_to",
+    "short",
+    "tensor_digest",
     "write",
 ]

@@ -1,14 +1,18 @@
-"""Identity: SHA-256 digests of tensors, graphs and data, by which results are stored and found again."""
+"""Identity: SHA-256 digests of texts, code, tensors, graphs and data, by which results are stored and found again."""
 
 from __future__ import annotations
 
+import ast
 import hashlib
+import textwrap
 from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, fx
 from torch.utils.weak import WeakIdKeyDictionary
+
+from rewriter.graph import facts
 
 # Digests of tensors and graphs that are still alive, with the version counters they were made at.
 _digests: WeakIdKeyDictionary = WeakIdKeyDictionary()
@@ -22,6 +26,36 @@ def key(parts: Iterable[str]) -> str:
     return digest.hexdigest()
 
 
+def short(content: str | bytes) -> str:
+    """32 hex digits of SHA-256: a name for what is no secret."""
+    data = content.encode() if isinstance(content, str) else content
+    return hashlib.sha256(data).hexdigest()[:32]
+
+
+def code_digest(text: str) -> str:
+    """Identity of what Python code computes: comments, docstrings and formatting do not count.
+
+    Text that is no Python counts as it is.
+    """
+    try:
+        tree = ast.parse(textwrap.dedent(text))
+    except (SyntaxError, ValueError):
+        return short(text)
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef):
+            # a text that stands alone anywhere computes nothing
+            node.body = [s for s in node.body if not _is_text(s)]
+    return short(ast.dump(tree))
+
+
+def _is_text(statement: ast.stmt) -> bool:
+    return (
+        isinstance(statement, ast.Expr)
+        and isinstance(statement.value, ast.Constant)
+        and isinstance(statement.value.value, str)
+    )
+
+
 def graph_digest(gm: fx.GraphModule) -> str:
     """SHA-256 of a graph's code, input shapes and tensors; computed once while nothing changes."""
     tensors = gm.state_dict(keep_vars=True)
@@ -31,7 +65,11 @@ def graph_digest(gm: fx.GraphModule) -> str:
     if known is not None and known[0] == version:
         return known[1]
     text = key(
-        [gm.code, repr(gm.meta.get("example")), *(f"{n} {_tensor(t)}" for n, t in tensors.items())]
+        [
+            gm.code,
+            repr(facts.EXAMPLE.get(gm)),
+            *(f"{n} {tensor_digest(t)}" for n, t in tensors.items()),
+        ]
     )
     _digests[gm] = (version, text)
     return text
@@ -44,12 +82,13 @@ def data_digest(batches: Iterable[Tensor | tuple[Tensor, ...]]) -> str:
         for x in batch if isinstance(batch, tuple) else (batch,):
             known = _digests.get(x)
             if known is None or known[0] != x._version:
-                known = _digests[x] = (x._version, _tensor(x))
+                known = _digests[x] = (x._version, tensor_digest(x))
             found.append(known[1])
     return key(found)
 
 
-def _tensor(t: Tensor) -> str:
+def tensor_digest(t: Tensor) -> str:
+    """SHA-256 of a tensor's type, shape and numbers."""
     plain = t.detach().cpu().contiguous()
     digest = hashlib.sha256(f"{plain.dtype} {tuple(plain.shape)} ".encode())
     if plain.numel():
@@ -94,5 +133,5 @@ def model_digest(gm: fx.GraphModule) -> str:
         [f"{name}={type(m).__name__}({m.extra_repr()})" for name, m in gm.named_modules() if name]
     )
     digest.add(gm.state_dict())
-    digest.add(gm.meta["example"])
+    digest.add(facts.EXAMPLE.of(gm))
     return digest.hex()

@@ -5,7 +5,7 @@
     x ** 2      x * x
     weight.reshape(1, -1, 1, 1) * (variance + eps).rsqrt()          a constant
 
-A square behind the last layer stays as it is: there it is arithmetic on outputs, in float.
+A square that no layer reads stays as it is: it is part of a norm, or arithmetic on outputs, in float.
 """
 
 from __future__ import annotations
@@ -16,15 +16,18 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
+from rewriter.graph import facts
 from rewriter.graph.edit import add_module
 from rewriter.graph.lookup import is_call, module_of
-from rewriter.tracing.fold_affine import feeding_layers
+from rewriter.graph.ops import LAYER_TYPES
+from rewriter.tracing.fold_affine import affine_of
 
 F = nn.functional
 
 _POWERS = (operator.pow, torch.pow, "pow", "__pow__")
 _SQUARES = (torch.square, "square")
 _SELU_ALPHA, _SELU_SCALE = 1.6732632423543772848170429916717, 1.0507009873554804934193349852946
+_RANDOM = ("rand", "bernoulli", "normal_", "dropout", "multinomial", "poisson", "exponential")
 # A constant may be this many times as large as what it is computed from, and a few numbers in any case.
 GROWTH, SMALL = 4, 4096
 
@@ -47,16 +50,20 @@ def fold_constants(gm: fx.GraphModule) -> None:
         if all(user in values for user in node.users):
             continue  # a step on the way
         name = f"constant_{node.name}"
+        while hasattr(gm, name):
+            name += "_"
         gm.register_buffer(name, values[node].clone().contiguous())
         with gm.graph.inserting_before(node):
             new = gm.graph.get_attr(name)
-        new.meta = dict(node.meta)
+        facts.inherit(new, node)
         node.replace_all_uses_with(new, delete_user_cb=lambda user: user not in values)
     gm.graph.eliminate_dead_code()
 
 
 def _depends_on(node: fx.Node, values: dict[fx.Node, Any]) -> bool:
     inputs = node.all_input_nodes
+    if any(word in str(node.target) for word in _RANDOM):
+        return False
     return bool(inputs) and all(n in values for n in inputs)
 
 
@@ -74,7 +81,6 @@ def _computed(node: fx.Node, values: dict[fx.Node, Any]) -> Any:
 
 def expand_operators(gm: fx.GraphModule) -> None:
     """Write operators in others; edits gm in place."""
-    ahead = feeding_layers(gm)
     for node in list(gm.graph.nodes):
         if is_call(gm, node, nn.GLU):
             _glu(gm, node, module_of(gm, node).dim)
@@ -83,15 +89,24 @@ def expand_operators(gm: fx.GraphModule) -> None:
             _glu(gm, node, dim)
         elif is_call(gm, node, nn.SELU) or node.target in (F.selu, torch.selu):
             _selu(gm, node)
-        elif node in ahead and _is_square(node):
+        elif _is_square(node) and _read_by_layers(gm, node):
             node.op, node.target = "call_function", operator.mul
             node.args, node.kwargs = (node.args[0], node.args[0]), {}
+
+
+def _read_by_layers(gm: fx.GraphModule, node: fx.Node) -> bool:
+    """Whether layers alone read a value, or constant affine maps of it: in a norm written out a square stays in float."""
+    return bool(node.users) and all(
+        is_call(gm, user, *LAYER_TYPES)
+        or (affine_of(gm, user) is not None and _read_by_layers(gm, user))
+        for user in node.users
+    )
 
 
 def _is_square(node: fx.Node) -> bool:
     if (
         node.op not in ("call_function", "call_method")
-        or node.meta.get("dtype") is not torch.float32
+        or facts.DTYPE.get(node) is not torch.float32
     ):
         return False
     if node.target in _SQUARES:
@@ -103,14 +118,15 @@ def _activation(gm: fx.GraphModule, node: fx.Node, kind: nn.Module, x: fx.Node) 
     place = str(node.target) if node.op == "call_module" else node.name
     target = add_module(gm, f"{place}_act", kind)
     new = gm.graph.call_module(target, (x,))
-    new.meta = {**node.meta, "layer": node.meta.get("layer", target)}
+    facts.inherit(new, node)
+    facts.LAYER.put(new, facts.LAYER.get(node, target))
     return new
 
 
 def _glu(gm: fx.GraphModule, node: fx.Node, dim: int) -> None:
     (source,) = node.all_input_nodes
-    shape = source.meta.get("shape")
-    if shape is None or node.meta.get("shape") is None:
+    shape = facts.SHAPE.get(source)
+    if shape is None or facts.SHAPE.get(node) is None:
         return
     axis = dim % len(shape)
     half = shape[axis] // 2
@@ -121,10 +137,10 @@ def _glu(gm: fx.GraphModule, node: fx.Node, dim: int) -> None:
             for part in (slice(0, half), slice(half, 2 * half))
         ]
         for part in parts:
-            part.meta = dict(node.meta)
+            facts.inherit(part, node)
         gate = _activation(gm, node, nn.Sigmoid(), parts[1])
         new = gm.graph.call_function(operator.mul, (parts[0], gate))
-    new.meta = dict(node.meta)
+    facts.inherit(new, node)
     node.replace_all_uses_with(new)
     gm.graph.erase_node(node)
 
@@ -134,6 +150,6 @@ def _selu(gm: fx.GraphModule, node: fx.Node) -> None:
     with gm.graph.inserting_before(node):
         inner = _activation(gm, node, nn.ELU(_SELU_ALPHA), source)
         new = gm.graph.call_function(operator.mul, (inner, _SELU_SCALE))
-    new.meta = dict(node.meta)
+    facts.inherit(new, node)
     node.replace_all_uses_with(new)
     gm.graph.erase_node(node)

@@ -15,8 +15,9 @@ from torch import Tensor, fx, nn
 from torch.utils import _pytree as pytree
 
 from rewriter.errors import TraceError
+from rewriter.graph import facts
 from rewriter.graph.interpret import without_fast_path
-from rewriter.tracing.canonicalize import canonicalise
+from rewriter.tracing.canonicalize import canonicalize
 from rewriter.tracing.open_attention import open_attention
 from rewriter.tracing.tracer import BATCHES, line_of, one_line, trace_graph
 from rewriter.tracing.unwrap import plain_weights, unwrap_parts, unwrapped
@@ -34,7 +35,8 @@ def trace(model: nn.Module, example: Tensor | tuple[Tensor, ...]) -> fx.GraphMod
 
     Returns:
         A graph module with the same outputs; ``meta`` holds ``opaque``, ``example`` (input
-        shapes without the batch) and ``structure`` (how the outputs are nested).
+        shapes without the batch), ``structure`` (how the outputs are nested) and ``names`` (of
+        inputs and outputs, where the model has ``input_names`` and ``output_names``).
 
     Raises:
         TraceError: the outermost forward cannot be traced, or the graph does not compute what
@@ -42,6 +44,7 @@ def trace(model: nn.Module, example: Tensor | tuple[Tensor, ...]) -> fx.GraphMod
     """
     examples = example if isinstance(example, tuple) else (example,)
     examples = tuple(e.detach().float().cpu() for e in examples)
+    names = tuple(getattr(model, k, ()) for k in ("input_names", "output_names"))
     model = _prepared_copy(model)
     reference = copy.deepcopy(model)  # the graph shares its modules with the model
     few, many = (tuple(batch_of(e, size) for e in examples) for size in BATCHES)
@@ -53,11 +56,12 @@ def trace(model: nn.Module, example: Tensor | tuple[Tensor, ...]) -> fx.GraphMod
         _must_run(reference, few)
         raise
     gm = fx.GraphModule(model, graph, class_name=type(model).__name__)
-    gm.meta["example"] = tuple(tuple(e.shape[1:]) for e in examples)
-    gm.meta["opaque"] = opaque
+    facts.EXAMPLE.put(gm, tuple(tuple(e.shape[1:]) for e in examples))
+    facts.OPAQUE.put(gm, opaque)
+    facts.NAMES.put(gm, names)
     _record_structure(gm)
     try:
-        gm = canonicalise(gm)
+        gm = canonicalize(gm)
     except TraceError:
         raise
     except Exception as cause:
@@ -116,11 +120,12 @@ def _prepared_copy(model: nn.Module) -> nn.Module:
 def _record_structure(gm: fx.GraphModule) -> None:
     """How the outputs are nested, and those of them that are no tensors."""
     (output,) = gm.graph.find_nodes(op="output")
-    leaves, gm.meta["structure"] = pytree.tree_leaves(output.args[0]), output.meta["structure"]
+    leaves = pytree.tree_leaves(output.args[0])
+    facts.STRUCTURE.put(gm, facts.STRUCTURE.of(output))
     constants = {i: v for i, v in enumerate(leaves) if not isinstance(v, fx.Node)}
-    gm.meta["constant_outputs"] = constants
+    facts.CONSTANT_OUTPUTS.put(gm, constants)
     for node in leaves:
-        if isinstance(node, fx.Node) and node.op != "get_attr" and "dtype" not in node.meta:
+        if isinstance(node, fx.Node) and node.op != "get_attr" and not facts.DTYPE.known(node):
             raise TraceError(
                 f"output: {node.name}: is neither a tensor nor a constant; return tensors in a "
                 "tuple, list or dict"

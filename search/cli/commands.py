@@ -2,41 +2,43 @@
 
 from __future__ import annotations
 
-from contextlib import nullcontext
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import typer
 
-from rewriter import Plan, RewriteError, cost, find_sites
+from rewriter import Plan, cost, find_sites
 from rewriter.damage import fidelity_of
+from rewriter.graph import facts
 from search.cli.console import err, out, progress, say
 from search.cli.finetune_commands import as_trained, train_chosen, with_training
+from search.cli.from_model import MAX_DAMAGE, config_of_model
 from search.cli.options import Plans
 from search.cli.summary import show_results
-from search.cli.tables import sensitivity_table, sites_table
+from search.cli.tables import forms_table, sensitivity_table, sites_table
 from search.config.schema import Config, ConfigError, load_config
-from search.job import Job, Network, engine_of, float_metric, load_network, open_job
+from search.export.forms import checked_forms, export_forms
+from search.export.ship import ship
+from search.export.trained import with_weights
+from search.job import IN_MEMORY, Job, Network, float_metric, load_network, open_job
+from search.optimize import fixed, optimize
 from search.report import write_report
 from search.report.file_facts import told_of_float
-from search.report.finish import draw, reported
+from search.report.finish import draw
 from search.report.rows import loss_said
 from search.report.sensitivity_svg import write_sensitivity_svg
 from search.results import Results, load_results, write_front
 from search.run import (
     Goal,
-    cheapest,
-    confirm_front,
-    note_run,
     noted_goal,
-    run_search,
     sensitivity_of,
     with_options,
 )
 from search.run_dir.files import RunError
 from search.run_dir.scores import Score, read_run
-from search.workers.processes import helpers, work
-from search.workers.ray import search_on_ray
+from search.sensitivity.run import Sensitivity
+from search.workers.processes import work
 
 GOAL_NOT_MET = 1
 
@@ -48,9 +50,9 @@ def check(config: Path, quiet: bool = False) -> None:
     gm, data = network.gm, network.data
     spent, found = cost(gm), find_sites(gm)
     near = sum(bool(s.blocked) for s in found)
-    facts = [
+    rows = [
         ("config", str(cfg.path)),
-        ("network", f"{type(gm).__name__}, inputs {', '.join(map(str, gm.meta['example']))}"),
+        ("network", f"{type(gm).__name__}, inputs {', '.join(map(str, facts.EXAMPLE.of(gm)))}"),
         ("cost", f"{spent.macs / 1e6:.2f} M MACs, {spent.params / 1e6:.3f} M parameters"),
         ("", "convolutions, linear layers, matrix products; batch norm is not counted"),
         ("samples", f"{len(data.calibration)} calibration, {len(data.evaluation)} evaluation"),
@@ -59,18 +61,18 @@ def check(config: Path, quiet: bool = False) -> None:
         ("sites", f"{len(found) - near}, and {near} near misses (quantfix sites)"),
         *_file_facts(cfg, network),
     ]
-    facts += [("output", line) for line in fidelity_of(gm).about]
-    facts += [
+    rows += [("output", line) for line in fidelity_of(gm).about]
+    rows += [
         ("opaque", f"{part.name} ({part.kind}): {part.reason} {part.line}")
-        for part in gm.meta["opaque"]
+        for part in facts.OPAQUE.of(gm)
     ]
-    for name, fact in [] if quiet else facts:
+    for name, fact in [] if quiet else rows:
         say(f"{name:>10}  {fact}")
 
 
 def _file_facts(cfg: Config, network: Network) -> list[tuple[str, str]]:
     """What the file of plain int8 computes in int8, and what not."""
-    done, engine = network.file, engine_of(cfg)
+    engine, done = network.engine, network.file
     share, wanted = done.int8_share, cfg.search.min_int8_share
     facts = [("int8", f"{share:.1%} of the MACs in int8 kernels ({engine.name})")]
     reasons = {layer.layer: layer.reason for layer in done.float_layers}
@@ -137,7 +139,7 @@ def worker(folder: Path, storage: str | None = None, quiet: bool = False) -> Non
             f"start one with quantfix run {facts.get('config', 'CONFIG')}"
         )
     place, goal = storage or facts.get("storage"), noted_goal(facts)
-    outcome = work(Path(facts["config"]), folder, options, place, goal=goal)
+    outcome = work(config_of(folder, facts), folder, options, place, goal=goal)
     if not quiet:
         out.print(f"done: {outcome.reason}, {outcome.plans} plans scored")
 
@@ -159,18 +161,31 @@ def export(
     out_dir: Path | None = None,
     compared: bool = False,
     untrained: bool = False,
+    weights: Path | None = None,
     quiet: bool = False,
+    to: str = "",
 ) -> None:
     """The chosen network: int8 ONNX, float source and weights, ranges, and what changed.
 
     A plan that was fine-tuned is shipped with its trained weights.
     """
+    wanted = checked_forms([name.strip() for name in to.split(",") if name.strip()])
     results = load_results(folder)
     score = results.picked(pick)
     job = _reopened(results, quiet)
-    if not untrained:
+    if weights is not None:
+        job = with_weights(job, score.plan, weights)
+    elif not untrained:
         job, score = as_trained(job, results, score, quiet)
-    _export(job, score, out_dir or folder / "export", quiet, compared)
+    place = out_dir or folder / "export"
+    _export(job, score, place, quiet, compared)
+    if wanted:
+        with progress(quiet)("writing and measuring other forms") as tick:
+            tick(0, 1)
+            written = export_forms(job.evaluator, Plan.parse(score.plan), place, wanted)
+            tick(1, 1)
+        if not quiet:
+            out.print(forms_table(written, job.evaluator.task.metric))
 
 
 def fix(
@@ -185,8 +200,22 @@ def fix(
     storage: str | None = None,
     quiet: bool = False,
     seed: int | None = None,
+    images: Path | None = None,
+    target: str | None = None,
+    shape: str | None = None,
+    mean: str | None = None,
+    std: str | None = None,
 ) -> None:
     """The cheapest plan that meets both goals, in DIR/fixed; exit 1 and the best if none does."""
+    if config.suffix == ".onnx":
+        folder = out_dir or Path("runs") / config.stem
+        written = config_of_model(config, images, folder, target, shape, mean, std, quiet)
+        config, out_dir = written.path, folder
+        max_damage = MAX_DAMAGE if max_damage is None and max_drop is None else max_damage
+    elif any(v is not None for v in (images, target, shape, mean, std)):
+        raise ConfigError(
+            "fix: --images, --target, --shape, --mean and --std go with an .onnx file, not with a config"
+        )
     given = {"max_drop": max_drop, "max_macs": max_macs, "max_damage": max_damage}
     cfg, folder = _opened(
         config, out_dir, seed=seed, trials=trials, timeout=timeout, workers=workers, **given
@@ -198,12 +227,11 @@ def fix(
             "search.max_drop, search.max_damage in the config)"
         )
     job, results = _run(cfg, folder, storage, quiet, goal)
-    chosen = cheapest(job, goal, ratio)
-    score = chosen or results.best()
+    score, met = fixed(job, results, goal)
     _export(job, score, folder / "fixed", quiet)
     said = loss_said(results, score)
     asked = f"{goal} at {ratio:g} x MACs"
-    if chosen is None:
+    if not met:
         say(f"goal not met ({asked}); best so far: {said}", err)
         raise typer.Exit(GOAL_NOT_MET)
     if not quiet:
@@ -221,34 +249,15 @@ def _run(
     """Analyse and search; whatever ends it, the front of what is scored is on disk."""
     bars = progress(quiet)
     job = open_job(cfg, folder, bars)
-    if goal and goal.max_drop is not None and job.evaluator.samples.targets is None:
-        raise ConfigError(
-            "fix: the evaluation data have no labels, so a drop cannot be measured: give "
-            "--max-damage instead, such as half of what plain int8 does (quantfix analyze)"
-        )
-    sensitivity = sensitivity_of(job, bars)
-    note_run(job, storage, goal)
-    if not quiet:
-        out.print(sensitivity_table(sensitivity, 8))
-        for line in sensitivity.remarks:
-            say(line)
-    with reported(job, bars):
-        with (
-            nullcontext() if ray else helpers(job, storage, goal),
-            bars("scoring plans") as tick,
-        ):
-            if ray is not None:
-                search_on_ray(job, storage, ray, tick)
-            else:
-                run_search(
-                    job,
-                    sensitivity,
-                    storage,
-                    lambda score, count: tick(count, cfg.search.trials),
-                    goal,
-                )
-        confirm_front(job, bars)
-    return job, load_results(folder)
+
+    def shown(sensitivity: Sensitivity) -> None:
+        if not quiet:
+            out.print(sensitivity_table(sensitivity, 8))
+            for line in sensitivity.remarks:
+                say(line)
+
+    results = optimize(job, bars, storage=storage, goal=goal, ray=ray, analyzed=shown)
+    return job, results
 
 
 def _opened(config: Path, folder: Path | None, **options: Any) -> tuple[Config, Path]:
@@ -256,30 +265,35 @@ def _opened(config: Path, folder: Path | None, **options: Any) -> tuple[Config, 
     return cfg, folder or Path("runs") / cfg.path.stem
 
 
+def config_of(folder: Path, facts: Mapping[str, Any]) -> Path:
+    """The config file of a run.
+
+    Raises:
+        RunError: the run has none.
+    """
+    if facts["config"] == IN_MEMORY:
+        raise RunError(
+            f"{folder}: its network was given from Python, and is not in it: call quantfix.optimize(..., "
+            f"out={str(folder)!r}) there again, which resumes, and export() of what it returns"
+        )
+    return Path(facts["config"])
+
+
 def _reopened(results: Results, quiet: bool) -> Job:
-    cfg = load_config(Path(results.facts["config"]))
+    cfg = load_config(config_of(results.folder, results.facts))
     cfg = with_options(cfg, **results.facts.get("options", {}))
     return open_job(cfg, results.folder, progress(quiet))
 
 
 def _export(job: Job, score: Score, folder: Path, quiet: bool, compared: bool = False) -> None:
-    from search.export.export import export as write
-
     with progress(quiet)("writing and measuring the file") as tick:
         tick(0, 1)
-        exported = write(job.evaluator, Plan.parse(score.plan), folder, score, compared)
+        shipped = ship(job, score, folder, compared)
         tick(1, 1)
-    files, refusal = exported.files, ""
-    if job.cfg.task == "video" and exported.quantized is not None:
-        from search.export.streaming import export_stream
-
-        try:
-            files += export_stream(job, Plan.parse(score.plan), exported.quantized, folder)
-        except RewriteError as fact:  # the file for whole sequences is written all the same
-            refusal = str(fact)
+    exported = shipped.exported
     if not quiet:
-        if refusal:
-            say(f"no streaming file: {refusal}")
+        if shipped.refusal:
+            say(f"no streaming file: {shipped.refusal}")
         for found in exported.findings:
             say(f"{found.code}: {found.node + ': ' if found.node else ''}{found.message}")
         if compared:
@@ -290,5 +304,5 @@ def _export(job: Job, score: Score, folder: Path, quiet: bool, compared: bool = 
                 else f"simulation and ONNX Runtime first depart at {first.layer}: {first.differs:.2%} of its "
                 f"elements differ, {first.sqnr_db:.1f} dB"
             )
-        for file in files:
+        for file in shipped.files:
             say(f"written: {file}")

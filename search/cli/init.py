@@ -17,7 +17,7 @@ _SHAPE = {
 _TARGET = {
     "classification": "the class index, an int",
     "detection": '{"boxes": (n, 4) float, x1 y1 x2 y2 in pixels of the input, "labels": (n,) int}',
-    "video": "(T,) int64: 0 or 1 for each frame, -1 where nobody labelled it",
+    "video": "(T,) int64: 0 or 1 for each frame, -1 where nobody labeled it",
 }
 _RETURNS = {
     "classification": "logits, (N, classes)",

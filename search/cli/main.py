@@ -18,16 +18,22 @@ from search.cli.console import err, refused, say
 from search.cli.options import (
     KINDS,
     ConfigPath,
+    FixPath,
+    Images,
     MaxDamage,
     MaxDrop,
     MaxMacs,
+    Mean,
     Out,
     Pictures,
     Quiet,
     Ray,
     RunFolder,
     Seed,
+    Shape,
+    Std,
     Storage,
+    Target,
     Timeout,
     Trials,
     Tuned,
@@ -63,9 +69,10 @@ def main() -> None:
     except Exception as error:
         from rewriter import RewriteError
         from search.config.schema import ConfigError
+        from search.engines import EngineError
         from search.run_dir.files import RunError
 
-        if not isinstance(error, ConfigError | RewriteError | RunError):
+        if not isinstance(error, ConfigError | EngineError | RewriteError | RunError):
             raise
         code = refused(str(error), error)
     if code == INTERRUPTED:
@@ -214,7 +221,7 @@ def front(folder: RunFolder, pictures: Pictures = False, quiet: Quiet = False) -
 def export(
     folder: RunFolder,
     pick: Annotated[
-        str, typer.Option(metavar='best|knee|"macs<=0.85"|"PLAN"', help="Which plan.")
+        str, typer.Option(metavar='best|knee|plain|"macs<=R"|"PLAN"', help="Which plan.")
     ] = "best",
     out_dir: Annotated[
         Path | None, typer.Option("--out", metavar="DIR2", help="Default: DIR/export.")
@@ -226,6 +233,20 @@ def export(
     untrained: Annotated[
         bool, typer.Option("--untrained", help="A fine-tuned plan as it was before.")
     ] = False,
+    weights: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FILE", help="Trained weights of the plan's architecture (quantfix.rewrite)."
+        ),
+    ] = None,
+    to: Annotated[
+        str,
+        typer.Option(
+            "--to",
+            metavar="onnx,tflite,openvino,trt",
+            help="Int8 files in these forms too, each run and measured.",
+        ),
+    ] = "",
     quiet: Quiet = False,
 ) -> None:
     """The chosen network: int8 ONNX, float source and weights, ranges, and what changed.
@@ -236,12 +257,12 @@ def export(
     """
     from search.cli import commands
 
-    commands.export(folder, pick, out_dir, compared, untrained, quiet)
+    commands.export(folder, pick, out_dir, compared, untrained, weights, quiet, to)
 
 
 @app.command()
 def fix(
-    config: ConfigPath,
+    config: FixPath,
     max_drop: MaxDrop = None,
     max_macs: MaxMacs = None,
     max_damage: MaxDamage = None,
@@ -250,12 +271,19 @@ def fix(
     timeout: Timeout = None,
     workers: Workers = None,
     storage: Storage = None,
+    images: Images = None,
+    target: Target = None,
+    shape: Shape = None,
+    mean: Mean = None,
+    std: Std = None,
     quiet: Quiet = False,
     seed: Seed = None,
 ) -> None:
     """The cheapest plan that meets both goals, in DIR/fixed; exit 1 and the best if none does.
 
     Example: quantfix fix configs/digits.yaml --max-drop 1 --max-macs 1.1
+
+    Example without a config: quantfix fix model.onnx --images DIR
     """
     from search.cli import commands
 
@@ -271,4 +299,9 @@ def fix(
         storage,
         quiet,
         seed,
+        images,
+        target,
+        shape,
+        mean,
+        std,
     )

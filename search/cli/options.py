@@ -22,6 +22,26 @@ class Plans(StrEnum):
 
 
 ConfigPath = Annotated[Path, typer.Argument(metavar="CONFIG", help="YAML file of the run.")]
+FixPath = Annotated[
+    Path,
+    typer.Argument(metavar="CONFIG", help="YAML file of the run, or an .onnx file with --images."),
+]
+Images = Annotated[
+    Path | None,
+    typer.Option(metavar="DIR", help="With an .onnx file: images to calibrate and to judge on."),
+]
+Target = Annotated[
+    str | None, typer.Option(metavar="NAME", help="With an .onnx file: the int8 profile.")
+]
+Shape = Annotated[
+    str | None,
+    typer.Option(metavar="C,H,W", help="With an .onnx file that leaves it open: its input."),
+]
+Mean = Annotated[
+    str | None,
+    typer.Option(metavar="R,G,B", help="With an .onnx file: subtracted from pixels in [0, 1]."),
+]
+Std = Annotated[str | None, typer.Option(metavar="R,G,B", help="With an .onnx file: divided by.")]
 RunFolder = Annotated[Path, typer.Argument(metavar="DIR", help="Run directory.")]
 Out = Annotated[
     Path | None,

@@ -14,6 +14,7 @@ from pydantic import (
 )
 
 Channels = Annotated[tuple[float, ...], Field(min_length=1)]
+Side = Annotated[int, Field(ge=1)]
 Factory = Annotated[str, Field(pattern=r"^[A-Za-z_][\w.]*:[A-Za-z_]\w*$")]
 
 SOURCES = ("factory", "imagefolder", "csv", "npz", "coco", "yolo", "digits")
@@ -49,6 +50,8 @@ class ModelConfig(Section):
     Attributes:
         timm: Name of a timm model.
         torchvision: Name of a torchvision model.
+        onnx: A float ONNX file, relative to the config file.
+        exported: A file of ``torch.export.save``, relative to the config file.
         factory: ``module:callable`` that returns an ``nn.Module``.
         weights: ``pretrained`` (fetched; the default), or a state-dict file, relative to the
             config file.
@@ -57,6 +60,8 @@ class ModelConfig(Section):
 
     timm: str | None = None
     torchvision: str | None = None
+    onnx: str | None = None
+    exported: str | None = None
     factory: Factory | None = None
     weights: str | None = None
     args: dict[str, Any] = Field(default_factory=dict)
@@ -104,7 +109,7 @@ class DataConfig(Section):
             there are few.
         evaluation: At most how many images evaluate. None: all others.
         seed: Of the shuffle that splits the images.
-        size: Side of the square that the network reads, in pixels.
+        size: Side of the square that the network reads, in pixels; or [height, width], to which images are stretched.
         mean: Of a channel, subtracted after scaling to [0, 1].
         std: Of a channel, divided by.
         crop: Fraction of the resized image that the central crop keeps.
@@ -125,7 +130,7 @@ class DataConfig(Section):
     calibration: int | None = Field(default=None, ge=1)
     evaluation: int | None = Field(default=None, ge=1)
     seed: int = Field(default=0, ge=0)
-    size: int | None = Field(default=None, ge=1)
+    size: Side | tuple[Side, Side] | None = None
     mean: Channels | None = None
     std: Channels | None = None
     crop: float | None = Field(default=None, gt=0, le=1)

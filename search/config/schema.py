@@ -26,6 +26,8 @@ from search.config.inputs import DataConfig, FactoryConfig, ModelConfig, Section
 from search.config.messages import Location, dotted, explain, line_of, reason, walk
 from search.engines import check_engines
 
+# tasks whose outputs may need code of the user's own to become a prediction
+POSTPROCESSED = ("detection", "segmentation", "keypoints", "regression", "ocr")
 VIDEO_SOURCES = ("factory", "csv", "npz")
 
 
@@ -182,7 +184,8 @@ class Config(Section):
 
     Attributes:
         task: What the network is for: one of `TASKS`, each of which has a file in `search.tasks`.
-        postprocess: Detection only: raw outputs to boxes, scores and labels.
+        task_args: What the task may be told, such as ``measure`` of keypoints; its file says what.
+        postprocess: Raw outputs to boxes, scores and labels (detection), or to the prediction of another task.
         metric: Custom only: outputs and targets to a number.
         outputs: What each output of the network means, where the task does not say it or says
             something else; see docs/damage.md.
@@ -192,7 +195,11 @@ class Config(Section):
         device: Where torch runs. ``auto``: a GPU where there is one.
     """
 
-    task: Literal["classification", "detection", "video", "custom"]
+    task: Literal[
+        *("classification", "detection", "video", "custom"),
+        *("segmentation", "keypoints", "regression", "ocr", "embedding", "unlabelled"),
+    ]
+    task_args: dict[str, Any] = Field(default_factory=dict)
     model: ModelConfig
     data: DataConfig
     postprocess: FactoryConfig | None = None
@@ -241,8 +248,10 @@ class Config(Section):
 
     @model_validator(mode="after")
     def _detection_has_boxes(self) -> Config:
-        if self.postprocess is not None and self.task != "detection":
-            raise ValueError(f"postprocess goes with task detection, not {self.task}")
+        if self.postprocess is not None and self.task not in POSTPROCESSED:
+            raise ValueError(
+                f"postprocess goes with task {', '.join(POSTPROCESSED)}, not {self.task}"
+            )
         return self
 
     @model_validator(mode="after")

@@ -75,8 +75,11 @@ def boxed_images(annotations: Path, images: Path, cfg: DataConfig) -> Data:
     Raises:
         ConfigError: something is missing or malformed; the message names the file and the line.
     """
-    if cfg.size is None:
-        raise ConfigError("data: missing size: the side in pixels of the square the network reads")
+    if not isinstance(cfg.size, int):
+        found = "missing size" if cfg.size is None else f"size {list(cfg.size)}"
+        raise ConfigError(
+            f"data: {found}: boxes need the side in pixels of the square the network reads"
+        )
     if not images.is_dir():
         raise ConfigError(f"data.images: no such folder: {images}")
     if cfg.yolo is not None and not annotations.is_dir():

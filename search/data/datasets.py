@@ -30,7 +30,7 @@ from search.data.video import frame_table, sequence_arrays
 
 log = logging.getLogger(__name__)
 
-__all__ = ["Data", "Inputs", "batches", "load_data"]
+__all__ = ["Data", "Inputs", "batches", "check_splits", "load_data"]
 
 
 def load_data(cfg: Config) -> Data:
@@ -66,9 +66,11 @@ def load_data(cfg: Config) -> Data:
     else:
         annotations = str(source.coco or source.yolo)
         data = boxed_images(cfg.resolve(annotations), cfg.resolve(str(source.images)), source)
+    if cfg.task == "unlabelled" and len(data.evaluation) and isinstance(data.evaluation[0], tuple):
+        data = replace(data, evaluation=Inputs(data.evaluation))
     names = class_names(cfg, made)
     data = replace(data, names=names) if names else data
-    _check_splits(data, cfg.path.parent, "(T, C, H, W)" if cfg.task == "video" else "(C, H, W)")
+    check_splits(data, cfg.path.parent, "(T, C, H, W)" if cfg.task == "video" else "(C, H, W)")
     return data
 
 
@@ -105,13 +107,17 @@ def _preprocessing(cfg: Config) -> Preprocessing:
     if missing:
         raise ConfigError(
             f"{cfg.path.name}: data: missing {', '.join(missing)}: how an image becomes the input "
-            "is known for models of timm and torchvision only; pixels are scaled to [0, 1] before mean and std"
+            "is known for models of timm and torchvision only, of an ONNX file its size; pixels are scaled to [0, 1] before mean and std"
         )
     return Preprocessing(**known)
 
 
-def _check_splits(data: Data, folder: Path, shape: str) -> None:
-    """Look at the first sample of each split: a wrong form is best named before any work."""
+def check_splits(data: Data, folder: Path, shape: str) -> None:
+    """Look at the first sample of each split: a wrong form is best named before any work.
+
+    Raises:
+        ConfigError: it is no map-style data set, is empty, or has samples of another form.
+    """
     splits = {"calibration": data.calibration, "evaluation": data.evaluation}
     shapes: dict[str, tuple[int, ...]] = {}
     if data.training is not None:

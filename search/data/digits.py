@@ -13,7 +13,6 @@ Source: Sandler et al., 2018 (arXiv:1801.04381); Sheng et al., 2018 (arXiv:1803.
 
 from __future__ import annotations
 
-import hashlib
 import logging
 import os
 import tempfile
@@ -31,6 +30,7 @@ from sklearn.datasets import load_digits
 from torch import Tensor, nn
 from torch.nn import functional
 
+from rewriter.storage import short
 from search.data.images import Arrays, Data, Inputs
 
 log = logging.getLogger(__name__)
@@ -215,7 +215,7 @@ def cache_folder() -> Path:
 def recipe(seed: int, *sources: Path) -> str:
     """Hash of what the weights depend on: source files, torch and the seed."""
     text = "".join(s.read_text(encoding="utf-8") for s in sources) + torch.__version__ + str(seed)
-    return hashlib.sha256(text.encode()).hexdigest()[:16]
+    return short(text)[:16]
 
 
 def restore(net: nn.Module, file: Path) -> bool:

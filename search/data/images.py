@@ -56,9 +56,12 @@ class Data:
 
 @dataclass(frozen=True, kw_only=True)
 class Preprocessing:
-    """How an image becomes an input: resized, central square, scaled to [0, 1], normalized."""
+    """How an image becomes an input: resized, its center cut out, scaled to [0, 1], normalized.
 
-    size: int
+    ``size`` is the side of a square, or (height, width), to which an image is then stretched whole.
+    """
+
+    size: int | tuple[int, int]
     mean: tuple[float, ...]
     std: tuple[float, ...]
     crop: float = 0.875
@@ -66,14 +69,16 @@ class Preprocessing:
     crop_mode: str = "center"
 
     def transform(self) -> Callable[[Image.Image], Tensor]:
-        """Image to float32 (C, size, size); C is 1 where there is one mean, else 3."""
+        """Image to float32 (C, height, width); C is 1 where there is one mean, else 3."""
+        square = isinstance(self.size, int)
+        sides = (self.size, self.size) if isinstance(self.size, int) else self.size
         inner: Callable[[Image.Image], Tensor] = create_transform(  # pyright: ignore[reportAssignmentType]
-            input_size=(len(self.mean), self.size, self.size),
+            input_size=(len(self.mean), *sides),
             interpolation=self.interpolation,
             mean=self.mean,
             std=self.std,
-            crop_pct=self.crop,
-            crop_mode=self.crop_mode,
+            crop_pct=self.crop if square else 1.0,
+            crop_mode=self.crop_mode if square else "squash",
         )
         mode = "L" if len(self.mean) == 1 else "RGB"
         return lambda image: inner(image.convert(mode))

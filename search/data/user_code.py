@@ -9,10 +9,14 @@ import sys
 import sysconfig
 import traceback
 from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+from torch import Tensor
+
+from rewriter.storage import Digest, code_digest, short
 from search.config.schema import Config, ConfigError
 
 OURS = tuple(
@@ -69,6 +73,70 @@ def _is_users(filename: str, folder: Path | None = None) -> bool:
     if folder is not None:
         return path.is_relative_to(folder.resolve())
     return not any(path.is_relative_to(place) for place in INSTALLED)
+
+
+def callable_digest(item: object) -> str:
+    """Identity of a callable of the user's: its code, and what that uses of the user's other code and of plain values.
+
+    Comments and docstrings do not count, nor does what else is in the file, such as the call that starts a run.
+    """
+    digest, seen = Digest(), set[int]()
+
+    def take(item: Any) -> None:
+        if id(item) in seen:
+            return
+        seen.add(id(item))
+        if isinstance(item, partial):
+            take(item.func)
+            digest.add([repr(item.args), sorted(map(repr, item.keywords.items()))])
+        elif inspect.ismethod(item):
+            take(item.__func__)
+            take(item.__self__)
+        elif inspect.isfunction(item):
+            digest.add([item.__qualname__, _code_of(item)])
+            if seen != {id(item)} and not _written_by_user(item):
+                return  # installed code has a version
+            names = inspect.getclosurevars(item)
+            used = {**names.globals, **names.nonlocals}
+            for name in sorted(used):
+                digest.add(name)
+                take(used[name])
+        elif inspect.isclass(item):
+            digest.add(f"{item.__module__}.{item.__qualname__}")
+            if _written_by_user(item):
+                digest.add(_code_of(item))
+                for name in sorted(vars(item)):
+                    if inspect.isfunction(vars(item)[name]):
+                        take(vars(item)[name])
+        elif item is None or isinstance(item, bool | int | float | str | bytes):
+            digest.add(item)
+        elif isinstance(item, list | tuple | dict | Tensor):
+            digest.add(item if isinstance(item, Tensor) else repr(item))
+        elif not isinstance(item, ModuleType):
+            take(type(item))
+            state = getattr(item, "__dict__", {})
+            for name in sorted(state):
+                digest.add(name)
+                take(state[name])
+
+    take(item)
+    return digest.hex()
+
+
+def _written_by_user(item: Any) -> bool:
+    try:
+        return _is_users(str(inspect.getsourcefile(item)))
+    except TypeError:
+        return False
+
+
+def _code_of(item: Any) -> str:
+    """Identity of the code of a function or class; its bytecode where there is no source, as in a notebook that has gone on."""
+    try:
+        return code_digest(inspect.getsource(item))
+    except (OSError, TypeError):
+        code = getattr(item, "__code__", None)
+        return short(b"" if code is None else code.co_code + repr(code.co_consts).encode())
 
 
 OWN_PACKAGES = frozenset({"quantfix", "rewriter", "search"})

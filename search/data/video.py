@@ -1,4 +1,4 @@
-"""Built-in video data: a table of labelled frames in a folder for each sequence, or an array."""
+"""Built-in video data: a table of labeled frames in a folder for each sequence, or an array."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from torch import Tensor
 from search.config.schema import ConfigError, DataConfig
 from search.data.images import Arrays, Data, Preprocessing, read_archive, readable, split
 
-IGNORED = -1  # label of a frame that nobody labelled
+IGNORED = -1  # label of a frame that nobody labeled
 
 
 @dataclass(frozen=True)
@@ -61,7 +61,7 @@ def frame_table(table: Path, images: Path, cfg: DataConfig, preprocessing: Prepr
     if not rows:
         raise ConfigError(f"data.csv: {table.name}: lists no frames")
     sequences: dict[str, list[tuple[Path, int]]] = {}
-    labelled = "label" in rows[0][1]
+    labeled = "label" in rows[0][1]
     for line, row in rows:
         path = images / row["file"]
         name = row.get("sequence") or str(Path(row["file"]).parent)
@@ -73,7 +73,7 @@ def frame_table(table: Path, images: Path, cfg: DataConfig, preprocessing: Prepr
     broken = set(range(len(files))) - set(readable(table, np.arange(len(files)), files))
     holes = {files[i] for i in broken}
     length = cfg.frames or min((len(s) for s in sequences.values()), default=0)
-    found = [_clips(s, length, labelled) for s in sequences.values()]
+    found = [_clips(s, length, labeled) for s in sequences.values()]
     clips = [[c for c in clip if not holes.intersection(c.frames)] for clip in found]
     parts = split(table, len(clips), cfg)
     chosen = [[clip for i in part for clip in clips[i]] for part in parts]
@@ -81,9 +81,9 @@ def frame_table(table: Path, images: Path, cfg: DataConfig, preprocessing: Prepr
         longest = max(map(len, sequences.values()))
         raise ConfigError(f"data.frames: {length}: too long, the longest sequence has {longest}")
     transform = preprocessing.transform()
-    unlabelled = [Clip(c.frames, None) for c in chosen[0]]
-    training = Clips(chosen[0], transform) if labelled else None
-    return Data(Clips(unlabelled, transform), Clips(chosen[1], transform), training)
+    unlabeled = [Clip(c.frames, None) for c in chosen[0]]
+    training = Clips(chosen[0], transform) if labeled else None
+    return Data(Clips(unlabeled, transform), Clips(chosen[1], transform), training)
 
 
 def _rows(table: Path) -> list[tuple[int, dict[str, str]]]:
@@ -109,11 +109,11 @@ def _label(table: Path, line: int, row: dict[str, str]) -> int:
     return int(text) if text else IGNORED
 
 
-def _clips(frames: Sequence[tuple[Path, int]], length: int, labelled: bool) -> list[Clip]:
+def _clips(frames: Sequence[tuple[Path, int]], length: int, labeled: bool) -> list[Clip]:
     found: list[Clip] = []
     for start in range(0, len(frames) - length + 1, max(length, 1)):
         part = frames[start : start + length]
-        labels = tuple(label for _, label in part) if labelled else None
+        labels = tuple(label for _, label in part) if labeled else None
         found.append(Clip(tuple(path for path, _ in part), labels))
     return found
 

@@ -12,9 +12,9 @@ from torch import Tensor
 from rewriter import Plan, Quantized, trace
 from rewriter.errors import RewriteError
 from rewriter.export import State, first_output_only, run_stream, streaming_int8
+from rewriter.graph import facts
 from rewriter.int8.onnx import Session, to_onnx
 from rewriter.storage import replacing
-from search.data.model import load_model
 from search.job import Job
 from search.run_dir.files import read_json, write_json
 
@@ -47,9 +47,9 @@ def export_stream(
         raise RewriteError(
             f"streaming: chunk: {chunk} does not divide {calibration.shape[1]} frames"
         )
-    gm = trace(load_model(job.cfg), calibration[:2, :chunk])
+    gm = trace(job.model(), calibration[:2, :chunk])
     first_output_only(gm)
-    gm.meta["fidelity"] = job.gm.meta.get("fidelity")
+    facts.FIDELITY.put(gm, facts.FIDELITY.get(job.gm))
     stream = streaming_int8(quantized, plan, job.gm, gm)
     assert stream.quantized is not None
     model = to_onnx(stream.quantized)

@@ -1,9 +1,9 @@
 """Training of a plan's whole network, end to end, with int8 simulated.
 
 The closed forms and fits of the rules look at one layer at a time. Here all weights move together: towards the float network's
-answers (distillation: unlabelled inputs suffice), or towards labels. A step changes each weight by at most ``rate`` times the root mean
+answers (distillation: unlabeled inputs suffice), or towards labels. A step changes each weight by at most ``rate`` times the root mean
 square of its channel, so that one rate serves folded layers of any scale. The moving average of the weights is judged on inputs that
-do not train; the best judged ones are kept, the untrained ones among them, so training never makes that judgement worse.
+do not train; the best judged ones are kept, the untrained ones among them, so training never makes that judgment worse.
 
 Everything a run of it needs is in a checkpoint that is replaced in one piece, and a batch depends on nothing but the seed and its
 number: a killed run goes on where the last checkpoint was, and ends as if it had not been killed.
@@ -41,7 +41,7 @@ log = logging.getLogger(__name__)
 
 WARM_UP = 0.05  # share of the steps in which the rate rises
 BETAS, EPS = (0.9, 0.99), 1e-10
-LEAST = 1e-2  # of a channel's scale relative to its tensor's
+MIN_CHANNEL_SCALE = 1e-2  # of a channel's scale relative to its tensor's
 # what torch.load raises where a file is no checkpoint
 DAMAGED = (
     pickle.UnpicklingError,
@@ -275,7 +275,7 @@ def _scale(name: str, weight: Tensor) -> Tensor:
     if weight.ndim < 2:
         return torch.full_like(weight, max(whole, SMALLEST))
     rows = weight.square().mean(list(range(1, weight.ndim)), keepdim=True).sqrt()
-    return rows.clamp_min(max(LEAST * whole, 1e-12))
+    return rows.clamp_min(max(MIN_CHANNEL_SCALE * whole, 1e-12))
 
 
 def _schedule(step: int, steps: int) -> float:

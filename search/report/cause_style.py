@@ -23,6 +23,7 @@ LOOKS = {
     "activation_outliers": Look("#e69f00", "activations: a few outliers set the range"),
     "shared_range": Look("#009e73", "different values share one range"),
     "saturating_input": Look("#cc79a7", "values beyond the calibrated range"),
+    "idle_range": Look("#8c8c00", "levels that no reader can tell apart"),
 }
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from search.job import IN_MEMORY
 from search.report.file_facts import file_warnings, in_float
 from search.results import Results
 
@@ -11,6 +12,12 @@ def commands(results: Results) -> list[str]:
     config, folder = results.facts["config"], results.folder
     best = (results.best().plan if results.front.points else "") or "best"
     options = results.facts.get("options") or {}
+    if config == IN_MEMORY:
+        call = ", ".join(f"{key}={options[key]}" for key in ("trials", "seed") if key in options)
+        return [
+            f"result = quantfix.optimize(model, ..., out={str(folder)!r}, {call})",
+            f'result.export("{folder}/export", pick="{best}")',
+        ]
     given = [f" --{key} {options[key]}" for key in ("trials", "seed") if key in options]
     return [
         f"quantfix run {config} --out {folder}{''.join(given)}",

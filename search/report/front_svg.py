@@ -25,15 +25,15 @@ def front_svg(results: Results) -> str:
     if not shown:
         return "<p>No plan is scored yet.</p>"
     kinds = {s.plan: _kind(results, s) for s in shown}
-    labelled = results.objective == "metric"
-    level = results.baseline.float if labelled else None
+    labeled = results.objective == "metric"
+    level = results.baseline.float if labeled else None
     values = [_value(results, s) or 0.0 for s in shown]
-    bars = [b for s in results.front.points if labelled for b in s.interval or ()]
+    bars = [b for s in results.front.points if labeled for b in s.interval or ()]
     heights = [*values, *bars, *([] if level is None else [level])]
     x = _scale([s.macs_ratio for s in shown], LEFT, RIGHT)
     y = _scale(heights, BOTTOM, TOP)
-    unit = "{:.1%}" if labelled else "{:.3g}"
-    title = f"{results.metric}, int8" if labelled else "damage of int8, lower is better"
+    unit = "{:.1%}" if labeled else "{:.3g}"
+    title = f"{results.metric}, int8" if labeled else "damage of int8, lower is better"
     drawn = [
         *_axes(x, y, [s.macs_ratio for s in shown], heights, unit),
         _text(WIDTH / 2, HEIGHT - 12, "MACs relative to the network as it is", "middle"),

@@ -115,7 +115,7 @@ def aligned(before: Sequence[Mapping[str, Any]], after: Sequence[Mapping[str, An
 
 
 def shortened(rows: Sequence[Row]) -> list[Row]:
-    """Changed rows and their neighbours; each run of others is one row that counts them."""
+    """Changed rows and their neighbors; each run of others is one row that counts them."""
     near = {
         i + k
         for i, row in enumerate(rows)

@@ -67,11 +67,13 @@ def shown(results: Results) -> NotebookResults:
     """The same results, which a notebook can show."""
     values = {f.name: getattr(results, f.name) for f in fields(Results)}
     if results.sensitivity is not None:
-        found = results.sensitivity
-        values["sensitivity"] = NotebookSensitivity(
-            **{f.name: getattr(found, f.name) for f in fields(Sensitivity)}
-        )
+        values["sensitivity"] = shown_sensitivity(results.sensitivity)
     return NotebookResults(**values)
+
+
+def shown_sensitivity(found: Sensitivity) -> NotebookSensitivity:
+    """The same analysis, which a notebook can show."""
+    return NotebookSensitivity(**{f.name: getattr(found, f.name) for f in fields(Sensitivity)})
 
 
 def _framed(body: str) -> str:

@@ -3,15 +3,30 @@
 from __future__ import annotations
 
 import inspect
+from functools import lru_cache
 from pathlib import Path
 
 import rewriter
 from rewriter import RULES
-from rewriter.storage import Digest
+from rewriter.storage import Digest, code_digest
+
+# What decides what the int8 network of a plan computes: not how layers are ranked, what is searched or what is written.
+DECIDING = (
+    "assemble.py",
+    "damage",
+    "fitting",
+    "graph",
+    "int8",
+    "plan.py",
+    "repair",
+    "rules",
+    "surgery",
+    "tracing",
+)
 
 
 def source_digest(*objects: object) -> str:
-    """Hash of the source files that define `objects`, functions or instances of classes."""
+    """Identity of the code in the files that define `objects`, functions or instances of classes."""
     files = set[str]()
     texts: list[str] = []
     for item in objects:
@@ -22,24 +37,35 @@ def source_digest(*objects: object) -> str:
             texts.append(repr(owner))
     digest = Digest()
     digest.add(texts)
-    digest.add(sorted(_text(Path(f)) for f in files))  # whatever folders they lie in
+    digest.add(sorted(_code(Path(f)) for f in files))  # whatever folders they lie in
     return digest.hex()
 
 
-def rules_digest() -> str:
-    """Hash of the rules' versions and of the code that turns a plan into an int8 network."""
-    folder = Path(rewriter.__file__).parent
+def rules_digest(folder: Path | None = None) -> str:
+    """Identity of the rules' versions and of the code that turns a plan into an int8 network.
+
+    Args:
+        folder: Of the package ``rewriter``; None: the one that runs.
+    """
+    folder = folder or Path(rewriter.__file__).parent
     digest = Digest()
     digest.add(sorted(f"{rule.name}:{rule.version}" for rule in RULES))
-    digest.add(
-        [_text(path) for path in sorted(folder.rglob("*.py")) if "sensitivity" not in path.parts]
-    )
+    for name in DECIDING:
+        place = folder / name
+        for path in sorted(place.rglob("*.py")) if place.is_dir() else [place]:
+            digest.add([path.relative_to(folder).as_posix(), _code(path)])
     digest.add([source_digest(rule) for rule in RULES])
     return digest.hex()
 
 
-def _text(path: Path) -> str:
+def _code(path: Path) -> str:
     try:
-        return path.read_text(encoding="utf-8")
+        return _code_at(path, path.stat().st_mtime_ns)
     except OSError:
         return ""
+
+
+@lru_cache(maxsize=1000)
+def _code_at(path: Path, changed_ns: int) -> str:
+    del changed_ns  # so that a file which has changed is read again
+    return code_digest(path.read_text(encoding="utf-8"))

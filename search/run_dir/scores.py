@@ -8,7 +8,6 @@ again.
 
 from __future__ import annotations
 
-import hashlib
 import io
 import json
 import logging
@@ -23,7 +22,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from rewriter.storage import Place, replacing
+from rewriter.storage import Place, replacing, short
 from search.run_dir.files import REMEDY, RunError, append, finite, mend, read_json, write_json
 from search.run_dir.shared_scores import Exchange
 from search.run_dir.validation import checked, fault_of_run
@@ -60,6 +59,8 @@ class Score:
         stopped: Whether the plan was given up after so many samples, because it was clear that it
             is not on the front. Its numbers are no substitute for those on all of them.
         error: Why the plan could not be scored; all measured fields are then None.
+        error_kind: The class of what went wrong, such as ``PlanError``.
+        traceback: Where it went wrong: a file in the run directory.
         limit_s: Seconds after which it was given up, where it failed because it took longer.
     """
 
@@ -79,12 +80,15 @@ class Score:
     engine: str = ""
     engine_version: str = ""
     int8_share: float | None = None
-    float_ops: dict[str, int] | None = None
-    float_reasons: dict[str, str] | None = None
+    # scores are keys of what is worked out from them
+    float_ops: dict[str, int] | None = field(default=None, hash=False)
+    float_reasons: dict[str, str] | None = field(default=None, hash=False)
     samples: int = 0
     seconds: float = 0.0
     stopped: bool = False
     error: str | None = None
+    error_kind: str | None = None
+    traceback: str | None = None
     limit_s: float | None = None
 
     def to_dict(self) -> dict[str, Any]:
@@ -137,7 +141,20 @@ class Baseline:
     damage: float | None
     interval: tuple[float, float] | None = None
     int8_share: float | None = None
-    float_ops: dict[str, int] | None = None
+    float_ops: dict[str, int] | None = field(default=None, hash=False)
+
+    @classmethod
+    def of(cls, score: Score) -> Baseline:
+        """What the score of the empty plan says."""
+        return cls(
+            score.original,
+            score.metric,
+            score.macs,
+            score.damage,
+            score.interval,
+            score.int8_share,
+            score.float_ops,
+        )
 
 
 @dataclass
@@ -254,7 +271,7 @@ class Records:
         return len(self._scores)
 
     def _samples_path(self, plan: str) -> Path:
-        key = hashlib.sha256(f"{self.fingerprint}\n{plan}".encode()).hexdigest()[:32]
+        key = short(f"{self.fingerprint}\n{plan}")
         return self.folder / "samples" / f"{key}.npz"
 
 
@@ -349,7 +366,7 @@ def note(folder: Path, **facts: Any) -> None:
 
 def fingerprint(parts: Mapping[str, str]) -> str:
     """One hash of all ingredients."""
-    return hashlib.sha256(json.dumps(dict(sorted(parts.items()))).encode()).hexdigest()[:32]
+    return short(json.dumps(dict(sorted(parts.items()))))
 
 
 def _packed(samples: Samples) -> bytes:

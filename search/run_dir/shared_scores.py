@@ -6,13 +6,12 @@ its per-sample values beside it. What one run puts there the others take over in
 
 from __future__ import annotations
 
-import hashlib
 import logging
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 
-from rewriter.storage import Place, inside, names, read, write
+from rewriter.storage import Place, inside, names, read, short, write
 
 log = logging.getLogger(__name__)
 
@@ -72,4 +71,4 @@ class Exchange:
 
 
 def _name(plan: str, line: bytes) -> str:
-    return "-".join(hashlib.sha256(text).hexdigest()[:32] for text in (plan.encode(), line))
+    return "-".join(short(text) for text in (plan.encode(), line))

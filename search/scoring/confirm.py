@@ -69,7 +69,7 @@ def confirm(
     found: list[Score] = []
     for plan in plans:
         tick(len(found), len(plans))
-        found.append(evaluator.confirm(Plan.parse(plan)))
+        found.append(evaluator.score(Plan.parse(plan), "whole"))
     tick(len(found), len(plans))
     return found
 

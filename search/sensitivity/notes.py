@@ -8,8 +8,8 @@ from typing import Any
 from rewriter.sensitivity import THRESHOLDS
 
 # A value with less than this share of the whole damage is not worth a sentence.
-SHARE = 0.1
-MOST = 5
+NOTED_SHARE = 0.1
+MAX_VALUES = 5
 
 
 def remarks(content: Mapping[str, Any]) -> list[str]:
@@ -18,10 +18,10 @@ def remarks(content: Mapping[str, Any]) -> list[str]:
     harmful = [
         v
         for v in content.get("values", ())
-        if whole and v["damage"] is not None and v["damage"] >= SHARE * whole
+        if whole and v["damage"] is not None and v["damage"] >= NOTED_SHARE * whole
     ]
-    return [_value(v, whole) for v in harmful[:MOST]] + [
-        _interaction(x) for x in content.get("interaction", ()) if x["disagrees"]
+    return [_value(v, whole) for v in harmful[:MAX_VALUES]] + [
+        _interaction(x, content) for x in content.get("interaction", ()) if x["disagrees"]
     ]
 
 
@@ -43,11 +43,23 @@ def _value(value: Mapping[str, Any], whole: float) -> str:
     return said
 
 
-def _interaction(found: Mapping[str, Any]) -> str:
-    how = "" if found["measured"] else ", as predicted"
+def _interaction(found: Mapping[str, Any], content: Mapping[str, Any]) -> str:
+    screened = content.get("screened_samples")
+    of = f" from {screened} inputs" if screened else ""
+    how = "" if found["measured"] else f", as predicted{of}"
     gain = found["gain"]
     effect = f"takes {gain:.3g} away" if gain >= 0 else f"adds {-gain:.3g}"
     return (
         f"layer {found['layer']} interacts with others{how}: alone in int8 it does "
-        f"{found['alone']:.3g} damage, and leaving it in float {effect}"
+        f"{found['alone']:.3g} damage{_elsewhere(found, content)}, and leaving it in float {effect}"
     )
+
+
+def _elsewhere(found: Mapping[str, Any], content: Mapping[str, Any]) -> str:
+    """What the table says of the same layer alone, where that is another number, and of how many inputs."""
+    rows = (r for r in content.get("layers", ()) if r["layer"] == found["layer"])
+    row = next(rows, None)
+    if row is None or f"{row['damage']:.3g}" == f"{found['alone']:.3g}":
+        return ""
+    samples = row.get("samples") or content.get("screened_samples")
+    return f" ({row['damage']:.3g} in the table, of {samples} inputs)" if samples else ""

@@ -64,7 +64,7 @@ class Task(Protocol):
         ...
 
     def training_loss(self, outputs: Sequence[Tensor], targets: Any) -> Tensor:
-        """The loss on labelled data, differentiable."""
+        """The loss on labeled data, differentiable."""
         ...
 
     def attach(self, gm: fx.GraphModule) -> None:

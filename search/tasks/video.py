@@ -22,7 +22,7 @@ Floats = NDArray[np.float64]
 
 @dataclass(frozen=True)
 class Ranked:
-    """All labelled frames in the order of their scores.
+    """All labeled frames in the order of their scores.
 
     Attributes:
         sequence: (frames,) number of each frame's sequence.
@@ -92,7 +92,7 @@ class Video:
         return float(roc_auc_score(labels[used], scores[used]))
 
     def training_loss(self, outputs: Sequence[Tensor], targets: Any) -> Tensor:
-        """Mean binary cross-entropy of the labelled frames' scores, differentiable.
+        """Mean binary cross-entropy of the labeled frames' scores, differentiable.
 
         Scores that all lie in [0, 1] are taken for probabilities, others for logits.
         """

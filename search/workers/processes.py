@@ -16,16 +16,19 @@ from typing import Any
 import torch
 
 from search.config.schema import load_config
-from search.job import Job, Told, open_job
+from search.job import Job, OnScore, open_job
 from search.run import Goal, run_search, sensitivity_of, with_options
 from search.study.study import Outcome
 
 
 @contextmanager
-def helpers(job: Job, storage: str | None, goal: Goal | None = None) -> Generator[None]:
+def helpers(job: Job, storage: str | None, goal: Goal | None = None) -> Generator[int]:
     """The config's other worker processes beside this one; they end with the search, or when one of all has met the goal.
 
     The threads that this process may use (``OMP_NUM_THREADS``, else the cores) are shared among all.
+
+    Yields:
+        How many of them are this process's own.
     """
     cfg, threads = job.cfg, torch.get_num_threads()
     context = multiprocessing.get_context("spawn")
@@ -50,9 +53,8 @@ def helpers(job: Job, storage: str | None, goal: Goal | None = None) -> Generato
     finally:
         signal.pthread_sigmask(signal.SIG_SETMASK, mask)
     torch.set_num_threads(share)
-    job.evaluator.threads = share
     try:
-        yield
+        yield share
         for process in started:
             process.join()
     finally:
@@ -61,7 +63,6 @@ def helpers(job: Job, storage: str | None, goal: Goal | None = None) -> Generato
                 process.terminate()
                 process.join(10)
         torch.set_num_threads(threads)
-        job.evaluator.threads = threads
 
 
 def work(
@@ -70,7 +71,7 @@ def work(
     options: Mapping[str, Any],
     storage: str | None = None,
     threads: int | None = None,
-    told: Told = lambda score, count: None,
+    on_score: OnScore = lambda score, count: None,
     goal: Goal | None = None,
 ) -> Outcome:
     """Be one more worker of a run whose analysis is done; ends with the process that started it.
@@ -81,7 +82,7 @@ def work(
         options: Of the run, in the place of the config's ``search``.
         storage: URL of a shared Optuna storage; None: a journal in the run directory.
         threads: To compute with; None: ``OMP_NUM_THREADS``, else one for each core.
-        told: Called after each plan.
+        on_score: Called after each plan.
         goal: See `run_search`.
     """
     parent = multiprocessing.parent_process()
@@ -91,7 +92,7 @@ def work(
         torch.set_num_threads(threads)
     cfg = with_options(load_config(path), **options)
     job = open_job(cfg, folder, threads=threads)
-    return run_search(job, sensitivity_of(job), storage, told, goal)
+    return run_search(job, sensitivity_of(job), storage, on_score, goal)
 
 
 def _end_with(parent: BaseProcess) -> None:

@@ -10,8 +10,8 @@ from torch import Tensor, nn
 
 from rewriter import Plan, PlanError, rewrite, target, trace
 from rewriter.damage.fidelity import kl_divergence
-from rewriter.fitting.distill import BUDGET, MEMORY, PIECE, SEEN, VIEWS, amounts, distil
-from rewriter.fitting.fit import FitReport, fit, neighbours
+from rewriter.fitting.distill import BUDGET, MEMORY, PIECE, SEEN, VIEWS, amounts, distill
+from rewriter.fitting.fit import FitReport, fit, neighbors
 from rewriter.graph.lookup import find, module_of
 from rewriter.plan import Step
 from tests.rules import check
@@ -69,7 +69,7 @@ def test_distilling_brings_the_answers_nearer(
     node = find(made, "pw1")
     others = [find(made, name) for name in AFTER] if with_others else []
     with caplog.at_level(logging.INFO, "rewriter.fitting.distill"):
-        steps = distil(gm, made, node, batches(), SCHEME, SCHEME.activations.params(0, 6), others)
+        steps = distill(gm, made, node, batches(), SCHEME, SCHEME.activations.params(0, 6), others)
     assert steps > 0
     assert "held-out damage" in caplog.text
     with torch.no_grad():
@@ -95,17 +95,17 @@ def test_a_fit_holds_the_layers_that_were_moved() -> None:
         assert torch.equal(module_of(made, find(made, name)).weight, state[f"{name}.weight"])
 
 
-def test_a_layer_that_another_step_replaces_is_no_neighbour() -> None:
+def test_a_layer_that_another_step_replaces_is_no_neighbor() -> None:
     gm = trace(Blocks(), batches()[0])
-    assert neighbours(gm, Plan((FIRST,))) == {FIRST: AFTER}
-    assert neighbours(gm, Plan((FIRST, SECOND))) == {FIRST: (), SECOND: ("dw3", "pw3", "fc")}
+    assert neighbors(gm, Plan((FIRST,))) == {FIRST: AFTER}
+    assert neighbors(gm, Plan((FIRST, SECOND))) == {FIRST: (), SECOND: ("dw3", "pw3", "fc")}
     third = Step("merge_separable", "dw3")
     # both would move the classifier: the first of them in the plan does
-    found = neighbours(gm, Plan((SECOND, third)))
+    found = neighbors(gm, Plan((SECOND, third)))
     assert found == {SECOND: (), third: ("fc",)}
     # what comes after the fitted layers are in place does not matter
     kept = Plan.parse("keep_float@dw2 equalize@model split_range_2@dw2")
-    assert neighbours(gm, Plan((FIRST, *kept.steps)))[FIRST] == AFTER
+    assert neighbors(gm, Plan((FIRST, *kept.steps)))[FIRST] == AFTER
 
 
 @pytest.mark.usefixtures("few_steps")
@@ -123,11 +123,11 @@ def test_steps_side_by_side_are_fitted_alone_and_keep_each_others_layers() -> No
         rewrite(gm, plan, strange)
 
 
-def test_layers_that_share_their_weights_are_no_neighbours() -> None:
+def test_layers_that_share_their_weights_are_no_neighbors() -> None:
     model = Blocks()
     model.get_submodule("pw2").weight = model.get_submodule("pw3").weight
     gm = trace(model, batches()[0])
-    assert neighbours(gm, Plan((FIRST,))) == {FIRST: ("dw2", "dw3", "fc")}
+    assert neighbors(gm, Plan((FIRST,))) == {FIRST: ("dw2", "dw3", "fc")}
 
 
 @settings(max_examples=200, deadline=None)

@@ -14,9 +14,10 @@ import torch
 from onnx import TensorProto, helper, numpy_helper
 from torch import nn
 
-from rewriter import trace
+from rewriter import quantize, target, trace
 from rewriter.errors import TraceError
 from rewriter.graph.lookup import is_call
+from rewriter.int8.onnx import Session, to_onnx
 from rewriter.onnx_import import import_onnx, importer
 
 RANDOM = np.random.default_rng(0)
@@ -248,3 +249,24 @@ def test_a_wrong_operator_does_not_pass(tmp_path: Path, monkeypatch: pytest.Monk
     )
     with pytest.raises(TraceError, match="output 0 differs from ONNX Runtime's"):
         import_onnx(path)
+
+
+def test_the_int8_file_has_the_names_of_the_file_it_came_from(tmp_path: Path) -> None:
+    nodes = [
+        N("Conv", ["x", "w"], ["conv"]),
+        N("Relu", ["conv"], ["relu"]),
+        N("Conv", ["relu", "v"], ["y"]),
+    ]
+    net = import_onnx(
+        file(tmp_path, nodes, {"w": array(4, 4, 3, 3), "v": array(2, 4, 1, 1)}, IMAGE)
+    )
+    net.output_names = ("relu",)  # which another value of the emitted file may be called too
+    x = torch.randn(4, *IMAGE[1:])
+    gm = trace(net, x[:2])
+    quantized = quantize(gm, target("onnxruntime"), [x])
+    model = to_onnx(quantized)
+    onnx.checker.check_model(model)
+    session = Session(model)
+    assert (session.inputs, session.outputs) == (["x"], ["relu"])
+    wanted = net(x).numpy()
+    assert np.abs(session.run(x)[0] - wanted).max() < 0.05 * np.abs(wanted).max()

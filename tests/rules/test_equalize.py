@@ -294,3 +294,26 @@ def test_operators_that_shift_are_not_taken_for_homogeneous() -> None:
             return self.b(operator.add(self.a(x), 1.0))
 
     check.refuses(RULE, Shift(), "add", SHAPE)
+
+
+def test_dead_channels_do_not_drift() -> None:
+    """Nothing that a dead channel costs holds its scale: its filters stay near the layer's largest."""
+    torch.manual_seed(0)
+    convs = [conv(3, 8, 3), conv(8, 8, 3, groups=8), conv(8, 8), conv(8, 4)]
+    parts = [part for layer in convs for part in (layer, nn.ReLU())]
+    model = nn.Sequential(*parts[:-1]).eval()
+    with torch.no_grad():
+        for layer in convs[:3]:
+            layer.bias[5] = -20.0
+    largest = [float(m.weight.detach().abs().max()) for m in convs]
+    x = torch.randn(8, 3, 12, 12)
+    for name in ("per_tensor", "onnxruntime"):
+        gm = trace(model, x[:2])
+        profile(gm, [x])
+        weigh(gm, [x])
+        made = rewrite(gm, Plan.parse("equalize@model"), facts={"scheme": target(name)})
+        for node, most in zip(layers(made)[:3], largest, strict=False):
+            filter_ = module_of(made, node).weight.detach()[5]
+            assert float(filter_.abs().max()) < 4 * most, node  # up to 18 times without a bound
+        with torch.no_grad():
+            torch.testing.assert_close(made(x), model(x), rtol=1e-4, atol=1e-5)

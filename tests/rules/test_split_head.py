@@ -76,6 +76,17 @@ def test_auto_takes_no_more_groups_than_it_needs() -> None:
     assert check.layer_count(new) == 3
 
 
+def test_auto_is_content_with_twice_the_error_of_a_range_for_each_channel() -> None:
+    """Two groups leave (4 + 2 + 2 / 0.49) / 8 = 1.26 times that error, and one leaves 76 times."""
+    gm = check.graph_of(check.randomise(nn.Sequential(nn.Conv2d(3, 8, 1))), SHAPE)
+    high = torch.tensor([10.0, 10, 10, 10, 1, 1, 0.7, 0.7])
+    node = next(n for n in gm.graph.nodes if n.op == "call_module")
+    node.meta["channel_range"] = (torch.zeros(8), high)
+    (site,) = SplitHead(AUTO).match(gm)
+    new = check.rewritten_by_plan(gm, f"split_head_auto@{site.anchor}")
+    assert check.layer_count(new) == 2
+
+
 @pytest.mark.parametrize(("wider", "gains"), [(1.02, False), (1.25, True)])
 def test_a_split_has_to_take_a_tenth_of_the_rounding_error_away(wider: float, gains: bool) -> None:
     """Half of the channels this much wider: their own range saves (1 - 1 / wider^2) / 2."""

@@ -42,7 +42,7 @@ class Splits:
     training: Any = None
 
 
-class Unlabelled:
+class Unlabeled:
     def __init__(self, x: Tensor) -> None:
         self.x = x
 
@@ -53,7 +53,7 @@ class Unlabelled:
         return self.x[index]
 
 
-class Broken(Unlabelled):
+class Broken(Unlabeled):
     def __getitem__(self, index: int) -> Tensor:
         if index == 7:
             raise ZeroDivisionError("in the user's data set")
@@ -64,11 +64,11 @@ def data(labels: bool = True, broken: bool = False, count: int = 48, seed: int =
     """Labels are what the float network says, but for one in eight."""
     generator = torch.Generator().manual_seed(seed)
     x = torch.randn(count, 3, 16, 16, generator=generator)
-    calibration = Unlabelled(torch.randn(16, 3, 16, 16, generator=generator))
+    calibration = Unlabeled(torch.randn(16, 3, 16, 16, generator=generator))
     if broken:
         return Splits(calibration, Broken(x))
     if not labels:
-        return Splits(calibration, Unlabelled(x))
+        return Splits(calibration, Unlabeled(x))
     with torch.no_grad():
         y = small()(x).argmax(1)
     y[::8] = (y[::8] + 1) % 5

@@ -16,7 +16,7 @@ from search.run import Goal, noted_goal
 from search.run_dir.files import read_json
 from search.run_dir.scores import Records, Score
 from search.run_dir.validation import fault_of_run
-from search.scoring import evaluator as evaluator_file
+from search.scoring import bench
 from search.scoring.child_process import possible
 from search.scoring.failure import to_be_tried_again
 from search.study.storage import journal
@@ -104,13 +104,13 @@ def test_the_limit_is_kept_with_the_failure_and_a_higher_one_scores_the_plan(
     network: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     evaluate = make(network, tmp_path, limit_s=1.0)
-    whole = evaluator_file.assemble
+    whole = bench.assemble
 
     def assemble(*words: Any) -> Any:
         time.sleep(2.0 if evaluate.limit_s == 1.0 else 0.0)
         return whole(*words)
 
-    monkeypatch.setattr(evaluator_file, "assemble", assemble)
+    monkeypatch.setattr(bench, "assemble", assemble)
     score = evaluate(Plan())
     assert (score.limit_s, evaluate(Plan())) == (1.0, score)
     assert score.error is not None

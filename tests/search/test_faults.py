@@ -23,7 +23,7 @@ from search.job import open_job
 from search.run import note_run, run_search, sensitivity_of
 from search.run_dir.files import read_json
 from search.run_dir.scores import fingerprint
-from search.scoring import evaluator as evaluator_file
+from search.scoring import bench
 from search.scoring.child_process import own_locks, possible
 from search.study.storage import journal
 from tests.search.cli.test_main import load, quantfix, write_config
@@ -74,7 +74,7 @@ def test_the_search_goes_on_past_plans_that_fail_in_every_way(
         "keep_float@stem_0": lambda: os.kill(os.getpid(), signal.SIGKILL),
         "keep_float@fc": too_much,
     }
-    whole, runner = evaluator_file.assemble, evaluator_file.RewriteEvaluator.runner
+    whole, opened = bench.assemble, bench.Bench.opened
     spoilt = "merge_separable@dw_0"
     running: list[str] = []
 
@@ -84,13 +84,13 @@ def test_the_search_goes_on_past_plans_that_fail_in_every_way(
             faults[str(plan)]()
         return whole(gm, plan, *rest)
 
-    def spoiling(self: Any, quantized: Any) -> Any:
-        run = runner(self, quantized)
+    def spoiling(self: Any, model: Any) -> Any:
+        run = opened(self, model)
         factor = math.nan if spoilt in running[0].split() else 1.0
         return lambda x: [o * factor for o in run(x)]
 
-    monkeypatch.setattr(evaluator_file, "assemble", assemble)
-    monkeypatch.setattr(evaluator_file.RewriteEvaluator, "runner", spoiling)
+    monkeypatch.setattr(bench, "assemble", assemble)
+    monkeypatch.setattr(bench.Bench, "opened", spoiling)
     search = {"trials": 24, "max_macs": 3.0, "candidate_timeout": 5.0, "max_float_layers": 2}
     config, out = write_config(tmp_path, search=search), tmp_path / "out"
     assert quantfix(monkeypatch, "run", config, "--out", out, "-q") == 0
@@ -106,7 +106,12 @@ def test_the_search_goes_on_past_plans_that_fail_in_every_way(
     assert bad
     assert all("NaN" in s["error"] for s in bad)
     front = load(out / "front.json")
-    assert front["plans_failed"] == sum(s["error"] is not None for s in known.values())
+    lost = [s for s in known.values() if s["error"] is not None]
+    assert front["plans_failed"] == len(lost) == sum(front["failures"].values())
+    assert front["failures"]["RewriteError"] == len(bad)
+    assert len({s["traceback"] for s in lost}) == len(lost)
+    assert all((out / s["traceback"]).is_file() for s in lost)
+    assert "plans failed, by kind: " in (out / "report.html").read_text()
     assert all(known[p["plan"]]["error"] is None for p in front["points"])
 
 

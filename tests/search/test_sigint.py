@@ -19,7 +19,7 @@ ROOT = Path(__file__).resolve().parents[2]
 SLOW = """
 import time
 from small import *
-class Slow(Unlabelled):
+class Slow(Unlabeled):
     def __getitem__(self, index):
         time.sleep({pause})
         return self.x[index]

@@ -58,7 +58,7 @@ def test_what_is_shipped_is_what_was_trained(
 def test_the_simulation_has_the_metric_of_the_runtime(config: Path, tmp_path: Path) -> None:
     job = open_job(load_config(config), tmp_path / "out")
     plan = Plan(())
-    score = job.evaluator.confirm(plan)
+    score = job.evaluator.score(plan, "whole")
     simulated = simulate(job.evaluator.assembled(plan).quantized, kernels=True)
     x, y = small_video.data().evaluation.tensors
     with torch.no_grad():

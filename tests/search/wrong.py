@@ -6,7 +6,7 @@ import sys
 from typing import Any
 
 import torch
-from small import Small, Splits, Unlabelled, data, small  # beside this file in a test's folder
+from small import Small, Splits, Unlabeled, data, small  # beside this file in a test's folder
 from torch import Tensor, nn
 from torch.utils.data import TensorDataset
 
@@ -70,11 +70,11 @@ def splits(kind: str) -> Any:
     if kind == "no evaluation":
         return type("Half", (), {"calibration": calibration})()
     if kind == "empty":
-        evaluation = Unlabelled(torch.zeros(0, 3, 16, 16))
+        evaluation = Unlabeled(torch.zeros(0, 3, 16, 16))
     if kind == "no calibration":
-        calibration = Unlabelled(torch.zeros(0, 3, 16, 16))
+        calibration = Unlabeled(torch.zeros(0, 3, 16, 16))
     if kind == "bytes":
-        calibration = Unlabelled(torch.zeros(4, 3, 16, 16, dtype=torch.uint8))
+        calibration = Unlabeled(torch.zeros(4, 3, 16, 16, dtype=torch.uint8))
     if kind == "numpy":
         calibration = [calibration[i].numpy() for i in range(4)]
     if kind == "iterator":
@@ -104,7 +104,7 @@ def splits(kind: str) -> Any:
     if kind == "one hot":
         evaluation = TensorDataset(x, nn.functional.one_hot(y, 5))
     if kind == "overlap":
-        calibration = Unlabelled(x[:10])
+        calibration = Unlabeled(x[:10])
     return Splits(calibration, evaluation)
 
 

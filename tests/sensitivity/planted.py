@@ -54,7 +54,7 @@ def inputs(count: int = 48, seed: int = 1) -> Tensor:
     return torch.rand(count, *SIZE, generator=torch.Generator().manual_seed(seed)) * 2 - 1
 
 
-def analysed(
+def analyzed(
     model: nn.Module, name: str = "per_tensor", x: Tensor | None = None, **options: object
 ) -> Analysis:
     x = inputs() if x is None else x

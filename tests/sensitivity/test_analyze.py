@@ -24,7 +24,7 @@ from rewriter.sensitivity.exact import Tally, measure
 from rewriter.sensitivity.journal import Journal
 from rewriter.sensitivity.shared_prefix import Forks, int8_variant, keeping
 from rewriter.tracing.trace import trace
-from tests.sensitivity.planted import analysed, healthy, inputs
+from tests.sensitivity.planted import analyzed, healthy, inputs
 
 ROOT = Path(__file__).resolve().parents[2]
 NAMES = ["stem", "dw", "pw", "mix", "left", "right", "join", "head"]
@@ -39,7 +39,7 @@ def labels(count: int = 48) -> Tensor:
 
 
 def test_the_json_has_the_form_that_is_promised() -> None:
-    found = analysed(healthy(), targets=labels(), metric=correct, metric_name="top1", top=3)
+    found = analyzed(healthy(), targets=labels(), metric=correct, metric_name="top1", top=3)
     content = json.loads(json.dumps(found.to_json()))
     assert content["format"] == 1
     assert (content["target"], content["metric"]) == ("per_tensor", "top1")
@@ -79,7 +79,7 @@ def test_the_json_has_the_form_that_is_promised() -> None:
 
 def test_metric_and_damage_are_those_of_the_network() -> None:
     model, x, y = healthy(), inputs(), labels()
-    found = analysed(model, targets=y, metric=correct, metric_name="top1", exact=True, race=False)
+    found = analyzed(model, targets=y, metric=correct, metric_name="top1", exact=True, race=False)
     with torch.no_grad():
         top1 = float((model(x).argmax(1) == y).double().mean())
     assert found.baseline.float == pytest.approx(top1)
@@ -103,7 +103,7 @@ def test_metric_and_damage_are_those_of_the_network() -> None:
 
 
 def test_predicted_curve_and_interaction_say_so() -> None:
-    found = analysed(healthy(), top=4)
+    found = analyzed(healthy(), top=4)
     assert not any(x.measured for x in found.interaction)
     assert [p.measured for p in found.curve] == [True, False, False, False, False]
     assert found.curve[0].damage == found.baseline.damage
@@ -113,20 +113,20 @@ def test_screening_and_measuring_everything_agree_on_the_order() -> None:
     broken = healthy()
     broken.dw.weight.data[5] *= 1000
     broken.pw.weight.data[:, 5] /= 1000
-    some, everything = analysed(broken, top=2), analysed(broken, exact=True)
+    some, everything = analyzed(broken, top=2), analyzed(broken, exact=True)
     assert {x.layer for x in some.layers[:2]} == {x.layer for x in everything.layers[:2]}
     assert all(x.exact for x in everything.layers)
 
 
 def test_one_seed_gives_one_result() -> None:
-    a, b, c = (analysed(healthy(), top=3, seed=s).to_json() for s in (1, 1, 2))
+    a, b, c = (analyzed(healthy(), top=3, seed=s).to_json() for s in (1, 1, 2))
     assert json.dumps(a) == json.dumps(b)
     assert json.dumps(a) != json.dumps(c)
 
 
 def test_progress_only_grows_and_ends_at_the_total() -> None:
     seen: list[tuple[float, float]] = []
-    analysed(healthy(), exact=True, progress=lambda done, total: seen.append((done, total)))
+    analyzed(healthy(), exact=True, progress=lambda done, total: seen.append((done, total)))
     assert all(a[0] <= b[0] for a, b in itertools.pairwise(seen))
     assert all(0 <= done <= total for done, total in seen)
     assert seen[-1][0] == pytest.approx(seen[-1][1], rel=0.15)
@@ -137,11 +137,11 @@ def test_harmless_layers_leave_the_race(monkeypatch: pytest.MonkeyPatch) -> None
     broken.dw.weight.data[5] *= 1000
     broken.pw.weight.data[:, 5] /= 1000
     x = inputs(200)
-    raced = analysed(broken, x=x, exact=True, top=2)
+    raced = analyzed(broken, x=x, exact=True, top=2)
     samples = {r.layer: r.samples for r in raced.layers}
     assert samples["dw"] == samples["pw"] == 200
     assert min(samples.values()) < 100
-    whole = analysed(broken, x=x, exact=True, top=2, race=False)
+    whole = analyzed(broken, x=x, exact=True, top=2, race=False)
     assert {r.samples for r in whole.layers} == {200}
     for a in raced.layers:
         b = next(r for r in whole.layers if r.layer == a.layer)
@@ -152,8 +152,8 @@ def test_harmless_layers_leave_the_race(monkeypatch: pytest.MonkeyPatch) -> None
 
 def test_the_default_race_ends_like_one_without_stops() -> None:
     x = inputs(200)
-    raced = analysed(healthy(), x=x, top=8)
-    whole = analysed(healthy(), x=x, top=8, race=False)
+    raced = analyzed(healthy(), x=x, top=8)
+    whole = analyzed(healthy(), x=x, top=8, race=False)
     assert {r.samples for r in whole.layers} == {whole.samples} == {200}
     samples = [r.samples for r in raced.layers]
     assert min(samples) < 100 <= max(samples)  # clear ones leave early, near ones stay
@@ -169,33 +169,33 @@ def test_a_race_that_stops_too_early_is_noticed(monkeypatch: pytest.MonkeyPatch)
     x = inputs(200)
     module = importlib.import_module("rewriter.sensitivity.analyze")
     monkeypatch.setattr(module, "undecided", lambda *_: set())
-    hasty = analysed(healthy(), x=x, top=8)
+    hasty = analyzed(healthy(), x=x, top=8)
     monkeypatch.undo()
-    careful = analysed(healthy(), x=x, top=8)
+    careful = analyzed(healthy(), x=x, top=8)
     assert {r.samples for r in hasty.layers} == {hasty.samples}
     assert max(r.samples for r in careful.layers) > 2 * hasty.samples
 
 
 def test_sorted_samples_are_seen_evenly() -> None:
     x = torch.cat([0.01 * inputs(100, 5), inputs(100, 6)])  # a prefix tells little of the rest
-    early, whole = (analysed(healthy(), x=x, top=8, race=r) for r in (True, False))
+    early, whole = (analyzed(healthy(), x=x, top=8, race=r) for r in (True, False))
     assert early.samples < 40
     assert early.baseline.damage == pytest.approx(whole.baseline.damage, rel=0.5)
-    prefix = analysed(healthy(), x=x[: early.samples], top=8, race=False)
+    prefix = analyzed(healthy(), x=x[: early.samples], top=8, race=False)
     assert prefix.baseline.damage != pytest.approx(whole.baseline.damage, rel=0.5)
 
 
 SCRIPT = """
 import os, signal, sys
 from pathlib import Path
-from tests.sensitivity.planted import analysed, healthy
+from tests.sensitivity.planted import analyzed, healthy
 steps = 0
 def progress(done, total):
     global steps
     steps += 1
     if steps == int(sys.argv[2]):
         os.kill(os.getpid(), signal.SIGKILL)
-analysed(healthy(), exact=True, journal=Path(sys.argv[1]), progress=progress)
+analyzed(healthy(), exact=True, journal=Path(sys.argv[1]), progress=progress)
 """
 
 
@@ -209,8 +209,8 @@ def test_a_killed_analysis_goes_on(tmp_path: Path, steps: int) -> None:
     assert killed.returncode == -signal.SIGKILL
     known = len(path.read_text().splitlines()) - 1
     assert known >= min(steps - 1, 20)
-    resumed = analysed(healthy(), exact=True, journal=path)
-    assert json.dumps(resumed.to_json()) == json.dumps(analysed(healthy(), exact=True).to_json())
+    resumed = analyzed(healthy(), exact=True, journal=path)
+    assert json.dumps(resumed.to_json()) == json.dumps(analyzed(healthy(), exact=True).to_json())
     lines = path.read_text().splitlines()
     assert len({json.loads(x)["key"] for x in lines[1:]}) == len(lines) - 1
 
@@ -219,7 +219,7 @@ def test_a_finished_journal_measures_nothing_again(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     path = tmp_path / "sensitivity.jsonl"
-    first = analysed(healthy(), journal=path, top=3)
+    first = analyzed(healthy(), journal=path, top=3)
     text = path.read_text()
     path.write_text(text + '{"key": "cut sh')
 
@@ -228,7 +228,7 @@ def test_a_finished_journal_measures_nothing_again(
 
     module = importlib.import_module("rewriter.sensitivity.analyze")
     monkeypatch.setattr(module, "measure", refuse)
-    again = analysed(healthy(), journal=path, top=3)
+    again = analyzed(healthy(), journal=path, top=3)
     assert json.dumps(again.to_json()) == json.dumps(first.to_json())
     assert path.read_text() == text
 
@@ -236,14 +236,14 @@ def test_a_finished_journal_measures_nothing_again(
 @pytest.mark.parametrize("change", ["weights", "inputs", "seed", "target"])
 def test_a_journal_of_something_else_is_started_anew(tmp_path: Path, change: str) -> None:
     path = tmp_path / "sensitivity.jsonl"
-    analysed(healthy(), journal=path, top=2)
+    analyzed(healthy(), journal=path, top=2)
     header = path.read_text().splitlines()[0]
     model = healthy(1 if change == "weights" else 0)
     x = inputs(48, 9) if change == "inputs" else inputs()
     name = "tensorrt" if change == "target" else "per_tensor"
-    found = analysed(model, name, x, journal=path, top=2, seed=1 if change == "seed" else 0)
+    found = analyzed(model, name, x, journal=path, top=2, seed=1 if change == "seed" else 0)
     assert path.read_text().splitlines()[0] != header
-    fresh = analysed(model, name, x, top=2, seed=1 if change == "seed" else 0)
+    fresh = analyzed(model, name, x, top=2, seed=1 if change == "seed" else 0)
     assert json.dumps(found.to_json()) == json.dumps(fresh.to_json())
 
 
@@ -288,7 +288,7 @@ def test_outputs_that_are_values() -> None:
             return {"boxes": 640 * self.boxes(y).sigmoid(), "scores": self.scores(y).sigmoid()}
 
     torch.manual_seed(3)
-    found: Analysis = analysed(Maps().eval(), "onnxruntime", exact=True)
+    found: Analysis = analyzed(Maps().eval(), "onnxruntime", exact=True)
     assert sorted(x.layer for x in found.layers) == ["body", "boxes", "scores"]
     for x in found.layers:
         assert x.sqnr_db == pytest.approx(-10 * math.log10(x.damage))

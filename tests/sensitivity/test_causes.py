@@ -9,13 +9,13 @@ import torch
 from torch import nn
 
 from rewriter.sensitivity import THRESHOLDS, LayerDamage
-from tests.sensitivity.planted import Healthy, analysed, healthy, inputs
+from tests.sensitivity.planted import Healthy, analyzed, healthy, inputs
 
 
 def entry(
     model: nn.Module, layer: str, name: str = "per_tensor", **options: object
 ) -> LayerDamage:
-    found = analysed(model, name, **options)
+    found = analyzed(model, name, **options)
     return next(x for x in found.layers if x.layer == layer)
 
 
@@ -83,7 +83,7 @@ def test_the_planted_cause_is_named_and_no_other(cause: str) -> None:
 
 def test_a_healthy_network_has_no_causes() -> None:
     for name in ("per_tensor", "onnxruntime"):
-        for x in analysed(healthy(), name, top=9).layers:
+        for x in analyzed(healthy(), name, top=9).layers:
             assert not x.causes, x.evidence
 
 
@@ -131,13 +131,13 @@ def test_a_head_whose_channels_differ_names_the_shared_range() -> None:
 def test_a_planted_channel_ranks_first(name: str) -> None:
     """One channel of a depthwise convolution scaled by 1000, undone in the next layer."""
     model, broken = healthy(), healthy()
-    before = {x.layer: x.damage for x in analysed(model, name).layers}
+    before = {x.layer: x.damage for x in analyzed(model, name).layers}
     broken.dw.weight.data[5] *= 1000
     broken.dw.bias.data[5] *= 1000
     broken.pw.weight.data[:, 5] /= 1000
     x = inputs(8)
     torch.testing.assert_close(broken(x), model(x), rtol=1e-3, atol=1e-4)
-    found = analysed(broken, name)
+    found = analyzed(broken, name)
     # per tensor the weight itself is lost too; with a scale for each channel only its result is
     harmed = ["dw", "pw"] if name == "per_tensor" else ["pw"]
     first, rest = found.layers[: len(harmed)], found.layers[len(harmed) :]
@@ -160,14 +160,14 @@ def test_a_planted_depthwise_weight_ranks_first_alone() -> None:
     broken.dw.weight.data[5] *= 1000
     broken.stem.weight.data[5] /= 1000
     broken.stem.bias.data[5] /= 1000
-    found = analysed(broken)
+    found = analyzed(broken)
     assert found.layers[0].layer == "dw"
     assert found.layers[0].damage > 5 * found.layers[1].damage
     assert "weight_channel_spread" in found.layers[0].causes
 
 
 def test_answers_touch_the_layer_and_free_ones_come_first() -> None:
-    for x in analysed(healthy(), top=9).layers:
+    for x in analyzed(healthy(), top=9).layers:
         assert f"keep_float@{x.node}" == x.answers[-1]
         assert len(x.answers) == len(x.answer_macs) == len(set(x.answers))
         assert list(x.answer_macs[:-1]) == sorted(x.answer_macs[:-1])
@@ -175,3 +175,31 @@ def test_answers_touch_the_layer_and_free_ones_come_first() -> None:
     merged = dict(zip(dw.answers, dw.answer_macs, strict=True))["merge_separable@dw"]
     places = 7 * 6
     assert merged == places * (16 * 24 * 9 - 16 * 9 - 16 * 24)
+
+
+class Swish(nn.Module):
+    """A convolution far below -3 before a hardswish, where nothing that follows can tell."""
+
+    def __init__(self, shift: float) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.first, self.act, self.last = nn.Conv2d(3, 8, 3), nn.Hardswish(), nn.Conv2d(8, 4, 1)
+        with torch.no_grad():
+            self.first.weight *= 3
+            self.first.bias[:4] -= shift
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.last(self.act(self.first(x)))
+
+
+@pytest.mark.parametrize(("shift", "named"), [(60.0, True), (0.0, False)])
+def test_levels_that_a_hardswish_cannot_tell_apart(shift: float, named: bool) -> None:
+    found = [
+        entry(Swish(shift).eval(), layer, "onnxruntime", top=9) for layer in ("first", "last")
+    ]
+    assert any("idle_range" in f.causes for f in found) == named, [f.evidence for f in found]
+    if named:
+        (cause,) = [e for f in found for e in f.evidence if e.name == "idle_range"][:1]
+        assert cause.about == "first"
+        assert cause.number < 0.3
+        assert any("refine_ranges@model" in f.answers for f in found if f.causes)

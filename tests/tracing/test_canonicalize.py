@@ -301,7 +301,7 @@ def test_names_are_the_users_own() -> None:
 
 @pytest.mark.parametrize("old", [True, False])
 @pytest.mark.filterwarnings("ignore::FutureWarning")
-def test_weight_normalisation(old: bool) -> None:
+def test_weight_normalization(old: bool) -> None:
     apply = nn.utils.weight_norm if old else nn.utils.parametrizations.weight_norm
     model = nn.Sequential(apply(conv()), nn.BatchNorm2d(4), nn.ReLU())
     gm = traced(randomise(model), IMAGE)
@@ -309,7 +309,7 @@ def test_weight_normalisation(old: bool) -> None:
     assert not gm.meta["opaque"]
 
 
-def test_spectral_normalisation() -> None:
+def test_spectral_normalization() -> None:
     model = nn.Sequential(nn.utils.parametrizations.spectral_norm(conv()), nn.ReLU())
     assert made(model) == ["Conv2d", "ReLU"]
 

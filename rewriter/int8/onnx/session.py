@@ -38,7 +38,7 @@ class Session:
         options.inter_op_num_threads = 1
         options.log_severity_level = 3
         # otherwise int8 values are turned into uint8, except those with several readers, whose
-        # neighbours then have two types and no kernel
+        # neighbors then have two types and no kernel
         options.add_session_config_entry("session.qdqisint8allowed", "1")
         level = ort.GraphOptimizationLevel
         options.graph_optimization_level = (

@@ -12,7 +12,7 @@ from torch import nn
 
 from search.config.schema import Config, ConfigError
 from search.data.user_code import blame
-from search.data.weights import load_weights
+from search.data.weights_file import load_weights
 
 PRETRAINED = "pretrained"
 

@@ -19,7 +19,7 @@ def test_scenes_are_the_same_each_time_and_boxes_lie_inside() -> None:
         assert torch.equal(x, y)
         assert target["boxes"].min() >= 0
         assert target["boxes"].max() <= digits.SIDE
-        assert 1 <= len(target["labels"]) <= digits.MOST
+        assert 1 <= len(target["labels"]) <= digits.MAX_DIGITS
     other = digits.scenes(20, 6, seed=5)
     assert not torch.equal(a.evaluation[0][0], other.evaluation[0][0])
 
@@ -47,7 +47,7 @@ def test_a_short_training_is_repeatable_and_changes_the_weights() -> None:
 def test_splitting_the_head_gives_back_what_int8_took(tmp_path: Path) -> None:
     job = open_job(load_config(shipped_config("detection_digits.yaml")), tmp_path / "run")
     level = job.evaluator.baseline()
-    split = job.evaluator.confirm(Plan.parse("split_head_auto@head"))
+    split = job.evaluator.score(Plan.parse("split_head_auto@head"), "whole")
     assert level.float is not None
     assert level.int8 is not None
     assert split.metric is not None

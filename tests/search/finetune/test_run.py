@@ -90,7 +90,7 @@ def test_other_ways_of_training_are_scored_and_kept(tmp_path: Path, quantization
     cfg = load_config(write(tmp_path, quantization=quantization))
     job = open_job(cfg, tmp_path / "out")
     tuner = Finetuner(job, cfg.finetune)
-    before = job.evaluator.confirm(Plan(()))
+    before = job.evaluator.score(Plan(()), "whole")
     after, trained = tuner.score(Plan(()))
     assert after.error is None and after.samples == before.samples == 48
     assert trained.steps == 10
@@ -116,17 +116,17 @@ def same_weights(a: Quantized, b: Quantized) -> bool:
 
 
 @pytest.mark.slow
-def test_the_table_of_a_labelled_network(
+def test_the_table_of_a_labeled_network(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    (tmp_path / "labelled.py").write_text(
+    (tmp_path / "labeled.py").write_text(
         "import small\n"
         "def data():\n"
         "    d = small.data()\n"
         "    return small.Splits(d.calibration, d.evaluation, small.data(seed=5, count=32).evaluation)\n"
     )
     config = write_config(
-        tmp_path, data={"factory": "labelled:data"}, finetune={**TRAINED, "quantization": "fixed"}
+        tmp_path, data={"factory": "labeled:data"}, finetune={**TRAINED, "quantization": "fixed"}
     )
     out = tmp_path / "out"
     assert quantfix(monkeypatch, "table", config, "--out", out, "--steps", "6") == 0

@@ -44,7 +44,7 @@ def options(**changes: Any) -> FinetuneConfig:
 
 def training(quantized: Quantized, checkpoint: Path | None = None, **changes: Any) -> Training:
     gm = trace(small.small(spread=30.0), IMAGES[:2])
-    pool = Pool(small.Unlabelled(IMAGES), *PARTS, "images")
+    pool = Pool(small.Unlabeled(IMAGES), *PARTS, "images")
     student = learnable(quantized).gm
     return Training(student, gm, Classification(), pool, options(**changes), "cpu", checkpoint)
 
@@ -97,7 +97,7 @@ def test_a_training_that_spoils_the_network_is_dropped(quantized: Quantized) -> 
     assert all(torch.equal(before[n], w) for n, w in weights(made).items())
 
 
-def test_it_stops_after_judgements_without_an_improvement(quantized: Quantized) -> None:
+def test_it_stops_after_judgments_without_an_improvement(quantized: Quantized) -> None:
     trained = training(quantized, rate=1.0, steps=100, check=1, patience=3).run()
     assert trained.steps == 3
 
@@ -130,8 +130,8 @@ def config(folder: Path, **changes: Any) -> Any:
 
 
 def test_what_trains_does_not_judge(tmp_path: Path) -> None:
-    labelled = TensorDataset(IMAGES, torch.arange(24))
-    data = Data(Inputs(labelled), labelled, labelled)
+    labeled = TensorDataset(IMAGES, torch.arange(24))
+    data = Data(Inputs(labeled), labeled, labeled)
     pool = pool_of(config(tmp_path, validation=0.25), data)
     assert len(pool.validation) == 6
     assert sorted([*pool.training, *pool.validation]) == list(range(24))
@@ -153,24 +153,24 @@ def test_what_trains_does_not_judge(tmp_path: Path) -> None:
     ],
 )
 def test_unusable_inputs(tmp_path: Path, changes: dict[str, Any], message: str) -> None:
-    data = Data(small.Unlabelled(IMAGES), small.Unlabelled(IMAGES))
+    data = Data(small.Unlabeled(IMAGES), small.Unlabeled(IMAGES))
     with pytest.raises(ConfigError, match=message):
         pool_of(config(tmp_path, **changes), data)
 
 
 def test_too_few_inputs_and_another_shape(tmp_path: Path) -> None:
-    few, other = small.Unlabelled(IMAGES[:3]), small.Unlabelled(IMAGES[..., :8])
+    few, other = small.Unlabeled(IMAGES[:3]), small.Unlabeled(IMAGES[..., :8])
     with pytest.raises(ConfigError, match=r"data.calibration: at least 4 inputs .*: 3"):
         pool_of(config(tmp_path), Data(few, few))
-    labelled = TensorDataset(other.x, torch.arange(24))
+    labeled = TensorDataset(other.x, torch.arange(24))
     with pytest.raises(ConfigError, match=r"data.training: inputs must have .*\(3, 16, 16\)"):
-        pool_of(config(tmp_path), Data(small.Unlabelled(IMAGES), labelled, labelled))
+        pool_of(config(tmp_path), Data(small.Unlabeled(IMAGES), labeled, labeled))
 
 
 def test_samples_are_read_once_as_far_as_memory_allows() -> None:
     read: list[int] = []
 
-    class Counted(small.Unlabelled):
+    class Counted(small.Unlabeled):
         def __getitem__(self, index: int) -> Tensor:
             read.append(index)
             return super().__getitem__(index)
@@ -182,11 +182,11 @@ def test_samples_are_read_once_as_far_as_memory_allows() -> None:
 
 
 def test_a_data_set_that_augments_at_random_is_the_same_one_each_time(tmp_path: Path) -> None:
-    class Random(small.Unlabelled):
+    class Random(small.Unlabeled):
         def __getitem__(self, index: int) -> Tensor:
             return super().__getitem__(index) + 0.1 * torch.rand(())
 
-    data = Data(Random(IMAGES), small.Unlabelled(IMAGES))
+    data = Data(Random(IMAGES), small.Unlabeled(IMAGES))
     pools = [pool_of(config(tmp_path, validation=0.25), data) for _ in range(2)]
     assert pools[0].digest == pools[1].digest
     first, again = (next(pools[0].judges(6))[0] for _ in range(2))

@@ -107,3 +107,19 @@ def test_remarks_name_the_value_its_range_its_channels_and_its_readers() -> None
 def test_every_cause_that_is_found_has_its_look() -> None:
     assert set(LOOKS) == set(THRESHOLDS)
     assert len({each.color for each in LOOKS.values()} | {NO_CAUSE.color}) == len(LOOKS) + 1
+
+
+def test_a_layer_alone_has_one_damage_or_the_inputs_are_said() -> None:
+    layer = {"layer": "dw", "damage": 0.0289, "samples": 300}
+    alone = {"layer": "dw", "alone": 0.0041, "gain": 0.02, "measured": False, "disagrees": True}
+    found = {
+        "baseline": {"damage": 1.0},
+        "screened_samples": 32,
+        "layers": [layer],
+        "interaction": [alone],
+    }
+    (line,) = remarks(found)
+    assert line.startswith("layer dw interacts with others, as predicted from 32 inputs: ")
+    assert "0.0041 damage (0.0289 in the table, of 300 inputs)" in line
+    found["interaction"] = [alone | {"alone": 0.0289, "measured": True}]
+    assert "in the table" not in remarks(found)[0]

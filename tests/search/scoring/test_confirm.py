@@ -37,7 +37,7 @@ def evaluator(folder: Path, fraction: float) -> RewriteEvaluator:
 def test_the_parts_are_those_of_one_score_on_all_images(tmp_path: Path, plan: str) -> None:
     whole = evaluator(tmp_path / "all", 0)(Plan.parse(plan))
     split = evaluator(tmp_path / "split", 0.25)
-    chosen, score = split(Plan.parse(plan)), split.confirm(Plan.parse(plan))
+    chosen, score = split(Plan.parse(plan)), split.score(Plan.parse(plan), "whole")
     assert split.confirmations is not None
     held = split.confirmations.held.get(plan)
     assert held is not None
@@ -47,7 +47,7 @@ def test_the_parts_are_those_of_one_score_on_all_images(tmp_path: Path, plan: st
         mean = (36 * getattr(chosen, name) + 12 * getattr(held, name)) / 48
         assert getattr(score, name) == pytest.approx(mean)
     again = evaluator(tmp_path / "split", 0.25)
-    assert again.confirm(Plan.parse(plan)) == score
+    assert again.score(Plan.parse(plan), "whole") == score
 
 
 def test_how_many_are_held_back() -> None:
@@ -94,7 +94,7 @@ def test_a_front_that_is_not_confirmed_says_so(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     config, out = write_config(tmp_path, search=SPLIT), tmp_path / "out"
-    monkeypatch.setattr("search.cli.commands.confirm_front", lambda job, bars: None)
+    monkeypatch.setattr("search.optimize.confirm_front", lambda job, bars: None)
     assert quantfix(monkeypatch, "run", config, "--out", out, "-q") == 0
     front = load(out / "front.json")
     assert front["confirmed"] is False

@@ -1,7 +1,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import FrozenInstanceError, replace
 from pathlib import Path
 from typing import Any
 
@@ -140,6 +140,11 @@ def test_a_candidate_that_raises_is_recorded_and_does_not_end_the_search(
     assert score.error == "RuntimeError: planted: no kernel"
     assert score.metric is None
     assert evaluate.records.get("keep_float@dw_0") == score
+    assert score.error_kind == "RuntimeError"
+    assert score.traceback is not None
+    kept = (tmp_path / score.traceback).read_text()
+    assert kept.startswith("plan: keep_float@dw_0\n")
+    assert "in refuse" in kept  # where it was raised
 
 
 def test_a_plan_that_does_not_apply_is_recorded_with_the_reason(
@@ -148,6 +153,7 @@ def test_a_plan_that_does_not_apply_is_recorded_with_the_reason(
     score = make(network, tmp_path)(Plan.parse("keep_float@nowhere"))
     assert score.error is not None
     assert "no node is called 'nowhere'" in score.error
+    assert score.error_kind == "PlanError"
 
 
 def test_outputs_that_are_not_finite_are_a_failed_candidate(
@@ -159,7 +165,7 @@ def test_outputs_that_are_not_finite_are_a_failed_candidate(
     def broken(*args: object) -> Any:
         return lambda x: [torch.full((len(x), 5), torch.nan)]
 
-    monkeypatch.setattr(RewriteEvaluator, "runner", broken)
+    monkeypatch.setattr(RewriteEvaluator, "opened", broken)
     assert evaluate(Plan.parse("keep_float@fc")).error == (
         "the int8 network's outputs are NaN or infinite"
     )
@@ -170,11 +176,21 @@ def test_outputs_that_are_not_finite_are_a_failed_candidate(
 def test_what_the_users_data_set_raises_is_never_swallowed(network: Any, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="sample 7: ZeroDivisionError"):
         load_samples(small.data(broken=True).evaluation)
-    good = load_samples(small.data().evaluation)
-    samples = replace(good, dataset=small.data(broken=True).evaluation, inputs=None)
-    evaluate = make(network, tmp_path, samples=good)
+    data = [small.data().evaluation]
+
+    class Breaking:
+        """Whole at first."""
+
+        def __len__(self) -> int:
+            return len(data[0])
+
+        def __getitem__(self, index: int) -> Any:
+            return data[0][index]
+
+    samples = replace(load_samples(data[0]), dataset=Breaking(), inputs=None)
+    evaluate = make(network, tmp_path, samples=samples)
     evaluate.baseline()
-    evaluate.samples = samples
+    data[0] = small.data(broken=True).evaluation
     with pytest.raises(ConfigError, match="sample 7: ZeroDivisionError"):
         evaluate(Plan.parse("keep_float@fc"))
     assert "keep_float@fc" not in evaluate.records
@@ -230,3 +246,21 @@ def test_a_metric_that_is_no_mean_gets_its_interval_from_replicates(
     assert samples is not None
     assert samples.metric is None
     assert np.shape(samples.replicates) == (500,)
+
+
+def test_an_evaluator_never_changes_and_others_made_from_it_share_what_is_computed_once(
+    network: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    evaluate = make(network, tmp_path)
+    with pytest.raises(FrozenInstanceError):
+        evaluate.threads = 2  # type: ignore[misc]
+    reference, measured = evaluate.reference(), evaluate.measured
+    raced = replace(evaluate, limit_s=60.0)
+    assert raced.reference() is reference
+    assert raced.measured is measured
+    assert evaluate.limit_s is None
+    # of other samples the outputs are others
+    fewer = replace(evaluate, samples=load_samples(small.data(count=20).evaluation))
+    assert len(fewer.reference()[0]) == 20
+    assert fewer.measured is not measured
+    assert len(evaluate.reference()[0]) == 48

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -113,7 +114,7 @@ def test_a_plan_given_up_is_marked_and_can_still_be_scored_in_full(
     assert values is not None
     # a rival with the same images and next to no damage
     rival = Samples(damage=values.damage * 1e-6, metric=np.ones(300))
-    raced.race = Race(rivals=lambda: [(plain, rival)], least=64)
+    raced = replace(raced, race=Race(rivals=lambda: [(plain, rival)], least=64))
     score = raced(bad)
     assert score.stopped
     assert score.samples == 64
@@ -124,10 +125,9 @@ def test_a_plan_given_up_is_marked_and_can_still_be_scored_in_full(
     front = select_front(raced.records.scores(), raced.records.samples)
     assert str(bad) not in [s.plan for s in front.all()]
     assert raced(bad) == score  # not run again
-    whole = raced(bad, whole=True)
+    whole = raced.score(bad, race=False)
     assert not whole.stopped
     assert whole.samples == 300
     assert Records(raced.records.folder, "f").get(str(bad)) == whole
-    raced.race = None
-    again = raced.measure(bad)[0]
+    ((again, _),) = raced.measure(bad, [raced.choosing])
     assert (again.metric, again.damage) == (whole.metric, whole.damage)

@@ -42,9 +42,8 @@ def test_each_worker_has_its_share_of_the_threads(
     job: Any = SimpleNamespace(
         cfg=SimpleNamespace(path=Path("c.yaml"), search=options),
         folder=Path("run"),
-        evaluator=SimpleNamespace(threads=4),
     )
-    with workers.helpers(job, None):
+    with workers.helpers(job, None) as own:
         assert given == [share] * (count - 1)
-        assert torch.get_num_threads() == job.evaluator.threads == share
-    assert torch.get_num_threads() == job.evaluator.threads == 4
+        assert torch.get_num_threads() == own == share
+    assert torch.get_num_threads() == 4

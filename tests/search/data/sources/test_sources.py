@@ -59,7 +59,7 @@ def test_images_are_prepared_as_the_trained_weights_want_it(config: Written) -> 
         ("{torchvision: mobilenet_v22, weights: w.pth}", "did you mean mobilenet_v2"),
         ("{torchvision: mobilenet_v2, weights: none.pth}", "model.weights: no such file"),
         (
-            "{torchvision: mobilenet_v2, weights: w.pth, args: {colour: 1}}",
+            "{torchvision: mobilenet_v2, weights: w.pth, args: {color: 1}}",
             "args do not fit mobilenet_v2",
         ),
     ],

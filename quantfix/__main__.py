@@ -1,0 +1,5 @@
+"""``python -m quantfix`` is the command ``quantfix``."""
+
+from search.cli.main import main
+
+main()

@@ -1,0 +1,68 @@
+"""Embeddings: verification (area under the ROC curve, true accepts at a false accept rate) or retrieval."""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import Any
+
+import numpy as np
+import torch
+from sklearn.metrics import roc_auc_score
+from torch import Tensor
+
+from rewriter.damage import Purpose
+from search.config.schema import Config, ConfigError
+from search.tasks.custom import Custom
+from search.tasks.keypoints import option
+
+MEASURES = ("auc", "tar", "retrieval")
+FALSE_ACCEPTS = 0.01
+
+
+class Embedding(Custom):
+    """A vector for each sample, compared by cosine; targets are identities (class indices).
+
+    Args:
+        measure: ``auc``: of the cosine of all pairs, same identity against different; ``tar``: share of same pairs above the
+            cosine that 1 % of the different pairs exceed; ``retrieval``: share of samples whose nearest other has their identity.
+    """
+
+    name = "embedding"
+    purpose: Purpose = "vectors"
+
+    def __init__(self, measure: str = "auc") -> None:
+        super().__init__(partial(measured, measure=measure))
+        self.metric = measure
+
+
+def measured(outputs: Any, targets: Any, measure: str) -> float:
+    """The measure of all samples, as a fraction.
+
+    Raises:
+        ConfigError: the outputs are no vectors, or no two samples have one identity.
+    """
+    first = outputs[0] if isinstance(outputs, (tuple, list)) else outputs
+    if not isinstance(first, Tensor) or first.ndim < 2:
+        raise ConfigError(
+            f"task embedding: the first output must be (n, D): {tuple(getattr(first, 'shape', ()))}"
+        )
+    vectors = torch.nn.functional.normalize(first.flatten(1).double(), dim=1)
+    identity = torch.as_tensor(targets).reshape(-1)
+    cosine = (vectors @ vectors.T).cpu()
+    same = identity[:, None] == identity[None]
+    pairs = torch.ones_like(same).triu(1)
+    labels, scores = same[pairs].numpy(), cosine[pairs].numpy()
+    if labels.all() or not labels.any():
+        return float("nan")
+    if measure == "auc":
+        return float(roc_auc_score(labels, scores))
+    if measure == "tar":
+        limit = np.quantile(scores[~labels], 1 - FALSE_ACCEPTS)
+        return float((scores[labels] > limit).mean())
+    nearest = cosine.fill_diagonal_(-2).argmax(1)
+    return float((identity[nearest] == identity).double().mean())
+
+
+def make(cfg: Config) -> Embedding:
+    """The task that a config asks for."""
+    return Embedding(option(cfg, "measure", MEASURES))
