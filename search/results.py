@@ -130,9 +130,8 @@ class Results:
                     raise RunError(f"plan {which!r}: could not be scored: {score.error}")
                 known = self.confirmed.get(score.plan)
                 return score if known is None else known.whole
-        raise RunError(
-            f"plan {which!r}: not among the {len(self.scores)} plans scored in {self.folder}"
-        )
+        count = len(self.scores)
+        raise RunError(f"plan {which!r}: not among the {count} plans scored in {self.folder}")
 
     def _within(self, ratio: float) -> Score:
         """The best plan of the front at no more than a ratio of the MACs."""
@@ -140,8 +139,8 @@ class Results:
         if not points:
             least = min((s.macs_ratio for s in self.front.all()), default=1.0)
             raise RunError(f"macs<={ratio:g}: the cheapest plan of the front has {least:.3f}")
-        cheap = Front(tuple(points), cost=self.cost)
-        return best(cheap, objective=self.objective, higher_is_better=self.higher_is_better)
+        up = self.higher_is_better
+        return best(Front(tuple(points)), objective=self.objective, higher_is_better=up)
 
     def within_limits(self, score: Score) -> bool:
         """Whether a plan may be on the front; the empty one always may."""
@@ -378,10 +377,10 @@ def results_of(folder: Path, facts: Mapping[str, Any], records: Records) -> Resu
     shown = [known[s.plan].whole if s.plan in known else s for s in scores]
     references = _references(shown, sensitivity)
     tuned = read_finetuned(records, facts, {s.plan: s for s in shown})
-    whole = kept.whole if kept is not None and front is not chosen else records
-    differ = separable(front.points, whole.samples, results.objective)
-    found = replace(results, chosen=chosen, front=front, references=references)
-    return replace(found, finetuned=tuned, separable=differ)
+    on = kept.whole if kept is not None and front is not chosen else records
+    differ = separable(front.points, on.samples, results.objective)
+    shown_too = replace(results, references=references, finetuned=tuned, separable=differ)
+    return replace(shown_too, chosen=chosen, front=front)
 
 
 def write_front(results: Results) -> None:

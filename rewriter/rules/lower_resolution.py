@@ -17,7 +17,7 @@ Source: Howard et al., 2017 (arXiv:1704.04861), the resolution multiplier.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Set
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
@@ -59,10 +59,6 @@ class LowerResolution(RewriteRule):
         blocked = _problem(gm, node, size)
         if not blocked or self.percent == SIDES[0]:  # a near miss is shown once
             yield self.site(node, blocked=blocked)
-
-    def near(self, gm: fx.GraphModule, names: Set[str]) -> Iterator[Site]:
-        """Nothing: a smaller image is no answer to what int8 does."""
-        return iter(())
 
     def apply(self, gm: fx.GraphModule, site: Site) -> None:
         node = find(gm, site.anchor)

@@ -20,7 +20,7 @@ Source: Hassibi and Stork, 1993 (optimal brain surgeon); Meng et al., 2024 (arXi
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Set
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
@@ -68,10 +68,6 @@ class ThinChannels(RewriteRule):
         if node is None or not is_dense(gm, node):
             return None
         return next(self._sites(hidden_of(gm, node)), None)
-
-    def near(self, gm: fx.GraphModule, names: Set[str]) -> Iterator[Site]:
-        """Nothing: what is thinned is no answer to what int8 does."""
-        return iter(())
 
     def _sites(self, hidden: Hidden) -> Iterator[Site]:
         first = self.percent == AMOUNTS[0]  # a near miss is shown once

@@ -29,7 +29,13 @@ def find_answers(quantized: Quantized, harmful: Sequence[fx.Node]) -> dict[str, 
     lent = _lend_ranges(quantized)
     try:
         names = {n.name for n in harmful}
-        sites = [s for rule in RULES for s in rule.near(gm, names | {MODEL}) if not s.blocked]
+        sites = [
+            s
+            for rule in RULES
+            if not rule.saves  # no answer to what int8 does
+            for s in rule.near(gm, names | {MODEL})
+            if not s.blocked
+        ]
         added = _added_macs(gm, sites)
     finally:
         for node in lent:
