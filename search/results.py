@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from math import inf, isfinite
@@ -23,7 +24,6 @@ from search.scoring.confirm import Confirmed, confirmed, confirmed_front
 from search.scoring.deployed import Deployed, confirmed_on, read_deployed
 from search.sensitivity.run import Sensitivity, read_sensitivity
 
-# of run.json; what makes a report of it
 ABOUT = ("config", "metric", "higher_is_better", "target", "engine", "samples")
 NEEDED = ("parts", "baseline", "objective", "limits", *ABOUT)
 
@@ -38,8 +38,7 @@ class Results:
         front: The best plans within the limits, on all images once they are confirmed.
         chosen: The same on the images that choose among plans.
         references: The empty plan and the most harmful layers left in float, one more at a time.
-        scores: Every plan that was scored, in that order, on the images that choose; failed ones
-            and those given up early too.
+        scores: Every plan scored, in that order, on the images that choose; failed and stopped ones too.
         confirmed: Plans that were run on the images held back, by text.
         held_back: How many images are held back.
         finetuned: Plans that were fine-tuned, by text.
@@ -73,7 +72,6 @@ class Results:
 
     @property
     def samples(self) -> int:
-        """How many images the numbers of the front are of."""
         if self.held_back and not self.is_confirmed:
             return int(self.facts["samples"]) - self.held_back
         return int(self.facts["samples"])
@@ -217,8 +215,14 @@ class Results:
             "hypervolume_reference": list(corner),
             "plans_scored": len(self.scores),
             "plans_failed": sum(s.error is not None for s in self.scores),
+            "failures": self.failures(),
             "plans_stopped": sum(s.stopped for s in self.scores),
         }
+
+    def failures(self) -> dict[str, int]:
+        """How many plans failed, by the kind of what went wrong, most frequent first."""
+        kinds = Counter(s.error_kind or "unknown" for s in self.scores if s.error is not None)
+        return dict(kinds.most_common())
 
     def overtaken(self) -> list[Score]:
         """Plans that were on the front on the images that chose, but are not on all images."""

@@ -1,5 +1,6 @@
 """Graphs in the normal form: the table of operators, look-ups, edits, values and ranges, cost."""
 
+from rewriter.graph import facts
 from rewriter.graph.cost import layer_macs
 from rewriter.graph.edit import copy_graph
 from rewriter.graph.interpret import channels_last, walk
@@ -9,6 +10,7 @@ from rewriter.graph.lookup import outputs as output_nodes
 __all__ = [
     "channels_last",
     "copy_graph",
+    "facts",
     "kind_of",
     "layer_macs",
     "layer_name",

@@ -6,7 +6,7 @@ inputs of add, mul, cat and pooling are int8 values; an operation that only move
 (reshape, max pool, nearest upsampling, slicing) keeps the scale of what it reads. A layer kept
 in float reads floats, also where its neighbour reads the same value in int8.
 
-A node's annotation is ``node.meta["int8"]``.
+A node's annotation is ``facts.INT8``.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from typing import Any
 import torch
 from torch import fx, nn
 
+from rewriter.graph import facts
 from rewriter.graph.lookup import is_call, module_of, outputs
 from rewriter.graph.ops import ACTIVATION_TYPES, CLIP_TYPES, LAYER_TYPES, Operator, row_of, types
 from rewriter.int8.scheme import QuantScheme, QuantSpec
@@ -62,17 +63,17 @@ class Annotation:
 
 def annotation(node: fx.Node) -> Annotation:
     """What ``annotate`` wrote at a node."""
-    return node.meta["int8"]
+    return facts.INT8.of(node)
 
 
 def annotate(gm: fx.GraphModule, scheme: QuantScheme) -> None:
-    """Write an ``Annotation`` into ``node.meta["int8"]`` of every node, in place.
+    """Write an ``Annotation`` into ``facts.INT8`` of every node, in place.
 
     A node whose ``meta["keep_float"]`` is true stays in float. Where the target has 16-bit values,
     a layer whose ``meta["keep_int16"]`` is true writes one, and so does the activation behind it.
     """
     for node, note in notes_of(gm, scheme).items():
-        node.meta["int8"] = note
+        facts.INT8.put(node, note)
 
 
 def notes_of(gm: fx.GraphModule, scheme: QuantScheme) -> dict[fx.Node, Annotation]:
@@ -159,7 +160,7 @@ class _Reading:
 
     def _is_fused(self, node: fx.Node) -> bool:
         """An activation that the kernel of the operation before it computes."""
-        if not is_call(self.gm, node, *self.scheme.fuses) or node.meta.get("keep_float"):
+        if not is_call(self.gm, node, *self.scheme.fuses) or facts.KEEP_FLOAT.get(node):
             return False
         before = node.args[0]
         if not isinstance(before, fx.Node) or len(before.users) != 1:
@@ -185,7 +186,7 @@ class _Reading:
             return True  # an int8 value that was moved: no other form of it exists
         if reader.op == "output":
             return self._made_in_int8(value)
-        kept = bool(reader.meta.get("keep_float"))
+        kept = bool(facts.KEEP_FLOAT.get(reader))
         if is_layer(self.gm, reader):
             return not kept
         if kept:
@@ -203,7 +204,7 @@ class _Reading:
         if operation_of(self.gm, node) in self.scheme.computes:
             return not node.meta.get("keep_float")
         row = row_of_node(self.gm, node)
-        if row is None or not row.int8 or row.layer or node.meta.get("keep_float"):
+        if row is None or not row.int8 or row.layer or facts.KEEP_FLOAT.get(node):
             return False
         if moves_values(self.gm, node):
             return False
@@ -222,7 +223,7 @@ class _Reading:
     def _links(self, node: fx.Node) -> bool:
         """Whether all that read a value, directly or moved, are layers or int8 operations in front of one."""
         return node in self.ahead and all(
-            (is_layer(self.gm, user) and not user.meta.get("keep_float"))
+            (is_layer(self.gm, user) and not facts.KEEP_FLOAT.get(user))
             or (self.is_int8_operation(user) and user in self.ahead)
             or (moves_values(self.gm, user) and self._links(user))
             for user in node.users
@@ -230,7 +231,7 @@ class _Reading:
 
     def _read_in_int8(self, moved: fx.Node) -> bool:
         return any(
-            (is_layer(self.gm, user) and not user.meta.get("keep_float"))
+            (is_layer(self.gm, user) and not facts.KEEP_FLOAT.get(user))
             or self.is_int8_operation(user)
             or (moves_values(self.gm, user) and self._read_in_int8(user))
             for user in moved.users
@@ -239,7 +240,7 @@ class _Reading:
     def _made_in_int8(self, value: fx.Node) -> bool:
         """Whether the operation that makes ``value`` writes int8."""
         maker = self._maker(value)
-        if maker.meta.get("keep_float"):
+        if facts.KEEP_FLOAT.get(maker):
             return False
         if is_layer(self.gm, maker):
             return True
@@ -250,7 +251,7 @@ class _Reading:
     def _made_by_layer(self, value: fx.Node) -> bool:
         """Whether a layer makes ``value`` whose kernel cannot write floats: what reads it in float must read it in int8."""
         maker = self._maker(value)
-        if not is_layer(self.gm, maker) or maker.meta.get("keep_float"):
+        if not is_layer(self.gm, maker) or facts.KEEP_FLOAT.get(maker):
             return False
         row = row_of_node(self.gm, maker)
         return row is not None and self.scheme.name not in row.float_output
@@ -284,7 +285,7 @@ def _before_layers(gm: fx.GraphModule) -> set[fx.Node]:
     found: set[fx.Node] = set()
     for node in reversed(gm.graph.nodes):
         if any(
-            user in found or (is_layer(gm, user) and not user.meta.get("keep_float"))
+            user in found or (is_layer(gm, user) and not facts.KEEP_FLOAT.get(user))
             for user in node.users
         ):
             found.add(node)
@@ -294,20 +295,20 @@ def _before_layers(gm: fx.GraphModule) -> set[fx.Node]:
 def _is_float_tensor(node: fx.Node) -> bool:
     if node.op == "get_attr":
         return False
-    return node.meta.get("dtype") is torch.float32
+    return facts.DTYPE.get(node) is torch.float32
 
 
 def _read_by_kept_layers(gm: fx.GraphModule, moved: fx.Node) -> bool:
     """Whether only layers kept in float read ``moved``: it must then not be rounded."""
     return bool(moved.users) and all(
-        (is_layer(gm, user) and bool(user.meta.get("keep_float")))
+        (is_layer(gm, user) and bool(facts.KEEP_FLOAT.get(user)))
         or (moves_values(gm, user) and _read_by_kept_layers(gm, user))
         for user in moved.users
     )
 
 
 def _weight_spec(gm: fx.GraphModule, node: fx.Node, scheme: QuantScheme) -> QuantSpec | None:
-    if not is_layer(gm, node) or node.meta.get("keep_float"):
+    if not is_layer(gm, node) or facts.KEEP_FLOAT.get(node):
         return None
     return scheme.linear_weights if is_call(gm, node, nn.Linear) else scheme.weights
 
@@ -323,7 +324,7 @@ def _output_spec(
 def _is_wide(gm: fx.GraphModule, value: fx.Node) -> bool:
     """Whether a value is made by a layer that is to write 16 bits, or by the activation that alone reads such a layer."""
     if is_layer(gm, value):
-        return bool(value.meta.get("keep_int16")) and not value.meta.get("keep_float")
+        return bool(facts.KEEP_INT16.get(value)) and not facts.KEEP_FLOAT.get(value)
     if not is_call(gm, value, *ACTIVATION_TYPES) or is_call(gm, value, *_BOUNDED):
         return False
     (source,) = value.all_input_nodes
@@ -374,7 +375,7 @@ def _same_range(gm: fx.GraphModule, node: fx.Node, scheme: QuantScheme) -> Itera
         # one that only repeats values moves them
         or ("resize" in scheme.shared_at and is_call(gm, node, nn.Upsample))
     )
-    if shared and not node.meta.get("keep_float"):
+    if shared and not facts.KEEP_FLOAT.get(node):
         yield from node.all_input_nodes
 
 

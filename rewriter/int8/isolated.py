@@ -17,7 +17,7 @@ from torch import Tensor, fx
 from rewriter.graph.interpret import run_node
 from rewriter.graph.lookup import kind_of, layer_name
 from rewriter.int8.annotate import annotation
-from rewriter.int8.scheme import fake_quantize
+from rewriter.int8.integer_grid import fake_quantize
 from rewriter.int8.simulate import Quantized, simulate
 
 

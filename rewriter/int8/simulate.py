@@ -15,19 +15,20 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
+from rewriter.graph import facts
 from rewriter.graph.lookup import module_of
 from rewriter.int8.annotate import annotate, annotation, is_layer, moves_values
 from rewriter.int8.calibrate import Calibration, Method, calibrate
 from rewriter.int8.fixed_point import FixedPointAdd, FixedPointAverage, FixedPointMultiply, scaled
-from rewriter.int8.scheme import (
-    CLIPS,
-    QuantScheme,
-    QuantSpec,
-    channel_axis,
+from rewriter.int8.integer_grid import (
+    bias_steps,
     dequantized_weight,
     fake_quantize,
     quantize_weight,
+    rounded_bias,
+    steps,
 )
+from rewriter.int8.scheme import CLIPS, QuantScheme, QuantSpec, channel_axis
 
 
 @dataclass(frozen=True)
@@ -114,9 +115,11 @@ class QuantizedLayer(nn.Module):
         step = self.scale * torch.tensor(read.scale, dtype=torch.float32, device=device)
         tensors = {"weight": self._rounded}
         if layer.bias is not None:
-            steps = layer.bias.double() / step.double()
-            tensors["bias"] = (steps if self.float_bias else torch.round(steps)).to(exact)
-        whole = torch.round(read(x) / read.scale).to(exact)
+            bias = bias_steps(layer.bias, step)
+            if self.float_bias:
+                bias = layer.bias.double() / step.double()
+            tensors["bias"] = bias.to(exact)
+        whole = steps(read(x), read.scale).to(exact)
         total = torch.func.functional_call(layer, tensors, (whole,))
         written = torch.tensor(writes, dtype=torch.float32, device=device)
         # multipliers of integers are made from factors in float64
@@ -141,7 +144,7 @@ class QuantizedLayer(nn.Module):
         assert self.read is not None
         bias: Tensor = self.layer.bias
         step = self.read.scale * self.scale
-        rounded = (torch.round(bias.detach() / step) * step).to(bias.dtype)
+        rounded = rounded_bias(bias, step)
         return bias + (rounded - bias.detach()) if bias.requires_grad else rounded
 
     def refresh(self) -> None:
@@ -178,8 +181,8 @@ class IntegerAdd(nn.Module):
 
     def forward(self, x: Tensor, y: Tensor) -> Tensor:
         # float64 holds a product of two float32 exactly, and so stands for the fused operation
-        a = torch.round(x / self.scales[0]).double() + self.zeros[0]
-        b = torch.round(y / self.scales[1]).double() + self.zeros[1]
+        a = steps(x, self.scales[0]).double() + self.zeros[0]
+        b = steps(y, self.scales[1]).double() + self.zeros[1]
         inner = (b * self.ratios[1] + self.fixed).float().double()
         total = torch.round((a * self.ratios[0] + inner).float())
         return (total - self.zeros[2]) * self.scales[2]
@@ -213,7 +216,7 @@ def simulate(
     fixed_point = quantized.scheme.fixed_point if fixed_point is None else fixed_point
     gm = copy.deepcopy(quantized.gm)
     for before, after in zip(quantized.gm.graph.nodes, gm.graph.nodes, strict=True):
-        after.meta["int8"] = annotation(before)
+        facts.INT8.put(after, annotation(before))
     by_name = {n.name: n for n in gm.graph.nodes}
     for node in list(gm.graph.nodes):
         note = annotation(node)
@@ -236,7 +239,7 @@ def simulate(
     for node in list(gm.graph.nodes):
         if isinstance(_called(gm, node), QuantizedLayer):
             continue
-        for name in annotation(node).reads if "int8" in node.meta else ():
+        for name in annotation(node).reads if facts.INT8.known(node) else ():
             value = by_name[name]
             if moves_values(gm, value) and annotation(value).reads:
                 continue  # what was moved is on the grid already
@@ -245,7 +248,7 @@ def simulate(
                 gm.add_submodule(target, _fake(quantized, value))
                 with gm.graph.inserting_after(value):
                     made[name] = gm.graph.call_module(target, (value,))
-                made[name].meta = dict(value.meta)
+                facts.inherit(made[name], value)
             node.replace_input_with(value, made[name])
     gm.recompile()
     return gm

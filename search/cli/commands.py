@@ -10,6 +10,7 @@ import typer
 
 from rewriter import Plan, RewriteError, cost, find_sites
 from rewriter.damage import fidelity_of
+from rewriter.graph import facts
 from search.cli.console import err, out, progress, say
 from search.cli.finetune_commands import as_trained, train_chosen, with_training
 from search.cli.options import Plans
@@ -49,9 +50,9 @@ def check(config: Path, quiet: bool = False) -> None:
     gm, data = network.gm, network.data
     spent, found = cost(gm), find_sites(gm)
     near = sum(bool(s.blocked) for s in found)
-    facts = [
+    rows = [
         ("config", str(cfg.path)),
-        ("network", f"{type(gm).__name__}, inputs {', '.join(map(str, gm.meta['example']))}"),
+        ("network", f"{type(gm).__name__}, inputs {', '.join(map(str, facts.EXAMPLE.of(gm)))}"),
         ("cost", f"{spent.macs / 1e6:.2f} M MACs, {spent.params / 1e6:.3f} M parameters"),
         ("", "convolutions, linear layers, matrix products; batch norm is not counted"),
         ("samples", f"{len(data.calibration)} calibration, {len(data.evaluation)} evaluation"),
@@ -60,18 +61,18 @@ def check(config: Path, quiet: bool = False) -> None:
         ("sites", f"{len(found) - near}, and {near} near misses (quantfix sites)"),
         *_file_facts(cfg, network),
     ]
-    facts += [("output", line) for line in fidelity_of(gm).about]
-    facts += [
+    rows += [("output", line) for line in fidelity_of(gm).about]
+    rows += [
         ("opaque", f"{part.name} ({part.kind}): {part.reason} {part.line}")
-        for part in gm.meta["opaque"]
+        for part in facts.OPAQUE.of(gm)
     ]
-    for name, fact in [] if quiet else facts:
+    for name, fact in [] if quiet else rows:
         say(f"{name:>10}  {fact}")
 
 
 def _file_facts(cfg: Config, network: Network) -> list[tuple[str, str]]:
     """What the file of plain int8 computes in int8, and what not."""
-    done, engine = network.file, network.engine
+    engine, done = network.engine, network.file
     share, wanted = done.int8_share, cfg.search.min_int8_share
     facts = [("int8", f"{share:.1%} of the MACs in int8 kernels ({engine.name})")]
     reasons = {layer.layer: layer.reason for layer in done.float_layers}

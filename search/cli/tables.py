@@ -20,7 +20,7 @@ from search.report.rows import (
     score_rows,
 )
 from search.results import Results
-from search.scoring.evaluator import extra_macs
+from search.scoring.added_macs import extra_macs
 from search.sensitivity.run import Sensitivity
 
 

@@ -19,7 +19,7 @@ from rewriter.assemble import Assembled
 from rewriter.errors import RewriteError
 from rewriter.export import Source, construct, source_of
 from rewriter.fitting import FitReport
-from rewriter.graph import layer_name, layers, module_of
+from rewriter.graph import facts, layer_name, layers, module_of
 from rewriter.int8 import int8_values, isolated
 from rewriter.int8.onnx import (
     Comparison,
@@ -147,7 +147,7 @@ def ranges(quantized: Quantized) -> dict[str, Any]:
     """Range, scale and zero point of every int8 value, and all weight scales, by node name."""
     values: dict[str, Any] = {}
     for node in quantized.gm.graph.nodes:
-        note = node.meta["int8"]
+        note = facts.INT8.of(node)
         if note.output is None or note.range_of not in quantized.calibration.values:
             continue
         low, high = quantized.calibration.values[note.range_of]
@@ -259,8 +259,8 @@ def _difference(before: fx.GraphModule, after: fx.GraphModule) -> list[str]:
 
 
 def _shown(gm: fx.GraphModule, node: fx.Node) -> str:
-    made = node.meta.get("rewritten_by")
-    where = "  (in float)" if node.meta.get("keep_float") else f"  ({made})" if made else ""
+    made = facts.REWRITTEN_BY.get(node)
+    where = "  (in float)" if facts.KEEP_FLOAT.get(node) else f"  ({made})" if made else ""
     return f"{node.name}: {construct(module_of(gm, node))}{where}"
 
 

@@ -142,6 +142,7 @@ class FrontFile(_Part):
     hypervolume_reference: tuple[float, float]
     plans_scored: int
     plans_failed: int
+    failures: dict[str, int]
     plans_stopped: int = Field(description="given up early, clearly not on the front")
 
 

@@ -12,17 +12,8 @@ from hypothesis import strategies as st
 from torch import nn
 
 from rewriter.errors import QuantizeError
-from rewriter.int8.scheme import (
-    TARGETS,
-    QuantSpec,
-    channel_axis,
-    dequantized_weight,
-    fake_quantize,
-    on_axis,
-    quantize_weight,
-    target,
-    weight_scale,
-)
+from rewriter.int8.integer_grid import dequantized_weight, fake_quantize, on_axis, quantize_weight
+from rewriter.int8.scheme import TARGETS, QuantSpec, channel_axis, target, weight_scale
 from tests.int8 import oracle
 
 UINT8, INT8 = QuantSpec(), QuantSpec(signed=True)

@@ -15,6 +15,7 @@ from torch import Tensor, fx, nn
 
 from rewriter.errors import QuantizeError
 from rewriter.int8.annotate import annotation
+from rewriter.int8.integer_grid import quantize_weight
 from rewriter.int8.litert.builder import (
     Emission,
     UnsupportedError,
@@ -24,7 +25,7 @@ from rewriter.int8.litert.builder import (
     stored_shape,
 )
 from rewriter.int8.litert.writer import Array, Grid, options
-from rewriter.int8.scheme import channel_axis, quantize_weight
+from rewriter.int8.scheme import channel_axis
 
 Emitter = Callable[[Emission, fx.Node, Any], None]
 SAME, VALID = 0, 1
