@@ -8,6 +8,7 @@ from typing import Any
 
 from torch import Tensor, fx, nn
 
+from rewriter.damage.fisher import INPUTS as ALL
 from rewriter.damage.fisher import weigh
 from rewriter.damage.grouping import fidelity_of
 from rewriter.errors import RewriteError
@@ -31,13 +32,15 @@ __all__ = ["Assembled", "assemble", "prepare", "record", "repaired", "restored",
 
 Batches = Sequence[Tensor | tuple[Tensor, ...]]
 # Raised when the result of the repairs changes, so that stored ones are not reused.
-VERSION = 6
+VERSION = 7
 _ENDS: dict[str, tuple[str, ...]] = {
     "channel_range": ("low", "high"),
     "influence": ("",),
     "weight_influence": ("",),
 }
 _MEASURED = tuple(_ENDS)
+# Inputs that the influence of a rewritten network's values is measured on; that of the network as it is, once, on more.
+INPUTS = 24
 
 
 @dataclass(frozen=True)
@@ -184,7 +187,7 @@ def _measure(gm: fx.GraphModule, batches: Batches, store: Store | None, again: b
         if again:
             _forget(gm, what)
             profile(gm, batches)
-        weigh(gm, batches)
+        weigh(gm, batches, INPUTS if again else ALL)
         if store is not None:
             save_to(store, name, _measured(gm, what), {})
         return

@@ -30,7 +30,7 @@ REMEDIES: tuple[tuple[str, str], ...] = (
 STARTS = 2
 # A split adds kernel calls, which MACs do not show: a rung of them is kept if it takes away this
 # share of the damage.
-LEAST_OF_A_SPLIT = 0.2
+SPLIT_GAIN = 0.2
 
 
 EMPTY = Plan()
@@ -130,7 +130,7 @@ def _split(
     score: Callable[[Plan], Measured], below: Rung, name: str, steps: tuple[Step, ...]
 ) -> Rung:
     plan = Plan(tuple(dict.fromkeys((*below.plan.steps, *steps))))
-    return _measured(score, below, name, plan, (1 - LEAST_OF_A_SPLIT) * below.damage)
+    return _measured(score, below, name, plan, (1 - SPLIT_GAIN) * below.damage)
 
 
 def _measured(
@@ -163,10 +163,10 @@ RANGES = ("split_range_3", "split_range_2")
 
 # Places are split by range that have this share of the damage of all layers, and this many at
 # most.
-SHARE = 0.1
+SPLIT_DAMAGE_SHARE = 0.1
 
 
-MOST = 4
+SPLIT_PLACES = 4
 
 
 def exact_splits(
@@ -211,9 +211,9 @@ def _by_range(sites: Sequence[Site], damage: Mapping[str, float]) -> Iterator[St
     harm = {
         a: sum(damage.get(n, 0.0) for n in (*s.nodes[1:], *s.readers)) for a, s in best.items()
     }
-    least = SHARE * sum(damage.values())
+    least = SPLIT_DAMAGE_SHARE * sum(damage.values())
     taken: set[str] = set()
-    for anchor in sorted(best, key=lambda a: -harm[a])[:MOST]:
+    for anchor in sorted(best, key=lambda a: -harm[a])[:SPLIT_PLACES]:
         if harm[anchor] > least and not taken.intersection(best[anchor].nodes):
             taken.update(best[anchor].nodes)
             yield Step(best[anchor].rule, anchor)

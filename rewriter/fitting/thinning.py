@@ -21,6 +21,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
+from rewriter.damage import fidelity_of
 from rewriter.damage.fisher import weigh
 from rewriter.fitting.brain_surgeon import Moments, remove, solve
 from rewriter.fitting.readers import (
@@ -82,7 +83,7 @@ def fit_thin(
         PlanError: a step does not apply.
     """
     what = [graph_digest(teacher), graph_digest(base), data_digest(batches), scheme.identity]
-    what += [f"thin {VERSION} {seed}"]
+    what += [fidelity_of(teacher, batches).digest, f"thin {VERSION} {seed}"]
     known: list[tuple[State, dict[str, Any]]] = []
     for count in range(1, len(steps) + 1):
         found = None if store is None else load(store, key([*what, *map(str, steps[:count])]))

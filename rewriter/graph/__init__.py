@@ -5,6 +5,7 @@ from rewriter.graph.cost import layer_macs
 from rewriter.graph.edit import copy_graph
 from rewriter.graph.interpret import channels_last, walk
 from rewriter.graph.lookup import kind_of, layer_name, layers, module_of, unflatten
+from rewriter.graph.lookup import outputs as output_nodes
 
 __all__ = [
     "channels_last",
@@ -15,6 +16,7 @@ __all__ = [
     "layer_name",
     "layers",
     "module_of",
+    "output_nodes",
     "unflatten",
     "walk",
 ]

@@ -12,8 +12,8 @@ A node's annotation is ``facts.INT8``.
 from __future__ import annotations
 
 import operator
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -28,6 +28,16 @@ _POOLS = types(lambda row: row.pools)
 # Behind a layer whose value has 16 bits their own has 8: it spans [-1, 1] at most, and QNN fixes the
 # scale of their 16-bit form.
 _BOUNDED = types(lambda row: row.bounded)
+# Operations that a target's kernels may limit, by the name that its scheme calls them.
+OPERATIONS: dict[Any, str] = {
+    nn.Sigmoid: "sigmoid",
+    nn.Hardsigmoid: "hardsigmoid",
+    nn.Tanh: "tanh",
+    nn.Softmax: "softmax",
+    torch.softmax: "softmax",
+    torch.nn.functional.softmax: "softmax",
+    torch.nn.functional.normalize: "l2_norm",
+}
 
 
 @dataclass(frozen=True)
@@ -39,12 +49,16 @@ class Annotation:
         output: how the value this node makes is stored; None: no int8 form of it exists.
         reads: names of the argument nodes that this node reads in int8.
         range_of: name of the value that owns the range; the same for all that share it.
+        inner: scale and zero point of the int8 value inside an activation of two kernels; None: it has none.
+        float_bias: whether the layer adds its bias in float.
     """
 
     weight: QuantSpec | None = None
     output: QuantSpec | None = None
     reads: tuple[str, ...] = ()
     range_of: str = ""
+    inner: tuple[float, int] | None = None
+    float_bias: bool = False
 
 
 def annotation(node: fx.Node) -> Annotation:
@@ -67,15 +81,22 @@ def notes_of(gm: fx.GraphModule, scheme: QuantScheme) -> dict[fx.Node, Annotatio
     found = _Reading(gm, scheme)
     reads = found.reads
     quantized = {value for values in reads.values() for value in values}
-    owner = _owners(gm, quantized, reads, scheme)
+    fixed = {n: f for n in quantized if reads[n] and (f := found.fixed(n)) is not None}
+    owner = _owners(gm, quantized, reads, scheme, fixed)
     # all that share a range are stored alike
     wide = {owner[n] for n in quantized if _is_wide(gm, n)} if scheme.wide is not None else set()
     return {
         node: Annotation(
             weight=_weight_spec(gm, node, scheme),
-            output=_output_spec(scheme, owner[node] in wide) if node in quantized else None,
+            output=_output_spec(scheme, owner[node] in wide, fixed.get(owner[node]))
+            if node in quantized
+            else None,
             reads=tuple(n.name for n in node.all_input_nodes if n in reads[node]),
             range_of=owner[node].name if node in quantized else "",
+            inner=scheme.fixed("sigmoid")
+            if reads[node] and is_call(gm, node, *scheme.inner_values)
+            else None,
+            float_bias=scheme.float_bias,
         )
         for node in gm.graph.nodes
     }
@@ -159,6 +180,8 @@ class _Reading:
         """Whether ``reader`` reads ``value`` in int8."""
         if not _is_float_tensor(value) or any(user in self.fused for user in value.users):
             return False
+        if self.scheme.int8_only and self._made_in_int8(value):
+            return True  # no other form of it exists
         if moves_values(self.gm, value) and self.reads[value]:
             return True  # an int8 value that was moved: no other form of it exists
         if reader.op == "output":
@@ -178,6 +201,8 @@ class _Reading:
 
     def is_int8_operation(self, node: fx.Node) -> bool:
         """Whether a node that is no layer and moves nothing reads and writes int8."""
+        if operation_of(self.gm, node) in self.scheme.computes:
+            return not node.meta.get("keep_float")
         row = row_of_node(self.gm, node)
         if row is None or not row.int8 or row.layer or facts.KEEP_FLOAT.get(node):
             return False
@@ -188,6 +213,12 @@ class _Reading:
             return True
         # Behind the last layer, and next to float operations, numbers are arithmetic in float.
         return with_number(node) is not None and self._links(node)
+
+    def fixed(self, node: fx.Node) -> tuple[float, int] | None:
+        """Scale and zero point that the kernel of an int8 operation prescribes for its output."""
+        if not self.scheme.fixed_ranges or not self.is_int8_operation(node):
+            return None
+        return self.scheme.fixed(operation_of(self.gm, node))
 
     def _links(self, node: fx.Node) -> bool:
         """Whether all that read a value, directly or moved, are layers or int8 operations in front of one."""
@@ -229,6 +260,12 @@ class _Reading:
         maker = value.args[0] if value in self.fused else value
         assert isinstance(maker, fx.Node)
         return maker
+
+
+def operation_of(gm: fx.GraphModule, node: fx.Node) -> str:
+    """What a scheme calls an operation; "" where none limits it."""
+    kind: Any = type(module_of(gm, node)) if node.op == "call_module" else node.target
+    return OPERATIONS.get(kind, "") if node.op in ("call_module", "call_function") else ""
 
 
 def with_number(node: fx.Node) -> tuple[fx.Node, float] | None:
@@ -276,8 +313,12 @@ def _weight_spec(gm: fx.GraphModule, node: fx.Node, scheme: QuantScheme) -> Quan
     return scheme.linear_weights if is_call(gm, node, nn.Linear) else scheme.weights
 
 
-def _output_spec(scheme: QuantScheme, wide: bool) -> QuantSpec:
-    return scheme.wide if wide and scheme.wide is not None else scheme.activations
+def _output_spec(
+    scheme: QuantScheme, wide: bool, fixed: tuple[float, int] | None = None
+) -> QuantSpec:
+    if wide and scheme.wide is not None:
+        return scheme.wide
+    return scheme.activations if fixed is None else replace(scheme.activations, fixed=fixed)
 
 
 def _is_wide(gm: fx.GraphModule, value: fx.Node) -> bool:
@@ -295,8 +336,12 @@ def _owners(
     quantized: set[fx.Node],
     reads: dict[fx.Node, set[fx.Node]],
     scheme: QuantScheme,
+    fixed: Mapping[fx.Node, tuple[float, int]],
 ) -> dict[fx.Node, fx.Node]:
-    """Union-find over the values that must have one range; the first in graph order owns it."""
+    """Union-find over the values that must have one range; the first in graph order owns it.
+
+    A value whose range its own kernel fixes is requantized where it is joined with others than its like.
+    """
     parent = {n: n for n in gm.graph.nodes}
     order = {n: i for i, n in enumerate(gm.graph.nodes)}
 
@@ -308,6 +353,10 @@ def _owners(
     for node in gm.graph.nodes:
         for value in _same_range(gm, node, scheme):
             if value in reads[node] and (node in quantized or node.op == "output"):
+                if node.target is torch.cat and root(value) in fixed:
+                    like = {fixed.get(root(v)) for v in node.all_input_nodes}
+                    if len(like) > 1:
+                        continue
                 a, b = sorted((root(node), root(value)), key=order.__getitem__)
                 parent[b] = a
     return {n: root(n) for n in gm.graph.nodes}
@@ -322,10 +371,25 @@ def _same_range(gm: fx.GraphModule, node: fx.Node, scheme: QuantScheme) -> Itera
     shared = (
         ("cat" in scheme.shared_at and node.target is torch.cat)
         or ("add" in scheme.shared_at and node.target is operator.add)
-        or ("pool" in scheme.shared_at and is_call(gm, node, *_POOLS))
+        or ("pool" in scheme.shared_at and is_call(gm, node, *_POOLS) and not is_mean(gm, node))
+        # one that only repeats values moves them
+        or ("resize" in scheme.shared_at and is_call(gm, node, nn.Upsample))
     )
     if shared and not facts.KEEP_FLOAT.get(node):
         yield from node.all_input_nodes
+
+
+def is_mean(gm: fx.GraphModule, node: fx.Node) -> bool:
+    """Whether a pool averages all places, which kernels of a mean do with two ranges."""
+    pool, (source,) = module_of(gm, node), node.all_input_nodes
+    if tuple(node.meta["shape"][-2:]) != (1, 1):
+        return False
+    if isinstance(pool, nn.AdaptiveAvgPool2d):
+        return True
+    size, kernel, padding = source.meta["shape"][-2:], pool.kernel_size, pool.padding
+    kernel = (kernel, kernel) if isinstance(kernel, int) else tuple(kernel)
+    padded = padding not in (0, (0, 0)) or pool.divisor_override is not None
+    return not padded and kernel == tuple(size)
 
 
 def quantized_outputs(gm: fx.GraphModule) -> list[fx.Node]:

@@ -220,7 +220,7 @@ def weight_scales(gm: fx.GraphModule, values: dict[str, tuple[float, float]]) ->
         axis = channel_axis(layer, note.weight)
         scale = weight_scale(layer.weight, note.weight, axis)
         step = input_scale(gm, node, values)
-        if layer.bias is not None and step is not None:
+        if layer.bias is not None and step is not None and not note.float_bias:
             least = least_weight_scale(layer.bias, step, axis is not None)
             scale = torch.maximum(scale, least.float())
         scales[node.name] = scale.clamp_min(TINY)

@@ -171,7 +171,8 @@ def learnable(quantized: Quantized, ranges: bool = True) -> Learned:
 
     def learned(fake: FakeQuantize, owner: str) -> LearnedQuantize:
         if owner not in values:
-            values[owner] = nn.Parameter(torch.zeros(()), requires_grad=ranges)
+            trained = ranges and fake.spec.fixed is None
+            values[owner] = nn.Parameter(torch.zeros(()), requires_grad=trained)
         return LearnedQuantize(fake, values[owner])
 
     for node in gm.graph.nodes:
@@ -199,6 +200,8 @@ def _ends(quantized: Quantized, node: fx.Node, factor: float) -> tuple[float, fl
     assert spec is not None, node.name
     scale, zero = quantized.value_params(node)
     step = float(torch.tensor(scale) * factor)
+    if spec.symmetric:
+        return -spec.qmax * step, spec.qmax * step
     return (spec.qmin - zero) * step, (spec.qmax - zero) * step
 
 

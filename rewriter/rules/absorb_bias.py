@@ -29,7 +29,7 @@ from rewriter.graph.ops import clip_bounds, types
 from rewriter.rules._model_rule import WholeModelRule
 from rewriter.rules._rule import Contract, Site
 
-SHARE = 0.9
+ABSORBED_SHARE = 0.9
 _LINEAR_ABOVE_ZERO = types(lambda row: row.pointwise and (row.homogeneous or row.clips))
 
 
@@ -74,7 +74,7 @@ def _places(gm: fx.GraphModule) -> list[tuple[fx.Node, Tensor]]:
         if not all(_reads_evenly(gm, user, node) for user in node.users):
             continue
         low, high = (r.double() for r in facts.CHANNEL_RANGE.of(maker))
-        constant = SHARE * low.clamp_min(0)
+        constant = ABSORBED_SHARE * low.clamp_min(0)
         bounds = clip_bounds(act)
         if bounds is not None:  # below the cap it is linear
             constant = torch.where(high < bounds[1], constant, 0) if bounds[0] == 0 else 0 * low

@@ -24,13 +24,14 @@ from __future__ import annotations
 
 from typing import ClassVar
 
+import torch
 from torch import fx
 
 from rewriter.graph import facts
 from rewriter.rules._model_rule import WholeModelRule
 from rewriter.rules._rule import Contract, Site
 from rewriter.surgery.channel_scales import rescale, scale_variables
-from rewriter.surgery.equalization import Damage, least_damage, log_bounds
+from rewriter.surgery.equalization import Damage, dead_bounds, least_damage, log_bounds
 
 # What is left below the cap of a ReLU6 by the largest value seen.
 MARGIN = 0.1
@@ -40,6 +41,7 @@ class Equalize(WholeModelRule):
     """Cross-layer equalization of all free channels; exact."""
 
     name: ClassVar[str] = "equalize"
+    version: ClassVar[int] = 2
     contract: ClassVar[Contract] = "exact"
     weighs: ClassVar[bool] = True
 
@@ -57,5 +59,7 @@ class Equalize(WholeModelRule):
         scheme = facts.SCHEME.get(gm)
         specs = (scheme.weights, scheme.linear_weights) if scheme is not None else (None, None)
         upper, free = log_bounds(gm, channels, MARGIN)
-        logs, _, _ = least_damage(Damage(gm, channels, *specs), upper, free)
+        lower, most = dead_bounds(gm, channels)
+        upper = torch.minimum(upper, most)
+        logs, _, _ = least_damage(Damage(gm, channels, *specs), upper, free, lower=lower)
         rescale(gm, channels, logs.exp())

@@ -31,7 +31,7 @@ from rewriter.rules._rule import Contract, RewriteRule, Site
 
 # Percent of the side.
 SIDES = (93, 86, 80)
-MULTIPLE, LEAST = 8, 64
+MULTIPLE, MIN_SIDE = 8, 64
 
 
 @dataclass(frozen=True)
@@ -54,7 +54,7 @@ class LowerResolution(RewriteRule):
             return
         (node,) = inputs
         size = self._size(node)
-        if size == tuple(facts.SHAPE.of(node)[2:]) or min(size) < LEAST:
+        if size == tuple(facts.SHAPE.of(node)[2:]) or min(size) < MIN_SIDE:
             return
         blocked = _problem(gm, node, size)
         if not blocked or self.percent == SIDES[0]:  # a near miss is shown once

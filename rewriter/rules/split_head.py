@@ -42,8 +42,8 @@ from rewriter.surgery.split_component import output_part
 LEAST_GAIN = 0.1
 # What ``auto`` is content with: this much of the rounding error that a range for each channel
 # would leave; and its most groups.
-ENOUGH = 2.0
-MOST_GROUPS = 6
+AUTO_ERROR = 2.0
+AUTO_GROUPS = 6
 AUTO = 0
 EXPONENT = 2.0
 
@@ -99,8 +99,8 @@ class SplitHead(RewriteRule):
         if self.groups != AUTO:
             return group_by_range(low, high, self.groups, weight)
         groups = [list(range(len(low)))]
-        for count in range(2, min(MOST_GROUPS, len(low)) + 1):
-            if rounding_error(low, high, groups, weight) <= ENOUGH:
+        for count in range(2, min(AUTO_GROUPS, len(low)) + 1):
+            if rounding_error(low, high, groups, weight) <= AUTO_ERROR:
                 break
             groups = group_by_range(low, high, count, weight)
         return groups

@@ -30,7 +30,7 @@ THRESHOLDS: dict[str, float] = {
     "weight_channel_spread": 3.0,
     "weight_outliers": 4.0,
     "dead_channels": 2.0,
-    "bias_overflow": float(2**30),
+    "bias_overflow": float(2**31),  # the weight scale is then twice as coarse as it need be
     "activation_channel_spread": 3.0,
     "activation_outliers": 0.5,
     "shared_range": 2.5,
@@ -41,7 +41,7 @@ SIDE = 0.2
 USED = 0.999
 WEIGHT_USED = 0.99
 # Values of a channel from which its quantiles are taken.
-ENOUGH = 1 << 14
+QUANTILE_VALUES = 1 << 14
 
 
 @dataclass(frozen=True)
@@ -294,7 +294,7 @@ def _usage_of(quantized: Quantized, node: fx.Node, value: Tensor, axis: int) -> 
     value = value.detach().float().movedim(axis, 1)
     least, most = (r.cpu() for r in channel_range(value))
     rows = value.transpose(0, 1)
-    each = max(1, value[:, 0].numel() // ENOUGH)
+    each = max(1, value[:, 0].numel() // QUANTILE_VALUES)
     if value.ndim > 2 and each > 1:  # every so many places, before anything is copied
         rows = rows.flatten(2)[:, :, ::each]
     rows = rows.reshape(value.shape[1], -1).cpu()

@@ -72,7 +72,8 @@ def stored(
     source = node.args[0]
     if bias is None:
         return w, ""
-    if not isinstance(source, fx.Node) or source.name not in e.note(node).reads:
+    reads_int8 = isinstance(source, fx.Node) and source.name in e.note(node).reads
+    if not reads_int8 or e.note(node).float_bias:
         return w, e.constant(bias, "bias")
     step = scale * torch.tensor(e.value_params(source)[0], dtype=torch.float32)
     steps = bias_steps(bias, step)

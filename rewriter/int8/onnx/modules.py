@@ -118,7 +118,8 @@ def _clip(low: Callable[[Any], float], high: Callable[[Any], float]) -> Emitter:
 
 def _silu(e: Emission, node: fx.Node, m: nn.SiLU) -> Value:
     x = e.read(source_of(node), node)
-    return e.op("Mul", x, e.op("Sigmoid", x))
+    gate, inner = e.op("Sigmoid", x), e.note(node).inner
+    return e.op("Mul", x, gate if inner is None else e.rounded_to(gate, inner, node))
 
 
 def _hardswish(e: Emission, node: fx.Node, m: nn.Hardswish) -> Value:

@@ -120,6 +120,8 @@ def upsample(e: Emission, node: fx.Node, m: nn.Upsample) -> Value:
         factors = [o / s for s, o in zip(sizes, outs, strict=True)]
     else:
         factors = [_factor(s, o) for s, o in zip(sizes, outs, strict=True)]
+    if mode in ("nearest", "nearest-exact") and any(f != int(f) for f in factors):
+        return _picked(e, node, m, x)
     if mode == "bicubic" and min(factors) < 1:
         return _resize_by_products(e, node, m, x)
     scales = e.constant(np.array([1, 1, *factors], dtype=np.float32), "scales")
@@ -136,6 +138,19 @@ def _factor(size: int, out: int) -> float:
     while min(int(factor * np.float32(size)), int(float(factor) * size)) < out:
         factor = np.nextafter(factor, np.float32(np.inf))
     return float(factor)
+
+
+def _picked(e: Emission, node: fx.Node, m: nn.Upsample, x: str) -> Value:
+    """The nearest rows, then the nearest columns: where a runtime rounds a quotient, it picks others than torch here and there."""
+    sizes, outs = source_of(node).meta["shape"][2:], node.meta["shape"][2:]
+    if len(sizes) != 2:
+        raise UnsupportedError("resizing of other than two dimensions to the nearest value")
+    for axis in range(2):
+        index = _resizing(sizes[axis], outs[axis], m, axis).argmax(1)
+        x = e.op("Gather", x, e.constant(index, "index"), axis=2 + axis)
+        if axis == 0:
+            x = e.rounded(x, node)  # each of the two is one operation on int8 values
+    return x
 
 
 def _resize_by_products(e: Emission, node: fx.Node, m: nn.Upsample, x: str) -> Value:
