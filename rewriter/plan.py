@@ -10,6 +10,7 @@ from typing import Any
 from torch import Tensor, fx
 
 from rewriter.errors import PlanError
+from rewriter.graph import facts
 from rewriter.graph.axes import channel_axes
 from rewriter.graph.channel_ranges import range_of
 from rewriter.graph.edit import copy_graph
@@ -143,8 +144,11 @@ def _describe(gm: fx.GraphModule) -> None:
     propagate_shapes(gm)
     axes = channel_axes(gm)
     for node in gm.graph.nodes:
-        if "channel_range" in node.meta and range_of(node, node.meta["shape"][axes[node]]) is None:
-            del node.meta["channel_range"]
+        if (
+            facts.CHANNEL_RANGE.known(node)
+            and range_of(node, facts.SHAPE.of(node)[axes[node]]) is None
+        ):
+            facts.CHANNEL_RANGE.drop(node)
 
 
 def in_order(gm: fx.GraphModule, plan: Plan) -> list[tuple[RewriteRule, Step]]:
