@@ -81,7 +81,19 @@ Ranges = tuple[Tensor, Tensor]
 SHAPE: Fact[Any] = Fact(
     "shape",
     ("graph", "rules", "surgery", "tracing"),
-    ("damage", "fitting", "graph", "int8", "repair", "rules", "sensitivity", "surgery", "tracing"),
+    (
+        "damage",
+        "fitting",
+        "graph",
+        "int8",
+        "plan",
+        "repair",
+        "rules",
+        "search",
+        "sensitivity",
+        "surgery",
+        "tracing",
+    ),
 )
 """Shape of its value with a batch of 1; a nest of shapes for several tensors, None where it is no tensor."""
 DTYPE: Fact[torch.dtype] = Fact(
@@ -92,8 +104,8 @@ LAYER: Fact[str] = Fact("layer", ("rules", "tracing"), ("graph", "rules", "traci
 """Qualified name of the user's module that it came from."""
 CHANNEL_RANGE: Fact[Ranges] = Fact(
     "channel_range",
-    ("assemble", "graph", "rules", "sensitivity", "surgery"),
-    ("fitting", "graph", "rules", "sensitivity", "surgery"),
+    ("assemble", "graph", "plan", "rules", "sensitivity", "surgery"),
+    ("fitting", "graph", "plan", "rules", "sensitivity", "surgery"),
 )
 """Smallest and largest calibration value of each channel, (C,) each."""
 INFLUENCE: Fact[Tensor] = Fact(

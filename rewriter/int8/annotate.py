@@ -202,7 +202,7 @@ class _Reading:
     def is_int8_operation(self, node: fx.Node) -> bool:
         """Whether a node that is no layer and moves nothing reads and writes int8."""
         if operation_of(self.gm, node) in self.scheme.computes:
-            return not node.meta.get("keep_float")
+            return not facts.KEEP_FLOAT.get(node)
         row = row_of_node(self.gm, node)
         if row is None or not row.int8 or row.layer or facts.KEEP_FLOAT.get(node):
             return False
@@ -384,11 +384,11 @@ def _same_range(gm: fx.GraphModule, node: fx.Node, scheme: QuantScheme) -> Itera
 def is_mean(gm: fx.GraphModule, node: fx.Node) -> bool:
     """Whether a pool averages all places, which kernels of a mean do with two ranges."""
     pool, (source,) = module_of(gm, node), node.all_input_nodes
-    if tuple(node.meta["shape"][-2:]) != (1, 1):
+    if tuple(facts.SHAPE.of(node)[-2:]) != (1, 1):
         return False
     if isinstance(pool, nn.AdaptiveAvgPool2d):
         return True
-    size, kernel, padding = source.meta["shape"][-2:], pool.kernel_size, pool.padding
+    size, kernel, padding = facts.SHAPE.of(source)[-2:], pool.kernel_size, pool.padding
     kernel = (kernel, kernel) if isinstance(kernel, int) else tuple(kernel)
     padded = padding not in (0, (0, 0)) or pool.divisor_override is not None
     return not padded and kernel == tuple(size)

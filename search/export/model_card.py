@@ -7,7 +7,7 @@ from typing import Any
 from torch import fx
 
 from rewriter import Quantized
-from rewriter.graph import output_nodes
+from rewriter.graph import facts, output_nodes
 from rewriter.int8 import annotation
 from search.engines import Engine
 from search.scoring.evaluator import RewriteEvaluator
@@ -141,7 +141,7 @@ def _layout(form: str) -> str:
 
 
 def _stored(node: fx.Node, form: str) -> tuple[Any, ...]:
-    shape = tuple(node.meta["shape"])
+    shape = tuple(facts.SHAPE.of(node))
     if form == "tflite":
         return (shape[0], *shape[2:], shape[1]) if len(shape) == 4 else shape
     return ("N", *shape[1:]) if shape else shape

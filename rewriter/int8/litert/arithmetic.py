@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 from torch import fx
 
+from rewriter.graph import facts
 from rewriter.int8.annotate import annotation
 from rewriter.int8.litert.activations import (
     binary,
@@ -39,7 +40,7 @@ def _operand(e: Emission, value: Any, node: fx.Node, rank: int, in_float: bool) 
     if isinstance(value, (int, float)):
         return e.scalar(float(value))
     if isinstance(value, fx.Node) and not is_float(value):
-        raise UnsupportedError(f"arithmetic with {value.meta.get('dtype')}")
+        raise UnsupportedError(f"arithmetic with {facts.DTYPE.get(value)}")
     x = e.read_float(value, node) if in_float else e.read(value, node)
     if 0 < len(x.shape) < rank:
         x = e.reshape(x, (*[1] * (rank - len(x.shape)), *x.shape))

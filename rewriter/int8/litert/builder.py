@@ -15,6 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor, fx, nn
 
+from rewriter.graph import facts
 from rewriter.graph.lookup import is_call, module_of
 from rewriter.int8.annotate import annotation
 from rewriter.int8.litert.writer import Array, Grid, Writer, options
@@ -302,7 +303,7 @@ def shape_of(node: fx.Node) -> tuple[int, ...]:
     Raises:
         UnsupportedError: it makes several tensors.
     """
-    shape = node.meta.get("shape")
+    shape = facts.SHAPE.get(node)
     if not isinstance(shape, tuple) or (shape and not isinstance(shape[0], int)):
         raise UnsupportedError(f"{node.name} is not one tensor")
     return shape
@@ -316,4 +317,4 @@ def source_of(node: fx.Node) -> fx.Node:
 
 
 def is_float(node: fx.Node) -> bool:
-    return node.meta.get("dtype") is torch.float32
+    return facts.DTYPE.get(node) is torch.float32

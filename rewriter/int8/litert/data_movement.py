@@ -9,6 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor, fx, nn
 
+from rewriter.graph import facts
 from rewriter.int8.annotate import annotation
 from rewriter.int8.litert.activations import (
     transpose_plain,
@@ -103,7 +104,7 @@ def cut(e: Emission, x: Value, ranges: Sequence[tuple[int, int, int]]) -> Value:
 
 def _split(e: Emission, node: fx.Node) -> None:
     """``chunk``, ``split`` and ``unbind``: slices side by side."""
-    x, shapes = e.read(source_of(node), node), node.meta["shape"]
+    x, shapes = e.read(source_of(node), node), facts.SHAPE.of(node)
     unbind = node.target in ("unbind", torch.unbind)
     dim = argument(node, 1 if unbind else 2, "dim", 0) % len(x.shape)
     start, parts = 0, []

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from rewriter.errors import QuantizeError
+from rewriter.graph import facts
 from rewriter.graph.lookup import find, is_call, layer_name, module_of, outputs
 from rewriter.int8.annotate import annotation
 from rewriter.int8.litert.activations import MODULES
@@ -91,7 +92,7 @@ def unsupported(gm: fx.GraphModule) -> list[str]:
 
 def _emit(e: Emission, node: fx.Node, inputs: list[int], ends: Ends) -> None:
     if node.op == "placeholder":
-        shape = tuple(node.meta["shape"])
+        shape = tuple(facts.SHAPE.of(node))
         int8 = ends == "int8" and annotation(node).output is not None
         value = e.new(shape, e.params(node) if int8 else None)
         inputs.append(value.index)
@@ -143,7 +144,7 @@ def _pads_convolutions_only(e: Emission, node: fx.Node) -> bool:
 
 def _returned(e: Emission, node: fx.Node, ends: Ends) -> Value:
     if not is_float(node):
-        raise UnsupportedError(f"{node.name} is {node.meta.get('dtype')}")
+        raise UnsupportedError(f"{node.name} is {facts.DTYPE.get(node)}")
     (output,) = e.gm.graph.find_nodes(op="output")
     value = e.read(node, output)
     if value.params is not None and ends == "float":

@@ -142,7 +142,7 @@ def _factor(size: int, out: int) -> float:
 
 def _picked(e: Emission, node: fx.Node, m: nn.Upsample, x: str) -> Value:
     """The nearest rows, then the nearest columns: where a runtime rounds a quotient, it picks others than torch here and there."""
-    sizes, outs = source_of(node).meta["shape"][2:], node.meta["shape"][2:]
+    sizes, outs = facts.SHAPE.of(source_of(node))[2:], facts.SHAPE.of(node)[2:]
     if len(sizes) != 2:
         raise UnsupportedError("resizing of other than two dimensions to the nearest value")
     for axis in range(2):
