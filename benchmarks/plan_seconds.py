@@ -3,9 +3,10 @@
     python benchmarks/plan_seconds.py mcunet                       this tree alone
     python benchmarks/plan_seconds.py mcunet --before ../before    and another checkout (``git worktree add``)
 
-Each tree has a process of its own; they take turns plan by plan, so that other work on the machine disturbs both alike, and
-each may be asked for several networks. A plan has all four free repairs, and one more step at a place of its own, as in a search. Seconds are
-CPU seconds of the process (compare the ratios); what is measured of a network once for all plans is the line "once".
+Each tree has a process of its own; they take turns plan by plan, so that other work on the machine
+disturbs both alike, and each may be asked for several networks. A plan has all four free repairs,
+and one more step at a place of its own, as in a search. Seconds are CPU seconds of the process
+(compare the ratios); what is measured of a network once for all plans is the line "once".
 Networks: those of the assets, and ``silu640`` and ``resnet50``, random weights on random images.
 """
 
@@ -22,7 +23,7 @@ import tempfile
 import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -40,7 +41,10 @@ PHASES = {
     "digests and store": [
         ("rewriter.assemble", ("graph_digest", "data_digest", "save_to", "load"))
     ],
-    "file and session": [("search.scoring.evaluator", ("to_onnx", "Session"))],
+    "file and session": [
+        ("search.scoring.evaluator", ("to_onnx", "Session")),
+        ("search.evaluator", ("to_onnx", "Session")),
+    ],
 }
 
 
@@ -73,10 +77,18 @@ class Clock:
         """Time every function of ``PHASES`` that this tree has."""
         for phase, places in PHASES.items():
             for module, names in places:
-                found = importlib.import_module(module)
+                found = imported(module)
                 for name in names:
                     if hasattr(found, name):
                         setattr(found, name, self.wrapped(phase, getattr(found, name)))
+
+
+def imported(*names: str) -> Any:
+    """The first of some modules that this tree has; None where it has none."""
+    for name in names:
+        with suppress(ModuleNotFoundError):
+            return importlib.import_module(name)
+    return None
 
 
 def random_network(name: str, folder: Path) -> Path:
@@ -196,9 +208,9 @@ def work(network: str, tree: Path, images: int | None) -> None:
     torch.set_num_threads(1)
     from rewriter import Plan, find_sites
     from rewriter.assemble import prepare
-    from search.config.schema import load_config
-    from search.data.evaluation_set import SampleSet
     from search.job import open_job
+
+    load_config = imported("search.config.schema", "search.config").load_config
 
     clock = Clock()
     with tempfile.TemporaryDirectory() as place:
@@ -209,7 +221,6 @@ def work(network: str, tree: Path, images: int | None) -> None:
             config = random_network(network, folder)
         job = open_job(load_config(config), folder / "run", threads=1)
         evaluator = job.evaluator
-        del SampleSet
         if images is not None:
             evaluator.samples = cut(evaluator.samples, images)
             evaluator.confirmations = None

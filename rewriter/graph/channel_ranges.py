@@ -7,14 +7,15 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor, fx
 
+from rewriter.graph import facts
 from rewriter.graph.axes import channel_axes
-from rewriter.graph.interpret import walk
+from rewriter.graph.interpret import propagate_shapes, walk
 
 Range = tuple[Tensor, Tensor]
 
 
 def profile(gm: fx.GraphModule, batches: Iterable[Tensor | tuple[Tensor, ...]]) -> None:
-    """Write ``node.meta["channel_range"] = (low, high)``, each (C,), at every value, in place.
+    """Write ``facts.CHANNEL_RANGE``, (low, high), each (C,), at every value, in place.
 
     Channels are those of ``rewriter.graph.axes.channel_axes``.
 
@@ -33,9 +34,9 @@ def profile(gm: fx.GraphModule, batches: Iterable[Tensor | tuple[Tensor, ...]]) 
                     continue
                 low, high = channel_range(value, axes.get(node, 1))
                 found = low.cpu(), high.cpu()
-                if "channel_range" in node.meta:
-                    found = hull(node.meta["channel_range"], found)
-                node.meta["channel_range"] = found
+                if facts.CHANNEL_RANGE.known(node):
+                    found = hull(facts.CHANNEL_RANGE.of(node), found)
+                facts.CHANNEL_RANGE.put(node, found)
 
 
 def range_of(node: fx.Node, channels: int) -> Range | None:
@@ -43,8 +44,19 @@ def range_of(node: fx.Node, channels: int) -> Range | None:
 
     A range of another length belongs to what stood here before a step changed it.
     """
-    known = node.meta.get("channel_range")
+    known = facts.CHANNEL_RANGE.get(node)
     return known if known is not None and len(known[0]) == channels else None
+
+
+def describe(gm: fx.GraphModule) -> None:
+    """Write the shapes that values have now; channel ranges of a value that has other channels are forgotten.
+
+    A rule knows what it makes, but not what a split does to all that lies behind, such as a flattened map.
+    """
+    propagate_shapes(gm)
+    for node, axis in channel_axes(gm).items():
+        if range_of(node, facts.SHAPE.of(node)[axis]) is None:
+            facts.CHANNEL_RANGE.drop(node)
 
 
 def hull(a: Range, b: Range) -> Range:

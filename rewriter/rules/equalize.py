@@ -27,6 +27,7 @@ from typing import ClassVar
 import torch
 from torch import fx
 
+from rewriter.graph import facts
 from rewriter.rules._model_rule import WholeModelRule
 from rewriter.rules._rule import Contract, Site
 from rewriter.surgery.channel_scales import rescale, scale_variables
@@ -45,7 +46,7 @@ class Equalize(WholeModelRule):
     weighs: ClassVar[bool] = True
 
     def problem(self, gm: fx.GraphModule) -> str:
-        if not any("channel_range" in n.meta for n in gm.graph.nodes):
+        if not any(facts.CHANNEL_RANGE.known(n) for n in gm.graph.nodes):
             return "no calibrated channel ranges"
         channels = scale_variables(gm)
         if bool(log_bounds(gm, channels, MARGIN)[1].any()):
@@ -55,7 +56,7 @@ class Equalize(WholeModelRule):
 
     def apply(self, gm: fx.GraphModule, site: Site) -> None:
         channels = scale_variables(gm)
-        scheme = gm.meta.get("scheme")
+        scheme = facts.SCHEME.get(gm)
         specs = (scheme.weights, scheme.linear_weights) if scheme is not None else (None, None)
         upper, free = log_bounds(gm, channels, MARGIN)
         lower, most = dead_bounds(gm, channels)

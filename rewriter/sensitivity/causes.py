@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, fx
 
 from rewriter.damage.grouping import fidelity_of
+from rewriter.graph import facts
 from rewriter.graph.axes import channel_axes
 from rewriter.graph.channel_ranges import channel_range
 from rewriter.graph.interpret import walk
@@ -45,7 +46,7 @@ SIDE = 0.2
 USED = 0.999
 WEIGHT_USED = 0.99
 # Values of a channel from which its quantiles are taken.
-ENOUGH = 1 << 14
+QUANTILE_VALUES = 1 << 14
 
 
 @dataclass(frozen=True)
@@ -284,7 +285,7 @@ def _has_partners(quantized: Quantized, value: fx.Node) -> bool:
     sharing = [
         n
         for n in quantized.gm.graph.nodes
-        if "int8" in n.meta
+        if facts.INT8.known(n)
         and annotation(n).range_of == owner
         and not moves_values(quantized.gm, n)
     ]
@@ -315,7 +316,7 @@ def _usage_of(quantized: Quantized, node: fx.Node, value: Tensor, axis: int) -> 
     value = value.detach().float().movedim(axis, 1)
     least, most = (r.cpu() for r in channel_range(value))
     rows = value.transpose(0, 1)
-    each = max(1, value[:, 0].numel() // ENOUGH)
+    each = max(1, value[:, 0].numel() // QUANTILE_VALUES)
     if value.ndim > 2 and each > 1:  # every so many places, before anything is copied
         rows = rows.flatten(2)[:, :, ::each]
     rows = rows.reshape(value.shape[1], -1).cpu()

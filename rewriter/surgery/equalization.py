@@ -23,6 +23,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, fx, nn
 
+from rewriter.graph import facts
 from rewriter.graph.channel_ranges import range_of
 from rewriter.graph.lookup import is_call, layers, module_of
 from rewriter.graph.ops import CLIP_TYPES
@@ -156,7 +157,7 @@ class Damage:
         values: list[tuple[Array, Array, Array, Array]] = []
         known = _Known(gm)
         for node in layers(gm):
-            if not _scaled(gm, node, channels) or node.meta.get("keep_float"):
+            if not _scaled(gm, node, channels) or facts.KEEP_FLOAT.get(node):
                 continue
             spec = linear_weights if is_call(gm, node, nn.Linear) else weights
             self.terms.append((_layer(gm, node, channels, known, spec), 1 / 127**2))
@@ -209,9 +210,9 @@ class _Known:
 
     def __init__(self, gm: fx.GraphModule) -> None:
         shares = [
-            float(n.meta["influence"].sum() * _power(n).mean())
+            float(facts.INFLUENCE.of(n).sum() * _power(n).mean())
             for n in gm.graph.nodes
-            if _valid(n) and "channel_range" in n.meta
+            if _valid(n) and facts.CHANNEL_RANGE.known(n)
         ]
         # typical damage of an error as large as the value itself
         self.whole = sorted(shares)[len(shares) // 2] if shares else 1.0
@@ -219,7 +220,7 @@ class _Known:
     def of_value(self, node: fx.Node) -> Tensor:
         """(C,)"""
         if _valid(node):
-            return node.meta["influence"].double()
+            return facts.INFLUENCE.of(node).double()
         power = _power(node)
         each = self.whole / power.sum().clamp_min(1e-30)
         return each.expand_as(power)
@@ -228,7 +229,7 @@ class _Known:
         """(C_out, C_in / groups)"""
         m = module_of(gm, node)
         shape = m.weight.shape[:2]
-        known = node.meta.get("weight_influence")
+        known = facts.WEIGHT_INFLUENCE.get(node)
         if known is not None and known.shape == shape:
             return known.double()
         source = node.args[0]
@@ -242,13 +243,13 @@ class _Known:
 
 
 def _valid(node: fx.Node) -> bool:
-    known, shape = node.meta.get("influence"), node.meta.get("shape")
+    known, shape = facts.INFLUENCE.get(node), facts.SHAPE.get(node)
     return known is not None and shape is not None and known.shape == shape[1:2]
 
 
 def _power(node: fx.Node) -> Tensor:
     """(C,) mean square, as if the values were spread evenly over their range."""
-    low, high = (r.double() for r in node.meta["channel_range"])
+    low, high = (r.double() for r in facts.CHANNEL_RANGE.of(node))
     return (high**2 + high * low + low**2).clamp_min(1e-30) / 3
 
 

@@ -81,6 +81,7 @@ class Score:
     engine: str = ""
     engine_version: str = ""
     int8_share: float | None = None
+    # scores are keys of what is worked out from them
     float_ops: dict[str, int] | None = field(default=None, hash=False)
     float_reasons: dict[str, str] | None = field(default=None, hash=False)
     samples: int = 0

@@ -18,17 +18,17 @@ import torch
 from torch import Tensor, fx
 from torch.utils import _pytree as pytree
 
-from rewriter import Plan, Quantized, Step, cost
+from rewriter import Plan, Quantized, cost
 from rewriter.assemble import Assembled, assemble, prepare
 from rewriter.damage import fidelity_of
 from rewriter.errors import RewriteError
 from rewriter.graph import channels_last
 from rewriter.int8 import QuantScheme
 from rewriter.int8.onnx import float_onnx
-from rewriter.plan import rewrite, rule_named
+from rewriter.plan import rule_named
 from rewriter.storage import Store
 from search.data.evaluation_set import SampleSet, Tick, check_outputs
-from search.engines import Engine, OnnxRuntime, engine_named, read_back
+from search.engines import OnnxRuntime, engine_named, read_back
 from search.pareto.limits import size_of, with_file
 from search.run_dir.scores import Baseline, Confirmations, Records, Samples, Score
 from search.scoring.child_process import LateError, LostError, apart
@@ -270,14 +270,6 @@ class RewriteEvaluator:
             found = [outputs]
         return found[0], None
 
-    def score_outputs(self, plan: Plan, outputs: list[Tensor], engine: Engine) -> Score:
-        """Score outputs over all samples computed elsewhere, such as by a file that is to ship."""
-        known = self(plan)
-        measured, _ = self.measured.compare(outputs, (0, self.samples.count))
-        return replace(
-            _filled(measured, known), engine=engine.name, engine_version=engine.version()
-        )
-
     def baseline(self) -> Baseline:
         """The network as it is, on all samples; the empty plan is scored where it is not yet.
 
@@ -362,31 +354,6 @@ class RewriteEvaluator:
         if outputs is None:
             return self.measured.float_metric(part)[0]
         return self.measured.metric([o[slice(*part)] for o in outputs], part)
-
-
-def extra_macs(gm: fx.GraphModule, plans: Sequence[Plan], before: int) -> dict[str, int]:
-    """MACs that each plan adds to those ``before``, by its text; plans that do not apply are left out."""
-    found: dict[str, int] = {}
-    for plan in plans:
-        if all(rule_named(step.rule).free for step in plan.steps):
-            found[str(plan)] = 0
-            continue
-        known = [_added(gm, step) for step in plan.steps] if len(plan.steps) == 1 else [None]
-        if known[0] is not None:
-            found[str(plan)] = known[0]
-            continue
-        try:
-            found[str(plan)] = cost(rewrite(gm, plan)).macs - before
-        except RewriteError as cause:
-            log.warning("plan %r: %s", str(plan), cause)
-    return found
-
-
-def _added(gm: fx.GraphModule, step: Step) -> int | None:
-    """MACs of a single step, where its rule knows them without a rewrite."""
-    rule = rule_named(step.rule)
-    site = rule.site_at(gm, step.anchor) if rule.stage == "thin" else None
-    return None if site is None or site.blocked else rule.added_macs(gm, site)
 
 
 def _filled(measured: Score, known: Score) -> Score:

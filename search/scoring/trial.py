@@ -24,6 +24,12 @@ def trial(
 
     Ranges are those of a few inputs: which operations find an int8 kernel does not depend on more.
 
+    Args:
+        gm: canonical graph of the float network; a copy is quantized.
+        scheme: the target.
+        calibration: batches of inputs (N, ...), at least one.
+        engine: what the file is for.
+
     Raises:
         ConfigError: a part cannot be written, or the runtime refuses the file.
     """

@@ -12,6 +12,7 @@ import onnx
 import torch
 from torch import Tensor, fx, nn
 
+from rewriter.graph import facts
 from rewriter.graph.lookup import layers, module_of
 from rewriter.int8.annotate import annotation
 from rewriter.int8.findings import Finding
@@ -19,7 +20,7 @@ from rewriter.int8.scheme import channel_axis, weight_scale
 from rewriter.int8.simulate import Quantized
 
 # A tensor that keeps fewer than this share of the levels after a concatenation lost two bits.
-LEAST_SHARE = 0.25
+KEPT_LEVELS = 0.25
 # A weight scale this many times too coarse has cost a bit; rounded weights alone shift it by a few percent.
 COARSE = 2.0
 _CLIPS = ("Relu", "Clip")
@@ -127,9 +128,9 @@ def _merged_ranges(quantized: Quantized) -> Iterator[Finding]:
                 part = _width(values[owner])
             else:
                 continue
-            if part < LEAST_SHARE * whole:
+            if part < KEPT_LEVELS * whole:
                 levels = round(255 * part / whole)
-                split = source.meta.get("rewritten_by", "")
+                split = facts.REWRITTEN_BY.get(source, "")
                 undone = f"; it undoes {split}" if split.startswith("split") else ""
                 yield Finding(
                     "merged_range",
@@ -196,7 +197,7 @@ def _float_layers(quantized: Quantized, view: _View) -> Iterator[Finding]:
 
 
 def _why_float(node: fx.Node, made: onnx.NodeProto, view: _View) -> str:
-    if node.meta.get("keep_float"):
+    if facts.KEEP_FLOAT.get(node):
         return "kept in float, as asked"
     if view.made_by(made.input[1]) != "DequantizeLinear":
         return "its weight is float"

@@ -158,8 +158,10 @@ def test_layers_that_run_in_float_are_named_with_the_reason(
         assert words in found[node]
 
 
+# not "tflite": there a layer kept in float reads what DequantizeLinear makes, and ONNX Runtime then quantizes its
+# weights by itself; such networks are written as .tflite files
 @pytest.mark.parametrize("keep", ["", "first", "second"])
-@pytest.mark.parametrize("name", ["onnxruntime", "tensorrt", "tflite"])
+@pytest.mark.parametrize("name", ["onnxruntime", "tensorrt", "qnn"])
 @pytest.mark.parametrize(
     "act", [nn.ReLU(), nn.ReLU6(), nn.LeakyReLU(0.2), nn.Hardswish(), nn.GELU()], ids=repr
 )

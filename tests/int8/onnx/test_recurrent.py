@@ -88,7 +88,7 @@ def test_cells(kind: Any, started: bool) -> None:
 def test_a_projected_state_is_left_to_the_exporter_of_torch_which_refuses() -> None:
     rnn = Layer(nn.LSTM(WIDTH, HIDDEN, batch_first=True, proj_size=3))
     gm = trace(rnn.eval(), torch.randn(2, STEPS, WIDTH))
-    with pytest.raises(QuantizeError, match="a projected hidden state; torch's exporter"):
+    with pytest.raises(QuantizeError, match="a projected hidden state, and torch's exporter"):
         float_onnx(gm)
 
 

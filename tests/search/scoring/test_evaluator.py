@@ -16,7 +16,8 @@ from search.config.schema import ConfigError
 from search.data.evaluation_set import load_samples
 from search.engines import onnxruntime as onnxruntime_engine
 from search.run_dir.scores import Records
-from search.scoring.evaluator import RewriteEvaluator, extra_macs
+from search.scoring.added_macs import extra_macs
+from search.scoring.evaluator import RewriteEvaluator
 from search.tasks.classification import Classification
 from tests.search import small
 
