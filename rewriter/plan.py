@@ -10,12 +10,9 @@ from typing import Any
 from torch import Tensor, fx
 
 from rewriter.errors import PlanError
-from rewriter.graph import facts
-from rewriter.graph.axes import channel_axes
-from rewriter.graph.channel_ranges import range_of
+from rewriter.graph.channel_ranges import describe
 from rewriter.graph.edit import copy_graph
 from rewriter.graph.facts import REWRITTEN_BY, named
-from rewriter.graph.interpret import propagate_shapes
 from rewriter.graph.lookup import layers, module_of
 from rewriter.rules import RULES, RewriteRule, Site
 
@@ -132,21 +129,8 @@ def rewrite(
     gm.graph.lint()
     gm.recompile()
     if any(rule_named(s.rule).contract != "annotation" for s in plan.steps):
-        _describe(gm)
+        describe(gm)
     return gm
-
-
-def _describe(gm: fx.GraphModule) -> None:
-    """The shapes that values have now; channel ranges of a value that has other channels are forgotten.
-
-    A rule knows what it makes, but not what a split does to all that lies behind, such as a flattened map.
-    """
-    propagate_shapes(gm)
-    axes = channel_axes(gm)
-    for node in gm.graph.nodes:
-        known = facts.CHANNEL_RANGE.known(node)
-        if known and range_of(node, facts.SHAPE.of(node)[axes[node]]) is None:
-            facts.CHANNEL_RANGE.drop(node)
 
 
 def in_order(gm: fx.GraphModule, plan: Plan) -> list[tuple[RewriteRule, Step]]:

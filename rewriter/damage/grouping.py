@@ -16,6 +16,7 @@ from torch import Tensor, fx
 from rewriter.damage.fidelity import SQUARED, TINY, Fidelity, Group
 from rewriter.damage.meaning import Declared, Meaning, Part, Purpose, meanings, output_names
 from rewriter.damage.provenance import Origin
+from rewriter.errors import TraceError
 from rewriter.graph import facts
 from rewriter.graph.interpret import walk
 from rewriter.graph.lookup import outputs
@@ -109,7 +110,13 @@ def _run(
             some = tuple(x[:left] for x in whole)
             left -= len(some[0])
             values = {n: v for n, v in walk(gm, some) if n in ends}
-            for node, sums in zip(ends, moments, strict=True):
+            for i, (node, sums) in enumerate(zip(ends, moments, strict=True)):
+                shape = tuple(values[node].shape)
+                if not shape or shape[0] not in (1, len(some[0])):
+                    raise TraceError(
+                        f"output {i}: {len(some[0])} inputs give {shape}: inputs are not on its "
+                        "first axis; return it with them first, such as y.transpose(0, 1)"
+                    )
                 sums.add(values[node].expand(len(some[0]), *values[node].shape[1:]))
             if left <= 0:
                 break

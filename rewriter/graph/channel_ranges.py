@@ -9,7 +9,7 @@ from torch import Tensor, fx
 
 from rewriter.graph import facts
 from rewriter.graph.axes import channel_axes
-from rewriter.graph.interpret import walk
+from rewriter.graph.interpret import propagate_shapes, walk
 
 Range = tuple[Tensor, Tensor]
 
@@ -46,6 +46,17 @@ def range_of(node: fx.Node, channels: int) -> Range | None:
     """
     known = facts.CHANNEL_RANGE.get(node)
     return known if known is not None and len(known[0]) == channels else None
+
+
+def describe(gm: fx.GraphModule) -> None:
+    """Write the shapes that values have now; channel ranges of a value that has other channels are forgotten.
+
+    A rule knows what it makes, but not what a split does to all that lies behind, such as a flattened map.
+    """
+    propagate_shapes(gm)
+    for node, axis in channel_axes(gm).items():
+        if range_of(node, facts.SHAPE.of(node)[axis]) is None:
+            facts.CHANNEL_RANGE.drop(node)
 
 
 def hull(a: Range, b: Range) -> Range:

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from rewriter.assemble import assemble
 from rewriter.damage.fisher import weigh
+from rewriter.errors import TraceError
 from rewriter.graph.axes import batch_axes, channel_axes
 from rewriter.graph.channel_ranges import hull, profile, range_of
 from rewriter.graph.interpret import walk
@@ -77,7 +78,8 @@ def test_the_batch_is_where_values_grow_with_it(seed: int) -> None:
 def test_any_number_of_images(
     function: Callable[[Forward, Tensor], Tensor], sizes: tuple[int, ...]
 ) -> None:
-    gm = trace(made(function), torch.randn(2, *IMAGE))
+    last = Turn() if function is sequence_first else nn.Identity()  # outputs have inputs first
+    gm = trace(nn.Sequential(made(function), last), torch.randn(2, *IMAGE))
     batches = [torch.randn(n, *IMAGE) for n in sizes]
     profile(gm, batches)
     weigh(gm, batches, inputs=sum(sizes))
@@ -87,6 +89,14 @@ def test_any_number_of_images(
             assert len(node.meta["influence"]) == node.meta["shape"][axis], node
     for text in ("", "refine_ranges@model correct_bias@model round_weights@model"):
         assemble(gm, Plan.parse(text), target("per_tensor"), batches)
+
+
+def test_an_output_without_the_inputs_first_is_refused() -> None:
+    gm = trace(made(sequence_first), torch.randn(2, *IMAGE))
+    batches = [torch.randn(5, *IMAGE)]
+    profile(gm, batches)
+    with pytest.raises(TraceError, match=r"output 0: 5 inputs give .* first axis; .*transpose"):
+        assemble(gm, Plan(()), target("per_tensor"), batches)
 
 
 def test_layers_of_a_sequence_are_weighed_input_by_input() -> None:

@@ -166,10 +166,3 @@ def test_a_score_is_a_key_whatever_it_says_of_its_file() -> None:
     a, b = (Score(plan="p", macs=1, float_ops={"Add": n}) for n in (1, 2))
     assert a != b
     assert len({a, b}) == 2
-
-
-def test_scores_are_keys() -> None:
-    """The schedule remembers what it made of some scores under the scores themselves."""
-    known = {Score(plan="", macs=1, float_ops={"Add": 2}, float_reasons={"a": "b"}): 3}
-    assert known[Score(plan="", macs=1, float_ops={"Add": 2}, float_reasons={"a": "b"})] == 3
-    assert Score(plan="", macs=1, float_ops={"Add": 3}) not in known
