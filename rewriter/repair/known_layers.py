@@ -107,7 +107,8 @@ class KnownLayers:
             place = [n.name for n in node.graph.find_nodes(op="placeholder")].index(node.name)
             return key([start, f"input {place}"])
         quantized = self._quantized
-        arguments: Any = map_arg((node.args, node.kwargs), lambda n: _Known(self._keys[n]))
+        known: Any = {n: _Known(self._keys[n]) for n in node.all_input_nodes}
+        arguments: Any = map_arg((node.args, node.kwargs), known.__getitem__)
         note = annotation(node) if "int8" in node.meta else None
         read = [n for n in node.all_input_nodes if note is not None and n.name in note.reads]
         parts = [
