@@ -13,6 +13,7 @@ from rewriter.damage.fisher import weigh
 from rewriter.damage.grouping import fidelity_of
 from rewriter.errors import RewriteError
 from rewriter.fitting.fit import FitReport, fit
+from rewriter.graph import facts
 from rewriter.graph.channel_ranges import profile
 from rewriter.graph.edit import copy_graph
 from rewriter.graph.lookup import layers
@@ -90,7 +91,7 @@ def assemble(
                 scheme.identity,
                 str(plan),
                 str(VERSION),
-                str(base.meta.get("calibration")),
+                str(facts.CALIBRATION.get(base)),
                 fidelity.digest,
                 *(f"{r.name} {r.version}" for r in rules),
             ]
@@ -174,7 +175,7 @@ def _measure(gm: fx.GraphModule, batches: Batches, store: Store | None, again: b
 
     They depend on the float network alone: a plan that adds layers in float finds those of the plan without.
     """
-    if not again and any("influence" in n.meta for n in gm.graph.nodes):
+    if not again and any(facts.INFLUENCE.known(n) for n in gm.graph.nodes):
         return
     what = _MEASURED if again else _MEASURED[1:]  # the ranges of the network as it is are given
     name, found = "", None
@@ -196,13 +197,13 @@ def _measure(gm: fx.GraphModule, batches: Batches, store: Store | None, again: b
             parts = [f"{known}.{end}.{node.name}" for end in _ENDS[known]]
             if parts[0] in found[0]:
                 values = [found[0][part] for part in parts]
-                node.meta[known] = tuple(values) if len(values) > 1 else values[0]
+                facts.named(known).put(node, tuple(values) if len(values) > 1 else values[0])
 
 
 def _forget(gm: fx.GraphModule, what: tuple[str, ...]) -> None:
     for node in gm.graph.nodes:
         for known in what:
-            node.meta.pop(known, None)
+            facts.named(known).drop(node)
 
 
 def _measured(gm: fx.GraphModule, what: tuple[str, ...]) -> dict[str, Tensor]:
@@ -210,7 +211,7 @@ def _measured(gm: fx.GraphModule, what: tuple[str, ...]) -> dict[str, Tensor]:
     tensors: dict[str, Tensor] = {}
     for node in gm.graph.nodes:
         for known in what:
-            value = node.meta.get(known)
+            value = facts.named(known).get(node)
             if value is not None:
                 parts = value if isinstance(value, tuple) else (value,)
                 for end, part in zip(_ENDS[known], parts, strict=True):
@@ -225,8 +226,8 @@ def repaired(
 
     What earlier plans share with this one (ranges of the same network, layers repaired alike) is taken from the store.
     """
-    repairs: frozenset[str] = gm.meta.get("repairs", frozenset())
-    quantized = calibrated(gm, scheme, batches, gm.meta.get("calibration", "minmax"), store)
+    repairs: frozenset[str] = facts.REPAIRS.get(gm, frozenset())
+    quantized = calibrated(gm, scheme, batches, facts.CALIBRATION.get(gm, "minmax"), store)
     if "ranges" in repairs:
         quantized = refined(quantized, batches, store)
     if repairs & {"biases", "rounding"}:
@@ -261,15 +262,15 @@ def reassemble(
     gm = copy_graph(gm)
     known = {n.name: n for n in original.graph.nodes}
     for node in gm.graph.nodes:  # what rules decide by
-        meta = known[node.name].meta if node.name in known else {}
-        node.meta.update({k: meta[k] for k in _MEASURED if k in meta})
+        if node.name in known:
+            facts.keep(node, known[node.name], *map(facts.named, _MEASURED))
     rules = [(s, rule_named(s.rule)) for s in plan.steps]
     single = Plan(tuple(s for s, r in rules if not isinstance(r, WholeModelRule)))
     whole = Plan(tuple(s for s, r in rules if isinstance(r, WholeModelRule) and r.replaces))
-    facts = {"scheme": quantized.scheme}
-    made = rewrite(rewrite(gm, single, facts=facts), whole, facts=facts)
+    told = {"scheme": quantized.scheme}
+    made = rewrite(rewrite(gm, single, facts=told), whole, facts=told)
     if {n.name for n in layers(made)} != {n.name for n in layers(quantized.gm)}:
-        raise RewriteError(f"plan {plan}: makes other layers for inputs {gm.meta['example']}")
+        raise RewriteError(f"plan {plan}: makes other layers for inputs {facts.EXAMPLE.of(gm)}")
     _put(made, quantized.gm.state_dict())
     return made
 
@@ -291,7 +292,7 @@ def restored(
     scheme: QuantScheme,
 ) -> Quantized:
     """The inverse of ``record``, on a graph of the same structure; edits gm. Nothing is run."""
-    tensors, facts = found
+    tensors, rest = found
     kinds: dict[str, dict[str, Tensor]] = {"state": {}, "scale": {}, "low": {}, "high": {}}
     for path, value in tensors.items():
         kind, _, name = path.partition(".")
@@ -304,5 +305,5 @@ def restored(
         )
         for name, low in kinds["low"].items()
     }
-    ranges = {k: (low, high) for k, (low, high) in facts["ranges"].items()}
-    return Quantized(gm, Calibration(ranges, kinds["scale"], stats, facts["samples"]), scheme)
+    ranges = {k: (low, high) for k, (low, high) in rest["ranges"].items()}
+    return Quantized(gm, Calibration(ranges, kinds["scale"], stats, rest["samples"]), scheme)

@@ -22,7 +22,8 @@ from rewriter.damage.grouping import fidelity_of
 from rewriter.graph.lookup import is_call, layers
 from rewriter.graph.ops import modules_by_call, types
 from rewriter.int8.annotate import annotation, moves_values
-from rewriter.int8.scheme import TINY, QuantSpec, fake_quantize
+from rewriter.int8.integer_grid import fake_quantize
+from rewriter.int8.scheme import TINY, QuantSpec
 from rewriter.int8.simulate import Quantized
 from rewriter.repair.useful_ranges import cut_to_useful
 

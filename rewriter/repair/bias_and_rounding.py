@@ -17,18 +17,14 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
+from rewriter.graph import facts
 from rewriter.graph.edit import copy_graph
 from rewriter.graph.interpret import last_uses, run_node
 from rewriter.graph.lookup import is_call, module_of
 from rewriter.int8.annotate import annotation, is_layer, moves_values
 from rewriter.int8.calibrate import input_scale
-from rewriter.int8.scheme import (
-    TINY,
-    QuantSpec,
-    channel_axis,
-    dequantized_weight,
-    fake_quantize,
-)
+from rewriter.int8.integer_grid import dequantized_weight, fake_quantize, least_weight_scale
+from rewriter.int8.scheme import TINY, QuantSpec, channel_axis
 from rewriter.int8.simulate import Quantized
 from rewriter.repair.known_layers import KnownLayers, Repaired
 from rewriter.repair.layer_patches import patches
@@ -147,7 +143,7 @@ class _Side:
 
 
 def _reads(node: fx.Node) -> tuple[str, ...]:
-    return annotation(node).reads if "int8" in node.meta else ()
+    return annotation(node).reads if facts.INT8.known(node) else ()
 
 
 def _storage(value: Any) -> int:
@@ -184,7 +180,7 @@ def _in_two(batches: list[tuple[Tensor, ...]]) -> list[tuple[Tensor, ...]]:
 
 
 def _size(node: fx.Node) -> int:
-    shape = node.meta.get("shape")
+    shape = facts.SHAPE.get(node)
     if node.op == "get_attr" or not isinstance(shape, tuple):
         return 0
     return math.prod(shape) if all(isinstance(s, int) for s in shape) else 0
@@ -320,5 +316,4 @@ def _least_scale(quantized: Quantized, node: fx.Node, layer: Any, axis: int | No
     if layer.bias is None or step is None:
         rows = layer.weight.shape[0]
         return torch.zeros(rows if axis is not None else (), dtype=torch.float64)
-    bias = layer.bias.detach().abs().double()
-    return (bias if axis is not None else bias.amax()) / (step * 2.0**30)
+    return least_weight_scale(layer.bias.double(), step, axis is not None)

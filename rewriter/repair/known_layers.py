@@ -14,9 +14,11 @@ from typing import Any
 from torch import Tensor, fx, nn
 from torch.fx.node import map_arg
 
+from rewriter.graph import facts
 from rewriter.graph.lookup import module_of
 from rewriter.int8.annotate import annotation
-from rewriter.int8.scheme import channel_axis, on_axis, quantize_weight
+from rewriter.int8.integer_grid import on_axis, quantize_weight
+from rewriter.int8.scheme import channel_axis
 from rewriter.int8.simulate import Quantized
 from rewriter.storage.cache import Mirror, Store, load, save_to
 from rewriter.storage.digest import data_digest, key, tensor_digest
@@ -109,7 +111,7 @@ class KnownLayers:
         quantized = self._quantized
         known: Any = {n: _Known(self._keys[n]) for n in node.all_input_nodes}
         arguments: Any = map_arg((node.args, node.kwargs), known.__getitem__)
-        note = annotation(node) if "int8" in node.meta else None
+        note = annotation(node) if facts.INT8.known(node) else None
         read = [n for n in node.all_input_nodes if note is not None and n.name in note.reads]
         parts = [
             start,

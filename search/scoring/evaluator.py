@@ -18,17 +18,17 @@ import torch
 from torch import Tensor, fx
 from torch.utils import _pytree as pytree
 
-from rewriter import Plan, Quantized, Step, cost
+from rewriter import Plan, Quantized, cost
 from rewriter.assemble import Assembled, assemble, prepare
 from rewriter.damage import fidelity_of
 from rewriter.errors import RewriteError
 from rewriter.graph import channels_last
 from rewriter.int8 import QuantScheme
 from rewriter.int8.onnx import float_onnx
-from rewriter.plan import rewrite, rule_named
+from rewriter.plan import rule_named
 from rewriter.storage import Store
 from search.data.evaluation_set import SampleSet, Tick, check_outputs
-from search.engines import Engine, OnnxRuntime, engine_named, read_back
+from search.engines import OnnxRuntime, engine_named, read_back
 from search.pareto.limits import size_of, with_file
 from search.run_dir.scores import Baseline, Confirmations, Records, Samples, Score
 from search.scoring.child_process import LateError, LostError, apart
@@ -166,7 +166,7 @@ class RewriteEvaluator:
             late = self.limit_s if isinstance(cause, LateError) else None
             macs = cost(self.gm).macs
             known = self._unscored(plan, macs, late)
-            lost = [(score, None) for score in failed(known, cause, parts)]
+            lost = [(score, None) for score in failed(known, cause, parts, self.records.folder)]
             return lost if method == "measure_whole" else lost[0]
 
     def _lacking(self, score: Score) -> bool:
@@ -197,7 +197,10 @@ class RewriteEvaluator:
                 return [_finished(*stopped, start)]
             in_float = self._in_float(plan, gm, parts[-1][1])
         except CandidateError as failure:
-            return [_finished(s, None, start) for s in failed(known, failure.cause, parts)]
+            return [
+                _finished(s, None, start)
+                for s in failed(known, failure.cause, parts, self.records.folder)
+            ]
         found: list[tuple[Score, Samples | None]] = []
         for first, last in parts:
             score, samples = self.measured.compare([o[first:last] for o in outputs], (first, last))
@@ -266,14 +269,6 @@ class RewriteEvaluator:
                     return outputs, (score, samples)
             found = [outputs]
         return found[0], None
-
-    def score_outputs(self, plan: Plan, outputs: list[Tensor], engine: Engine) -> Score:
-        """Score outputs over all samples computed elsewhere, such as by a file that is to ship."""
-        known = self(plan)
-        measured, _ = self.measured.compare(outputs, (0, self.samples.count))
-        return replace(
-            _filled(measured, known), engine=engine.name, engine_version=engine.version()
-        )
 
     def baseline(self) -> Baseline:
         """The network as it is, on all samples; the empty plan is scored where it is not yet.
@@ -359,31 +354,6 @@ class RewriteEvaluator:
         if outputs is None:
             return self.measured.float_metric(part)[0]
         return self.measured.metric([o[slice(*part)] for o in outputs], part)
-
-
-def extra_macs(gm: fx.GraphModule, plans: Sequence[Plan], before: int) -> dict[str, int]:
-    """MACs that each plan adds to those ``before``, by its text; plans that do not apply are left out."""
-    found: dict[str, int] = {}
-    for plan in plans:
-        if all(rule_named(step.rule).free for step in plan.steps):
-            found[str(plan)] = 0
-            continue
-        known = [_added(gm, step) for step in plan.steps] if len(plan.steps) == 1 else [None]
-        if known[0] is not None:
-            found[str(plan)] = known[0]
-            continue
-        try:
-            found[str(plan)] = cost(rewrite(gm, plan)).macs - before
-        except RewriteError as cause:
-            log.warning("plan %r: %s", str(plan), cause)
-    return found
-
-
-def _added(gm: fx.GraphModule, step: Step) -> int | None:
-    """MACs of a single step, where its rule knows them without a rewrite."""
-    rule = rule_named(step.rule)
-    site = rule.site_at(gm, step.anchor) if rule.stage == "thin" else None
-    return None if site is None or site.blocked else rule.added_macs(gm, site)
 
 
 def _filled(measured: Score, known: Score) -> Score:
