@@ -14,6 +14,7 @@ from typing import Any
 from torch import Tensor, fx, nn
 from torch.fx.node import map_arg
 
+from rewriter.graph import facts
 from rewriter.graph.lookup import module_of
 from rewriter.int8.annotate import annotation
 from rewriter.int8.integer_grid import on_axis, quantize_weight
@@ -108,8 +109,9 @@ class KnownLayers:
             place = [n.name for n in node.graph.find_nodes(op="placeholder")].index(node.name)
             return key([start, f"input {place}"])
         quantized = self._quantized
-        arguments: Any = map_arg((node.args, node.kwargs), lambda n: _Known(self._keys[n]))
-        note = annotation(node) if "int8" in node.meta else None
+        known: Any = {n: _Known(self._keys[n]) for n in node.all_input_nodes}
+        arguments: Any = map_arg((node.args, node.kwargs), known.__getitem__)
+        note = annotation(node) if facts.INT8.known(node) else None
         read = [n for n in node.all_input_nodes if note is not None and n.name in note.reads]
         parts = [
             start,

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 # Numbers that are unfolded for one layer, all inputs together, and the fewest positions taken of one input.
 UNFOLDED = 2**21
 LEAST_POSITIONS = 8
-# Positions for each weight of a filter, and for any filter, beyond which more of them change nothing.
+# Positions for each weight of a filter, and for any filter; more of them cost time and tell little.
 FOR_EACH_WEIGHT = 64
 FOR_ANY_FILTER = 2**11
 
