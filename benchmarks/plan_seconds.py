@@ -23,7 +23,7 @@ import tempfile
 import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -42,7 +42,11 @@ PHASES = {
     "digests and store": [
         ("rewriter.assemble", ("graph_digest", "data_digest", "save_to", "load"))
     ],
-    "file and session": [("search.engines.onnxruntime", ("to_onnx", "Session"))],
+    "file and session": [
+        ("search.engines.onnxruntime", ("to_onnx", "Session")),
+        ("search.scoring.evaluator", ("to_onnx", "Session")),
+        ("search.evaluator", ("to_onnx", "Session")),
+    ],
 }
 
 
@@ -75,10 +79,18 @@ class Clock:
         """Time every function of ``PHASES`` that this tree has."""
         for phase, places in PHASES.items():
             for module, names in places:
-                found = importlib.import_module(module)
+                found = imported(module)
                 for name in names:
                     if hasattr(found, name):
                         setattr(found, name, self.wrapped(phase, getattr(found, name)))
+
+
+def imported(*names: str) -> Any:
+    """The first of some modules that this tree has; None where it has none."""
+    for name in names:
+        with suppress(ModuleNotFoundError):
+            return importlib.import_module(name)
+    return None
 
 
 def random_network(name: str, folder: Path) -> Path:
@@ -198,10 +210,10 @@ def work(network: str, tree: Path, images: int | None) -> None:
     torch.set_num_threads(1)
     from rewriter import Plan, find_sites
     from rewriter.assemble import prepare
-    from search.config.schema import load_config
-    from search.data.evaluation_set import SampleSet
     from search.job import open_job
     from search.scoring.bench import Once
+
+    load_config = imported("search.config.schema", "search.config").load_config
 
     clock = Clock()
     with tempfile.TemporaryDirectory() as place:
@@ -212,7 +224,6 @@ def work(network: str, tree: Path, images: int | None) -> None:
             config = random_network(network, folder)
         job = open_job(load_config(config), folder / "run", threads=1)
         evaluator = job.evaluator
-        del SampleSet
         if images is not None:
             samples = cut(evaluator.samples, images)
             evaluator = replace(evaluator, samples=samples, confirmations=None, once=Once())

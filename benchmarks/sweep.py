@@ -15,15 +15,12 @@ import logging
 import multiprocessing
 import resource
 import sys
-import tempfile
 import time
 import traceback
 import warnings
-from collections import Counter
 from pathlib import Path
 from typing import Any
 
-import onnx
 import torch
 from sweep_networks import NETWORKS, build, images, settle
 from torch import Tensor
@@ -31,14 +28,20 @@ from torch.utils import _pytree as pytree
 
 from rewriter import profile, quantize, simulate, target, trace
 from rewriter.graph import layers
-from rewriter.int8.onnx import Session, to_onnx
+from rewriter.int8.onnx import opened, to_onnx
 
 FIELDS = (
     *("network", "parameters", "input", "stage", "layers", "opaque"),
-    *("int8_share", "float_ops", "file_to_simulation_db", "int8_to_float_db", "cpu_s", "error"),
+    *(
+        "int8_share",
+        "float_layers",
+        "float_ops",
+        "file_to_simulation_db",
+        "int8_to_float_db",
+        "cpu_s",
+        "error",
+    ),
 )
-INT8 = ("QLinearConv", "QGemm", "QLinearMatMul", "MatMulIntegerToFloat", "ConvInteger")
-FLOAT = ("Conv", "FusedConv", "ConvTranspose", "Gemm", "FusedGemm", "MatMul", "FusedMatMul")
 LIMIT_S = 300
 MEMORY = 6 << 30  # address space beyond what torch takes
 
@@ -58,19 +61,6 @@ def decibels(expected: list[Tensor], found: list[Tensor]) -> float:
         if noise > 0 and energy > 0:
             worst = min(worst, 10 * torch.log10(torch.tensor(energy / noise)).item())
     return worst
-
-
-def what_runs(file: onnx.ModelProto) -> tuple[float, str]:
-    """Share of the multiplying nodes that are int8 kernels after optimization, and the others."""
-    with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder) / "optimized.onnx"
-        Session(file, threads=1, save_optimized=path)
-        kinds = Counter(node.op_type for node in onnx.load(path).graph.node)
-    int8 = sum(n for kind, n in kinds.items() if kind in INT8)
-    left = {kind: n for kind, n in kinds.items() if kind in FLOAT}
-    total = int8 + sum(left.values())
-    said = " ".join(f"{kind}:{n}" for kind, n in sorted(left.items()))
-    return (round(int8 / total, 4) if total else 0.0), said
 
 
 def measured(name: str, row: dict[str, Any]) -> None:
@@ -96,7 +86,7 @@ def measured(name: str, row: dict[str, Any]) -> None:
     row["stage"] = "emit"
     file = to_onnx(quantized)
     row["stage"] = "session"
-    session = Session(file, threads=1)
+    session, seen = opened(quantized, file, threads=1)
     row["stage"] = "run"
     one, three = session.run(x[:1]), session.run(x[1:4])
     row["stage"] = "agreement"
@@ -105,8 +95,9 @@ def measured(name: str, row: dict[str, Any]) -> None:
         row["int8_to_float_db"] = round(decibels(outputs(gm(x[1:4])), outputs(three)), 1)
     row["file_to_simulation_db"] = round(decibels(simulated, outputs(three)), 1)
     assert all(a.shape[1:] == b.shape[1:] or len(a) != 1 for a, b in zip(one, three, strict=True))
-    row["stage"] = "share"
-    row["int8_share"], row["float_ops"] = what_runs(file)
+    row["int8_share"] = round(seen.int8_share, 4)
+    row["float_ops"] = " ".join(f"{kind}:{n}" for kind, n in sorted(seen.float_ops.items()))
+    row["float_layers"] = len(seen.float_layers)
     row["stage"] = "done"
 
 
@@ -133,9 +124,13 @@ def one(name: str) -> dict[str, Any]:
     process.start()
     there.close()
     try:
-        row = here.recv() if here.poll(LIMIT_S) else {"error": f"not done after {LIMIT_S} s"}
+        row = (
+            here.recv()
+            if here.poll(LIMIT_S)
+            else {"stage": "late", "error": f"not done after {LIMIT_S} s"}
+        )
     except EOFError:
-        row = {"error": "the process died"}
+        row = {"stage": "lost", "error": "the process died"}
     process.kill()
     process.join()
     return {"network": name, **row}
@@ -158,7 +153,7 @@ def main() -> None:
             writer = csv.DictWriter(file, FIELDS, lineterminator="\n")
             writer.writeheader()
             writer.writerows(rows[n] for n in sorted(rows))
-    done = [r for r in rows.values() if r["stage"] == "done"]
+    done = [r for r in rows.values() if r.get("stage") == "done"]
     print(f"{len(done)} of {len(rows)} end to end")
 
 

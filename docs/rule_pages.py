@@ -106,7 +106,8 @@ def table() -> str:
     for file, rules in rules_by_file().items():
         names = ", ".join(f"[`{rule.name}`](rules/{file}.md)" for rule in rules)
         contracts = ", ".join(dict.fromkeys(rule.contract for rule in rules))
-        macs = "none" if all(rule.free for rule in rules) else "change"
+        saves = any(getattr(rule, "saves", False) for rule in rules)
+        macs = "none" if all(rule.free for rule in rules) else "fewer" if saves else "more"
         title = markdown(sections(docstring_of(rules[0]))["title"]).rstrip(".")
         rows.append(f"| {names} | {contracts} | {macs} | {title} |")
     return "\n".join(rows) + "\n"

@@ -8,10 +8,12 @@ from typing import Any
 
 from torch import Tensor, fx, nn
 
+from rewriter.damage.fisher import INPUTS as ALL
 from rewriter.damage.fisher import weigh
 from rewriter.damage.grouping import fidelity_of
 from rewriter.errors import RewriteError
 from rewriter.fitting.fit import FitReport, fit
+from rewriter.graph import facts
 from rewriter.graph.channel_ranges import profile
 from rewriter.graph.edit import copy_graph
 from rewriter.graph.lookup import layers
@@ -30,13 +32,15 @@ __all__ = ["Assembled", "assemble", "prepare", "record", "repaired", "restored",
 
 Batches = Sequence[Tensor | tuple[Tensor, ...]]
 # Raised when the result of the repairs changes, so that stored ones are not reused.
-VERSION = 6
+VERSION = 7
 _ENDS: dict[str, tuple[str, ...]] = {
     "channel_range": ("low", "high"),
     "influence": ("",),
     "weight_influence": ("",),
 }
 _MEASURED = tuple(_ENDS)
+# Inputs that the influence of a rewritten network's values is measured on; that of the network as it is, once, on more.
+INPUTS = 24
 
 
 @dataclass(frozen=True)
@@ -87,7 +91,7 @@ def assemble(
                 scheme.identity,
                 str(plan),
                 str(VERSION),
-                str(base.meta.get("calibration")),
+                str(facts.CALIBRATION.get(base)),
                 fidelity.digest,
                 *(f"{r.name} {r.version}" for r in rules),
             ]
@@ -170,7 +174,7 @@ def _measure(gm: fx.GraphModule, batches: Batches, store: Store | None, again: b
 
     They depend on the float network alone: a plan that adds layers in float finds those of the plan without.
     """
-    if not again and any("influence" in n.meta for n in gm.graph.nodes):
+    if not again and any(facts.INFLUENCE.known(n) for n in gm.graph.nodes):
         return
     what = _MEASURED if again else _MEASURED[1:]  # the ranges of the network as it is are given
     name, found = "", None
@@ -182,7 +186,7 @@ def _measure(gm: fx.GraphModule, batches: Batches, store: Store | None, again: b
         if again:
             _forget(gm, what)
             profile(gm, batches)
-        weigh(gm, batches)
+        weigh(gm, batches, INPUTS if again else ALL)
         if store is not None:
             save_to(store, name, _measured(gm, what), {})
         return
@@ -192,13 +196,13 @@ def _measure(gm: fx.GraphModule, batches: Batches, store: Store | None, again: b
             parts = [f"{known}.{end}.{node.name}" for end in _ENDS[known]]
             if parts[0] in found[0]:
                 values = [found[0][part] for part in parts]
-                node.meta[known] = tuple(values) if len(values) > 1 else values[0]
+                facts.named(known).put(node, tuple(values) if len(values) > 1 else values[0])
 
 
 def _forget(gm: fx.GraphModule, what: tuple[str, ...]) -> None:
     for node in gm.graph.nodes:
         for known in what:
-            node.meta.pop(known, None)
+            facts.named(known).drop(node)
 
 
 def _measured(gm: fx.GraphModule, what: tuple[str, ...]) -> dict[str, Tensor]:
@@ -206,7 +210,7 @@ def _measured(gm: fx.GraphModule, what: tuple[str, ...]) -> dict[str, Tensor]:
     tensors: dict[str, Tensor] = {}
     for node in gm.graph.nodes:
         for known in what:
-            value = node.meta.get(known)
+            value = facts.named(known).get(node)
             if value is not None:
                 parts = value if isinstance(value, tuple) else (value,)
                 for end, part in zip(_ENDS[known], parts, strict=True):
@@ -216,8 +220,8 @@ def _measured(gm: fx.GraphModule, what: tuple[str, ...]) -> dict[str, Tensor]:
 
 def repaired(gm: fx.GraphModule, scheme: QuantScheme, batches: Batches) -> Quantized:
     """Calibrate and repair a rewritten graph as its steps asked for; edits its annotations."""
-    repairs: frozenset[str] = gm.meta.get("repairs", frozenset())
-    quantized = quantize(gm, scheme, batches, gm.meta.get("calibration", "minmax"))
+    repairs: frozenset[str] = facts.REPAIRS.get(gm, frozenset())
+    quantized = quantize(gm, scheme, batches, facts.CALIBRATION.get(gm, "minmax"))
     if "ranges" in repairs:
         quantized = least_damage_ranges(quantized, batches)
     if repairs & {"biases", "rounding"}:
@@ -252,15 +256,15 @@ def reassemble(
     gm = copy_graph(gm)
     known = {n.name: n for n in original.graph.nodes}
     for node in gm.graph.nodes:  # what rules decide by
-        meta = known[node.name].meta if node.name in known else {}
-        node.meta.update({k: meta[k] for k in _MEASURED if k in meta})
+        if node.name in known:
+            facts.keep(node, known[node.name], *map(facts.named, _MEASURED))
     rules = [(s, rule_named(s.rule)) for s in plan.steps]
     single = Plan(tuple(s for s, r in rules if not isinstance(r, WholeModelRule)))
     whole = Plan(tuple(s for s, r in rules if isinstance(r, WholeModelRule) and r.replaces))
-    facts = {"scheme": quantized.scheme}
-    made = rewrite(rewrite(gm, single, facts=facts), whole, facts=facts)
+    told = {"scheme": quantized.scheme}
+    made = rewrite(rewrite(gm, single, facts=told), whole, facts=told)
     if {n.name for n in layers(made)} != {n.name for n in layers(quantized.gm)}:
-        raise RewriteError(f"plan {plan}: makes other layers for inputs {gm.meta['example']}")
+        raise RewriteError(f"plan {plan}: makes other layers for inputs {facts.EXAMPLE.of(gm)}")
     _put(made, quantized.gm.state_dict())
     return made
 
@@ -282,7 +286,7 @@ def restored(
     scheme: QuantScheme,
 ) -> Quantized:
     """The inverse of ``record``, on a graph of the same structure; edits gm. Nothing is run."""
-    tensors, facts = found
+    tensors, rest = found
     kinds: dict[str, dict[str, Tensor]] = {"state": {}, "scale": {}, "low": {}, "high": {}}
     for path, value in tensors.items():
         kind, _, name = path.partition(".")
@@ -295,5 +299,5 @@ def restored(
         )
         for name, low in kinds["low"].items()
     }
-    ranges = {k: (low, high) for k, (low, high) in facts["ranges"].items()}
-    return Quantized(gm, Calibration(ranges, kinds["scale"], stats, facts["samples"]), scheme)
+    ranges = {k: (low, high) for k, (low, high) in rest["ranges"].items()}
+    return Quantized(gm, Calibration(ranges, kinds["scale"], stats, rest["samples"]), scheme)

@@ -11,6 +11,7 @@ from torch import fx
 
 from rewriter.damage.meaning import meanings
 from rewriter.errors import RewriteError
+from rewriter.graph import facts
 from rewriter.plan import Plan, Step, rule_named
 from rewriter.rules import Site
 
@@ -29,7 +30,7 @@ REMEDIES: tuple[tuple[str, str], ...] = (
 STARTS = 2
 # A split adds kernel calls, which MACs do not show: a rung of them is kept if it takes away this
 # share of the damage.
-LEAST_OF_A_SPLIT = 0.2
+SPLIT_GAIN = 0.2
 
 
 EMPTY = Plan()
@@ -129,7 +130,7 @@ def _split(
     score: Callable[[Plan], Measured], below: Rung, name: str, steps: tuple[Step, ...]
 ) -> Rung:
     plan = Plan(tuple(dict.fromkeys((*below.plan.steps, *steps))))
-    return _measured(score, below, name, plan, (1 - LEAST_OF_A_SPLIT) * below.damage)
+    return _measured(score, below, name, plan, (1 - SPLIT_GAIN) * below.damage)
 
 
 def _measured(
@@ -162,10 +163,10 @@ RANGES = ("split_range_3", "split_range_2")
 
 # Places are split by range that have this share of the damage of all layers, and this many at
 # most.
-SHARE = 0.1
+SPLIT_DAMAGE_SHARE = 0.1
 
 
-MOST = 4
+SPLIT_PLACES = 4
 
 
 def exact_splits(
@@ -189,7 +190,7 @@ def exact_splits(
 
 def _classes(gm: fx.GraphModule) -> bool:
     """Whether all that counts is one score for each class: of one kind, and so of one range."""
-    fixed = gm.meta.get("fidelity")
+    fixed = facts.FIDELITY.get(gm)
     if fixed is not None:
         return fixed.only_classes
     kinds = {p.kind for meaning, _ in meanings(gm) for p in meaning.parts}
@@ -210,9 +211,9 @@ def _by_range(sites: Sequence[Site], damage: Mapping[str, float]) -> Iterator[St
     harm = {
         a: sum(damage.get(n, 0.0) for n in (*s.nodes[1:], *s.readers)) for a, s in best.items()
     }
-    least = SHARE * sum(damage.values())
+    least = SPLIT_DAMAGE_SHARE * sum(damage.values())
     taken: set[str] = set()
-    for anchor in sorted(best, key=lambda a: -harm[a])[:MOST]:
+    for anchor in sorted(best, key=lambda a: -harm[a])[:SPLIT_PLACES]:
         if harm[anchor] > least and not taken.intersection(best[anchor].nodes):
             taken.update(best[anchor].nodes)
             yield Step(best[anchor].rule, anchor)

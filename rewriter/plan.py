@@ -10,7 +10,11 @@ from typing import Any
 from torch import Tensor, fx
 
 from rewriter.errors import PlanError
+from rewriter.graph.axes import channel_axes
+from rewriter.graph.channel_ranges import range_of
 from rewriter.graph.edit import copy_graph
+from rewriter.graph.facts import REWRITTEN_BY, named
+from rewriter.graph.interpret import propagate_shapes
 from rewriter.graph.lookup import layers, module_of
 from rewriter.rules import RULES, RewriteRule, Site
 
@@ -107,7 +111,8 @@ def rewrite(
         PlanError: a step has no site, its site is blocked, or two steps exclude each other.
     """
     gm = copy_graph(gm)
-    gm.meta.update(facts or {})
+    for key, value in (facts or {}).items():
+        named(key).put(gm, value)
     taken: dict[tuple[str, str], Step] = {}
     for rule, step in in_order(gm, plan):
         # in what the steps before have made of the graph
@@ -125,7 +130,21 @@ def rewrite(
     gm.delete_all_unused_submodules()
     gm.graph.lint()
     gm.recompile()
+    if any(rule_named(s.rule).contract != "annotation" for s in plan.steps):
+        _describe(gm)
     return gm
+
+
+def _describe(gm: fx.GraphModule) -> None:
+    """The shapes that values have now; channel ranges of a value that has other channels are forgotten.
+
+    A rule knows what it makes, but not what a split does to all that lies behind, such as a flattened map.
+    """
+    propagate_shapes(gm)
+    axes = channel_axes(gm)
+    for node in gm.graph.nodes:
+        if "channel_range" in node.meta and range_of(node, node.meta["shape"][axes[node]]) is None:
+            del node.meta["channel_range"]
 
 
 def in_order(gm: fx.GraphModule, plan: Plan) -> list[tuple[RewriteRule, Step]]:
@@ -147,7 +166,7 @@ def _load(gm: fx.GraphModule, step: Step, state: Mapping[str, Tensor]) -> None:
     """Put fitted tensors into the layer that ``step`` has just made, and those after it, in place."""
     if not state:
         return
-    made = [n for n in layers(gm) if n.meta.get("rewritten_by") == str(step)]
+    made = [n for n in layers(gm) if REWRITTEN_BY.get(n) == str(step)]
     if len(made) != 1:
         raise PlanError(f"{step}: {len(made)} layers for the fitted weights, expected 1")
     owners = {"": made[0]} | {n.name: n for n in layers(gm)}

@@ -17,7 +17,7 @@ from torch.utils import _pytree as pytree
 
 from rewriter import profile, target, trace
 from rewriter.damage import MeaningError, declared, fidelity_of, measure_fidelity
-from rewriter.graph import layers
+from rewriter.graph import facts, layers
 from rewriter.int8 import QuantScheme
 from rewriter.int8.onnx import ReadBack
 from rewriter.storage import (
@@ -37,7 +37,7 @@ from search.data.evaluation_set import Tick, check_outputs, chosen_on, load_samp
 from search.data.model import load_model
 from search.data.overlap import mark, warn_of_overlap
 from search.data.user_code import callable_digest
-from search.engines import Engine, EngineError, scoring_engine
+from search.engines import Engine, EngineError, refusal, scoring_engine
 from search.run_dir.fingerprint import rules_digest, source_digest
 from search.run_dir.scores import Confirmations, Records, Score, fingerprint, open_run
 from search.scoring.evaluator import RewriteEvaluator
@@ -50,7 +50,7 @@ IN_MEMORY = "in memory"
 """What ``run.json`` says in place of a config whose network and data were given from Python."""
 
 Progress = Callable[[str], AbstractContextManager[Tick]]
-Told = Callable[[Score, int], None]
+OnScore = Callable[[Score, int], None]
 
 
 @contextmanager
@@ -78,7 +78,8 @@ class Network:
     data: Data
     task: Task
     calibration: tuple[Tensor, ...]
-    file: ReadBack
+    engine: Engine  # what scores int8 candidates
+    file: ReadBack  # what the file of plain int8 does
 
 
 @dataclass(frozen=True)
@@ -137,33 +138,37 @@ def load_network(cfg: Config, progress: Progress = silent, given: Given | None =
     gm = trace(model, found[0][:2])
     if not layers(gm):
         hidden = "; ".join(
-            f"{part.name} is kept whole: {part.reason}" for part in gm.meta["opaque"]
+            f"{part.name} is kept whole: {part.reason}" for part in facts.OPAQUE.of(gm)
         )
         why = f" ({hidden})" if hidden else ""
         raise ConfigError(
             f"model: no convolution, linear layer or matrix product to quantize{why}"
         )
-    gm.meta["calibration"] = cfg.calibration.method
-    scheme = gm.meta["scheme"] = target(cfg.target)
+    facts.CALIBRATION.put(gm, cfg.calibration.method)
+    scheme = target(cfg.target)
+    facts.SCHEME.put(gm, scheme)
     goal = task(cfg) if given is None else given.task
     goal.attach(gm)
     profile(gm, found)
     try:
         said = None if cfg.outputs is None else declared(cfg.outputs)
-        gm.meta["fidelity"] = measure_fidelity(gm, found, said, goal.purpose)
+        facts.FIDELITY.put(gm, measure_fidelity(gm, found, said, goal.purpose))
     except MeaningError as error:
         raise ConfigError(f"{cfg.path.name}: {error}") from error
-    return Network(cfg, gm, data, goal, tuple(found), trial(gm, scheme, found, engine_of(cfg)))
+    engine = engine_of(cfg, gm, found[0][:2])
+    file = trial(gm, target(cfg.target), found, engine)
+    return Network(cfg, gm, data, goal, tuple(found), engine, file)
 
 
-def engine_of(cfg: Config) -> Engine:
-    """What scores the candidates of a run.
+def engine_of(cfg: Config, gm: fx.GraphModule, images: Tensor) -> Engine:
+    """What runs int8 candidates: the first engine of the config, by default of the target, that can run this network here.
 
     Raises:
-        ConfigError: none of the engines asked for can run here.
+        ConfigError: none of them can.
     """
+    scheme = target(cfg.target)
     try:
-        return scoring_engine(cfg.target, cfg.engines)
+        return scoring_engine(cfg.target, cfg.engines, lambda e: refusal(e, gm, scheme, images))
     except EngineError as cause:
         raise ConfigError(f"{cfg.path.name}: {cause}") from cause
 
@@ -220,7 +225,7 @@ def open_job(
     warn_of_overlap(network.calibration, samples.marks)
     chosen = chosen_on(samples.count, cfg.search.confirmation)
     scheme = target(cfg.target)
-    engine = engine_of(cfg)
+    engine = network.engine
     calibration = Digest()
     calibration.add([cfg.calibration.method, *network.calibration])
     parts = {

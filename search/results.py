@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from math import inf, isfinite
@@ -20,9 +21,9 @@ from search.pareto.step_effects import step_effects
 from search.run_dir.files import RunError, write_json
 from search.run_dir.scores import Baseline, Confirmations, Records, Score, fingerprint, read_run
 from search.scoring.confirm import Confirmed, confirmed, confirmed_front
+from search.scoring.deployed import Deployed, confirmed_on, read_deployed
 from search.sensitivity.run import Sensitivity, read_sensitivity
 
-# of run.json; what makes a report of it
 ABOUT = ("config", "metric", "higher_is_better", "target", "engine", "samples")
 NEEDED = ("parts", "baseline", "objective", "limits", *ABOUT)
 
@@ -37,11 +38,11 @@ class Results:
         front: The best plans within the limits, on all images once they are confirmed.
         chosen: The same on the images that choose among plans.
         references: The empty plan and the most harmful layers left in float, one more at a time.
-        scores: Every plan that was scored, in that order, on the images that choose; failed ones
-            and those given up early too.
+        scores: Every plan scored, in that order, on the images that choose; failed and stopped ones too.
         confirmed: Plans that were run on the images held back, by text.
         held_back: How many images are held back.
         finetuned: Plans that were fine-tuned, by text.
+        deployed: What runtimes that ship the target, but did not score the run, measured: by plan and engine.
         separable: How many points of the front differ from the one before beyond the noise.
     """
 
@@ -58,6 +59,7 @@ class Results:
     confirmed: Mapping[str, Confirmed] = field(default_factory=dict[str, Confirmed])
     held_back: int = 0
     finetuned: Mapping[str, Finetuned] = field(default_factory=dict[str, Finetuned])
+    deployed: Deployed = field(default_factory=dict[str, "dict[str, dict[str, Any]]"])
     separable: int = 0
 
     @property
@@ -70,7 +72,6 @@ class Results:
 
     @property
     def samples(self) -> int:
-        """How many images the numbers of the front are of."""
         if self.held_back and not self.is_confirmed:
             return int(self.facts["samples"]) - self.held_back
         return int(self.facts["samples"])
@@ -215,8 +216,14 @@ class Results:
             "hypervolume_reference": list(corner),
             "plans_scored": len(self.scores),
             "plans_failed": sum(s.error is not None for s in self.scores),
+            "failures": self.failures(),
             "plans_stopped": sum(s.stopped for s in self.scores),
         }
+
+    def failures(self) -> dict[str, int]:
+        """How many plans failed, by the kind of what went wrong, most frequent first."""
+        kinds = Counter(s.error_kind or "unknown" for s in self.scores if s.error is not None)
+        return dict(kinds.most_common())
 
     def overtaken(self) -> list[Score]:
         """Plans that were on the front on the images that chose, but are not on all images."""
@@ -228,6 +235,7 @@ class Results:
         tuned = self.finetuned.get(score.plan)
         more: dict[str, Any] = {} if tuned is None else {"finetuned": tuned.to_dict()}
         more["steps"] = [e.to_dict() for e in step_effects(score.plan, self.scores)]
+        more["confirmed"] = confirmed_on(score, self.facts["target"], self.deployed)
         return point(score) | ({} if known is None else known.to_dict()) | more
 
     def _dearest(self) -> float:
@@ -353,6 +361,7 @@ def results_of(folder: Path, facts: Mapping[str, Any], records: Records) -> Resu
         scores=scores,
         sensitivity=sensitivity,
         confirmed=known,
+        deployed=read_deployed(folder, records.fingerprint),
         held_back=count - selection,
     )
     options: dict[str, Any] = {

@@ -17,14 +17,16 @@ from rewriter.ladder import HEAD, RANGES, TAIL, exact_splits
 from rewriter.storage import short
 from search.config.messages import dotted, explain
 from search.config.schema import Config, ConfigError, SearchConfig
-from search.job import Job, Progress, Told, silent
+from search.job import Job, OnScore, Progress, silent
 from search.pareto.front import cost_named, select_front
 from search.pareto.limits import Limits
 from search.results import load_results
 from search.run_dir.scores import Samples, Score, note
+from search.scoring.added_macs import extra_macs
 from search.scoring.child_process import possible
 from search.scoring.confirm import confirm
-from search.scoring.evaluator import RewriteEvaluator, extra_macs
+from search.scoring.deployed import score_deployed
+from search.scoring.evaluator import RewriteEvaluator
 from search.scoring.failure import to_be_tried_again
 from search.scoring.racing import Race
 from search.sensitivity.run import Sensitivity, analyze, float_gains_on, read_sensitivity
@@ -157,7 +159,7 @@ def run_search(
     job: Job,
     sensitivity: Sensitivity,
     storage: str | None = None,
-    told: Told = lambda score, count: None,
+    on_score: OnScore = lambda score, count: None,
     goal: Goal | None = None,
 ) -> Outcome:
     """Search until the config's budget is used up; the same call again goes on from there.
@@ -166,7 +168,7 @@ def run_search(
         job: What to search.
         sensitivity: Its analysis.
         storage: URL of a shared Optuna storage; None: a journal in the run directory.
-        told: Called after each plan.
+        on_score: Called after each plan.
         goal: What is good enough; a plan that meets it, adds no MACs and keeps no layer in float
             ends the search, since no plan that meets the goal is cheaper.
     """
@@ -201,7 +203,7 @@ def run_search(
         job.gm, space, sensitivity, options.trials, settings.admits, gains_on, savings
     )
     enough = _meets(job, goal)
-    return search(evaluator, job.records, space, worth, settings, place, told, enough)
+    return search(evaluator, job.records, space, worth, settings, place, on_score, enough)
 
 
 def _savings(job: Job, space: Space) -> Savings | None:
@@ -264,14 +266,16 @@ def _meets(job: Job, goal: Goal | None) -> Callable[[Score], bool]:
 
 
 def confirm_front(job: Job, progress: Progress = silent) -> None:
-    """Run what the run directory shows on all images, where some are held back."""
-    if job.evaluator.confirmations is None:
-        return
+    """Run what the run directory shows on all images, where some are held back, and on the engine that ships it."""
     job.records.refresh()
     results = load_results(job.folder)
     plans = [s.plan for s in (*results.chosen.all(), *results.references)]
-    with progress("confirming the front") as tick:
-        confirm(searching(job), list(dict.fromkeys(["", *plans])), tick)
+    if job.evaluator.confirmations is not None:
+        with progress("confirming the front") as tick:
+            confirm(searching(job), list(dict.fromkeys(["", *plans])), tick)
+        results = load_results(job.folder)
+    with progress("confirming on the runtime that ships"):
+        score_deployed(job.evaluator, job.folder, [results.empty(), *results.front.points])
 
 
 def cheapest(job: Job, goal: Goal, max_macs: float) -> Score | None:

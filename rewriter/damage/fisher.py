@@ -17,6 +17,7 @@ from torch import Tensor, fx, nn
 
 from rewriter.damage.fidelity import Fidelity
 from rewriter.damage.grouping import fidelity_of
+from rewriter.graph import facts
 from rewriter.graph.axes import batch_axes, channel_axes
 from rewriter.graph.interpret import run_node
 from rewriter.graph.lookup import module_of, outputs
@@ -36,8 +37,8 @@ def weigh(
 ) -> None:
     """Write the influence of every channel and of every filter into the nodes' meta, in place.
 
-    ``node.meta["influence"]``: (C,) sum of g^2 over the positions of each channel of a value, mean over inputs.
-    ``node.meta["weight_influence"]``: (C_out, C_in / groups) of a layer: sum over a filter's weights of the squared gradient, when
+    ``facts.INFLUENCE``: (C,) sum of g^2 over the positions of each channel of a value, mean over inputs.
+    ``facts.WEIGHT_INFLUENCE``: (C_out, C_in / groups) of a layer: sum over a filter's weights of the squared gradient, when
     the bias follows (so that the mean of what an error adds is taken out), mean over inputs.
 
     Args:
@@ -66,7 +67,7 @@ def weigh(
         for p, flag in flags:
             p.requires_grad_(flag)
     for (node, name), total in sums.items():
-        node.meta[name] = total / done
+        facts.named(name).put(node, total / done)
 
 
 def _accumulate(

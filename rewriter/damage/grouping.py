@@ -16,6 +16,7 @@ from torch import Tensor, fx
 from rewriter.damage.fidelity import SQUARED, TINY, Fidelity, Group
 from rewriter.damage.meaning import Declared, Meaning, Part, Purpose, meanings, output_names
 from rewriter.damage.provenance import Origin
+from rewriter.graph import facts
 from rewriter.graph.interpret import walk
 from rewriter.graph.lookup import outputs
 
@@ -83,10 +84,10 @@ def measure_fidelity(
     about: list[str] = []
     ends, names = outputs(gm), output_names(gm)
     for i, ((meaning, origin), node, name) in enumerate(zip(known, ends, names, strict=True)):
-        dtype = node.meta.get("dtype", torch.float32)
+        dtype = facts.DTYPE.get(node, torch.float32)
         mine = _groups(i, meaning, origin, moments[i], dtype.is_floating_point)
         groups += mine
-        shape = ", ".join(map(str, node.meta.get("shape", ())[1:]))
+        shape = ", ".join(map(str, facts.SHAPE.get(node, ())[1:]))
         about.append(f"{name} (N, {shape}): {_in_words(meaning, mine)}")
     assumed, ranks = any(m.assumed for m, _ in known), purpose in ("decoded", "scores")
     return Fidelity(tuple(groups), tuple(about), assumed, ranks)
@@ -188,7 +189,8 @@ def fidelity_of(
         gm: canonical graph; what is fixed now is kept in it.
         batches: calibration inputs, read where there is none yet.
     """
-    known = gm.meta.get("fidelity")
+    known = facts.FIDELITY.get(gm)
     if known is None:
-        known = gm.meta["fidelity"] = measure_fidelity(gm, batches)
+        known = measure_fidelity(gm, batches)
+        facts.FIDELITY.put(gm, known)
     return known

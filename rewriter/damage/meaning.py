@@ -24,6 +24,7 @@ from torch.utils import _pytree as pytree
 
 from rewriter.damage.provenance import Origin, origins
 from rewriter.errors import RewriteError
+from rewriter.graph import facts
 from rewriter.graph.lookup import outputs, unflatten
 
 Kind = Literal[
@@ -170,12 +171,12 @@ def _only(item: Mapping[Any, Any], known: Sequence[str], where: str) -> None:
 def output_names(gm: fx.GraphModule) -> list[str]:
     """A name for each flat output: its path in what ``forward`` returns, such as ``boxes`` or ``1.scores``."""
     count = len(outputs(gm))
-    if "structure" not in gm.meta or gm.meta["structure"] is None:
+    if not facts.STRUCTURE.known(gm) or facts.STRUCTURE.of(gm) is None:
         return [str(i) for i in range(count)]
-    fixed = len(gm.meta.get("constant_outputs", {}))
+    fixed = len(facts.CONSTANT_OUTPUTS.get(gm, {}))
     nested = unflatten(gm, list(range(count))) if count or fixed else ()
     found: dict[int, str] = {}
-    constants = set(gm.meta.get("constant_outputs", {}))
+    constants = set(facts.CONSTANT_OUTPUTS.get(gm, {}))
     for place, (path, value) in enumerate(pytree.tree_flatten_with_path(nested)[0]):
         if place not in constants:
             found[value] = ".".join(str(getattr(k, "key", getattr(k, "idx", k))) for k in path)
@@ -221,7 +222,7 @@ def _said(gm: fx.GraphModule, said: Declared, otherwise: list[Meaning]) -> list[
 
 def _checked(meaning: Meaning, node: fx.Node, origin: Origin, name: str) -> Meaning:
     """The meaning with its axis, where it fits the output's shape."""
-    shape = node.meta.get("shape", ())
+    shape = facts.SHAPE.get(node, ())
     axis = meaning.axis
     if axis is not None and axis >= len(shape):
         raise MeaningError(f"outputs: {name}: axis {axis}: the shape is {_shape(shape)}")
@@ -248,12 +249,12 @@ def _by_purpose(ends: list[fx.Node], sources: list[Origin], purpose: Purpose) ->
     told = purpose != "unknown"
     if purpose == "scores":
         return [_scores(o) if i == 0 else Meaning.of("ignored") for i, o in enumerate(sources)]
-    rows = [len(n.meta.get("shape", ())) == 2 for n in ends]
+    rows = [len(facts.SHAPE.get(n, ())) == 2 for n in ends]
     if purpose == "classes":
         first = _classes(sources[0], assumed=False)
         return [first, *(Meaning.of("ignored") for _ in ends[1:])]
     if purpose == "unknown" and len(ends) == 1:
-        shape = ends[0].meta.get("shape", ())
+        shape = facts.SHAPE.get(ends[0], ())
         end = _ending(sources[0])
         alike = end != "sigmoid" and len(set(sources[0].path)) == 1
         if alike and len(shape) == 2 and shape[1] > 1 and _is_float(ends[0]):
@@ -264,7 +265,7 @@ def _by_purpose(ends: list[fx.Node], sources: list[Origin], purpose: Purpose) ->
 
 
 def _is_float(node: fx.Node) -> bool:
-    return node.meta.get("dtype", torch.float32).is_floating_point
+    return facts.DTYPE.get(node, torch.float32).is_floating_point
 
 
 def _classes(origin: Origin, *, assumed: bool) -> Meaning:

@@ -18,6 +18,7 @@ from torch import Tensor, fx, nn
 from torch.fx.node import map_arg
 from torch.nn import functional
 
+from rewriter.graph import facts
 from rewriter.graph.lookup import module_of, outputs
 from rewriter.graph.ops import LAYER_TYPES
 
@@ -144,7 +145,7 @@ def _identities(
     if node.op == "get_attr":
         return None
     what: Any = type(module_of(gm, node)) if node.op == "call_module" else node.target
-    shape = node.meta.get("shape")
+    shape = facts.SHAPE.get(node)
     if what in _MOVES:
         try:
             return _moved(gm, node, values)
@@ -169,7 +170,7 @@ def _moved(gm: fx.GraphModule, node: fx.Node, values: dict[fx.Node, Any]) -> Any
     def filled(n: fx.Node) -> Any:
         found = known(n)
         # a constant beside others, such as in a concatenation
-        return torch.zeros(n.meta["shape"], dtype=torch.float64) if found is None else found
+        return torch.zeros(facts.SHAPE.of(n), dtype=torch.float64) if found is None else found
 
     args, kwargs = map_arg(node.args, filled), map_arg(node.kwargs, filled)
     if node.op == "call_module":
@@ -209,7 +210,7 @@ def _fresh(what: Any, shape: tuple[int, ...], table: _Table) -> Tensor | None:
 
 
 def _origin(identities: Any, node: fx.Node, table: _Table) -> Origin:
-    shape = node.meta.get("shape")
+    shape = facts.SHAPE.get(node)
     if not isinstance(identities, Tensor) and isinstance(shape, tuple):
         identities = _fresh(None, shape, table)
     if not isinstance(identities, Tensor) or identities.ndim < 2:

@@ -15,6 +15,7 @@ import torch.nn.functional as functional
 from torch import Tensor, fx, nn
 
 from rewriter.errors import RewriteError
+from rewriter.graph import facts
 from rewriter.graph.lookup import layer_name
 
 _OPERATORS = {
@@ -64,7 +65,7 @@ def source_of(gm: fx.GraphModule, class_name: str, note: str = "") -> Source:
     body = [line for node in gm.graph.nodes for line in writer.statement(node)]
     inputs = ", ".join(f"{writer.names[n]}: Tensor" for n in gm.graph.find_nodes(op="placeholder"))
     name = _identifier(class_name) or "Network"
-    shapes = ", ".join(str((1, *shape)) for shape in gm.meta["example"])
+    shapes = ", ".join(str((1, *shape)) for shape in facts.EXAMPLE.of(gm))
     arguments = "self, opaque: dict[str, nn.Module]" if writer.opaque else "self"
     lines = [
         '"""'
@@ -130,7 +131,7 @@ class _Writer:
             self.names[node] = f"self.{self._constant(str(node.target))}"
             return []
         self.names[node] = _fresh(node.name, self.locals)
-        made = node.meta.get("rewritten_by")
+        made = facts.REWRITTEN_BY.get(node)
         remark = f"  # {made}" if made else ""
         return [f"{_INDENT}{self.names[node]} = {self._call(node)}{remark}"]
 

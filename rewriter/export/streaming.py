@@ -20,6 +20,7 @@ from torch.utils import _pytree as pytree
 
 from rewriter.assemble import reassemble
 from rewriter.errors import RewriteError
+from rewriter.graph import facts
 from rewriter.graph.edit import copy_graph
 from rewriter.graph.interpret import propagate_shapes, walk
 from rewriter.graph.lookup import module_of, outputs
@@ -64,7 +65,8 @@ def first_output_only(gm: fx.GraphModule) -> None:
     if not rest:
         return
     output.args = (scores,)
-    gm.meta.update(structure=pytree.tree_structure(0), constant_outputs={})
+    facts.STRUCTURE.put(gm, pytree.tree_structure(0))
+    facts.CONSTANT_OUTPUTS.put(gm, {})
     gm.graph.eliminate_dead_code()
     gm.delete_all_unused_submodules()
     gm.recompile()
@@ -99,8 +101,9 @@ def streaming(gm: fx.GraphModule) -> Stream:
             ends += _last_states(gm, nodes[-1], len(starts), cell)
     output.args = ((*outputs(gm), *ends),)
     structure = pytree.tree_structure(tuple(range(count + len(ends))))
-    gm.meta.update(structure=structure, constant_outputs={})
-    gm.meta["example"] = (*gm.meta["example"], *(tuple(s.initial.shape) for s in states))
+    facts.STRUCTURE.put(gm, structure)
+    facts.CONSTANT_OUTPUTS.put(gm, {})
+    facts.EXAMPLE.put(gm, (*facts.EXAMPLE.of(gm), *(tuple(s.initial.shape) for s in states)))
     gm.graph.eliminate_dead_code()
     gm.graph.lint()
     gm.recompile()
@@ -138,7 +141,7 @@ def streaming_int8(
 
 def _owners(gm: fx.GraphModule) -> list[str]:
     """The values that have an int8 range of their own, in running order."""
-    return [n.name for n in gm.graph.nodes if n.meta["int8"].range_of == n.name]
+    return [n.name for n in gm.graph.nodes if facts.INT8.of(n).range_of == n.name]
 
 
 def run_stream(
@@ -192,7 +195,7 @@ def _initial_states(
     """What the first call of each module starts from, for one sequence."""
     given = {nodes[0]: _given(nodes[0]) for nodes in calls}
     wanted = {n for tree in given.values() for n in pytree.tree_leaves(tree) if n is not None}
-    zeros = tuple(torch.zeros(1, *s) for s in gm.meta["example"])
+    zeros = tuple(torch.zeros(1, *s) for s in facts.EXAMPLE.of(gm))
     with torch.no_grad():
         steps = walk(gm, zeros) if wanted else ()
         values: dict[fx.Node, Any] = {node: value for node, value in steps if node in wanted}

@@ -31,17 +31,13 @@ import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
 from rewriter.damage.grouping import fidelity_of
+from rewriter.graph import facts
 from rewriter.graph.cost import layer_macs
 from rewriter.graph.interpret import run_node, walk
 from rewriter.graph.lookup import is_call, module_of, outputs
 from rewriter.graph.ops import LAYER_TYPES
-from rewriter.int8.scheme import (
-    QuantScheme,
-    channel_axis,
-    dequantized_weight,
-    fake_quantize,
-    weight_scale,
-)
+from rewriter.int8.integer_grid import dequantized_weight, fake_quantize
+from rewriter.int8.scheme import QuantScheme, channel_axis, weight_scale
 
 log = logging.getLogger(__name__)
 Batches = Sequence[Tensor | tuple[Tensor, ...]]
@@ -127,7 +123,7 @@ class _Student:
 
     def numbers(self) -> int:
         """Size of what is kept of one input."""
-        shapes = [n.meta.get("shape") for n in self.border if n.op != "get_attr"]
+        shapes = [facts.SHAPE.get(n) for n in self.border if n.op != "get_attr"]
         return sum(math.prod(s) for s in shapes if isinstance(s, tuple))
 
 

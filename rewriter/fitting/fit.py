@@ -25,10 +25,12 @@ from rewriter.errors import PlanError, QuantizeError
 from rewriter.fitting.distill import distil, rounded_weight
 from rewriter.fitting.least_squares import NormalEquations
 from rewriter.fitting.thinning import fit_thin, is_thin
+from rewriter.graph import facts
 from rewriter.graph.edit import copy_graph
 from rewriter.graph.interpret import walk
 from rewriter.graph.lookup import find, layers, module_of
-from rewriter.int8.scheme import QuantScheme, fake_quantize
+from rewriter.int8.integer_grid import fake_quantize
+from rewriter.int8.scheme import QuantScheme
 from rewriter.plan import Plan, Step, in_order, rewrite, rule_named
 from rewriter.storage.cache import Store, load, save_to
 from rewriter.storage.digest import data_digest, graph_digest, key
@@ -162,12 +164,12 @@ def _thinned(
     if device != "cpu":
         teacher, base = copy_graph(gm).to(device), base.to(device)
     moved = [tuple(x.to(device) for x in _tuple(b)) for b in batches]
-    for step, state, facts in fit_thin(teacher, base, thin, moved, scheme, store, seed):
-        error = facts["error"]
+    for step, state, report in fit_thin(teacher, base, thin, moved, scheme, store, seed):
+        error = report["error"]
         yield (
             step,
             state,
-            FitReport(str(step), error, error, facts["images"], 0, facts["seconds"]),
+            FitReport(str(step), error, error, report["images"], 0, report["seconds"]),
         )
 
 
@@ -192,7 +194,7 @@ def _fit_step(
     assert isinstance(source, fx.Node)
     scale = _input_scale(gm, source.name, batches, scheme)
     images = sum(len(b[0]) for b in batches)
-    places = torch.Size(node.meta["shape"][2:]).numel()
+    places = torch.Size(facts.SHAPE.of(node)[2:]).numel()
     equations = NormalEquations(layer, images * places, seed)
     with torch.no_grad():
         for batch in batches:
@@ -273,7 +275,7 @@ def fitted_layer(gm: fx.GraphModule, step: Step) -> fx.Node:
         PlanError: there is none.
     """
     for node in layers(gm):
-        if node.meta.get("rewritten_by") == str(step):
+        if facts.REWRITTEN_BY.get(node) == str(step):
             return node
     raise PlanError(f"{step}: the rewritten graph has no layer of this step")
 

@@ -11,6 +11,7 @@ from torch import Tensor, fx, nn
 
 from rewriter.fitting.brain_surgeon import Moments, Problem, Rounding
 from rewriter.fitting.least_squares import unfold
+from rewriter.graph import facts
 from rewriter.graph.lookup import is_call, module_of
 from rewriter.graph.ops import ACTIVATION_TYPES
 from rewriter.int8.scheme import QuantScheme
@@ -80,7 +81,7 @@ def set_weights(layer: nn.Module, w: Tensor) -> None:
 def influence_of(reader: fx.Node, original: fx.Node | None, outputs: int) -> Tensor:
     """(O,) what a squared error in each output of a reader counts, 1 on average."""
     for node in (reader, original):
-        known = None if node is None else node.meta.get("influence")
+        known = None if node is None else facts.INFLUENCE.get(node)
         if isinstance(known, Tensor) and len(known) == outputs and float(known.sum()) > 0:
             return (known / known.mean()).clamp_min(1e-3)
     return torch.ones(outputs, dtype=torch.float64)
@@ -135,7 +136,7 @@ def roundings_of(gm: fx.GraphModule, hidden: Hidden, scheme: QuantScheme) -> Ite
     for node in reversed(hidden.values()):
         users = list(node.users)
         fused = len(users) == 1 and is_call(gm, users[0], *ACTIVATION_TYPES)
-        known = node.meta.get("channel_range")
+        known = facts.CHANNEL_RANGE.get(node)
         if known is not None and not fused and len(known[0]) == hidden.channels:
             low, high = (r.double().view(-1, hidden.unit) for r in known)
             mean = gain.view(-1, hidden.unit).mean(1)

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
+from rewriter.graph import facts
 from rewriter.graph.interpret import last_uses, run_node
 
 Batches = Sequence[tuple[Tensor, ...]]
@@ -36,7 +37,7 @@ def _live_bytes(gm: fx.GraphModule) -> int:
     """The most that the values of one input take at any time."""
     dying, live, most = last_uses(gm), dict[fx.Node, int](), 0
     for node in gm.graph.nodes:
-        shape = node.meta.get("shape")
+        shape = facts.SHAPE.get(node)
         plain = isinstance(shape, tuple) and all(isinstance(n, int) for n in shape)
         live[node] = 4 * torch.Size(shape).numel() if plain else 0  # type: ignore[arg-type]
         most = max(most, sum(live.values()))

@@ -1,9 +1,11 @@
 """What each amount of thinning at each place would cost: a table for all of a network from a few passes.
 
 The first inputs give, for each reader, the second moments of what it reads; from these the optimal
-brain surgeon takes the channels of all amounts one after another. On the other inputs, the error d
-that each amount leaves at its reader is priced by the Fisher information: damage ~ 1/2 E[(g . d)^2]
-with g the gradient there of a random projection of the outputs. No thinned network is run.
+brain surgeon takes the channels of all amounts one after another. On the other inputs, what the
+reader makes with the weights of an amount goes on through the rest of the float network, and the
+damage is measured. Where that is too much to compute, the error d at the reader is priced by the
+Fisher information: damage ~ 1/2 E[(g . d)^2] with g the gradient there of a random projection of
+the outputs, one backward pass for all amounts at all places.
 The prices add up only roughly: a plan's own fit makes up for some of what earlier steps did.
 """
 
@@ -17,12 +19,15 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
+from rewriter.damage import fidelity_of
 from rewriter.damage.fisher import gradients, weigh
 from rewriter.fitting.brain_surgeon import Moments, remove, solve
 from rewriter.fitting.readers import influence_of, input_rows, problem_of, rows_of, weights_of
 from rewriter.fitting.side_by_side import Batches, some_inputs
-from rewriter.graph.interpret import walk
-from rewriter.graph.lookup import find, module_of
+from rewriter.graph import facts
+from rewriter.graph.cost import layer_macs
+from rewriter.graph.interpret import run_node, walk
+from rewriter.graph.lookup import find, module_of, outputs
 from rewriter.int8.scheme import QuantScheme
 from rewriter.plan import Step
 from rewriter.rules.thin_channels import AMOUNTS, ThinChannels, channels_of_units, kept_counts
@@ -33,9 +38,11 @@ from rewriter.surgery.hidden_channels import Hidden, hidden_of, kept_columns
 log = logging.getLogger(__name__)
 
 # Raised whenever a price comes out differently.
-VERSION = 1
+VERSION = 2
 # Share of the inputs that fit; the others price.
 FITTED = 2 / 3
+# Multiply-adds that measuring the amounts may cost, and inputs that are too few to measure on.
+BUDGET, FEWEST = 4e11, 12
 # Bytes that the second moments of several readers may take at a time.
 MEMORY = 400_000_000
 
@@ -65,9 +72,8 @@ def thin_table(
         seed: Of positions and projections.
     """
     moved = [b if isinstance(b, tuple) else (b,) for b in batches]
-    name = key(
-        [graph_digest(gm), data_digest(moved), scheme.identity, f"thin table {VERSION} {seed}"]
-    )
+    what = [graph_digest(gm), data_digest(moved), scheme.identity, fidelity_of(gm, moved).digest]
+    name = key([*what, f"thin table {VERSION} {seed}"])
     found = None if store is None else load(store, name)
     if found is not None:
         return {
@@ -111,7 +117,7 @@ def _measured(
     inputs = some_inputs(gm, batches)
     if not places or not inputs:
         return {}
-    if not any("influence" in n.meta for n in gm.graph.nodes):
+    if not any(facts.INFLUENCE.known(n) for n in gm.graph.nodes):
         weigh(gm, inputs)
     fitted = max(1, round(FITTED * len(inputs)))
     pricing = inputs[fitted:] or inputs
@@ -119,7 +125,11 @@ def _measured(
     for group in _groups(gm, places):
         for place, moments in _moments(gm, group, inputs[:fitted], seed):
             solved |= _solved(gm, place, moments, scheme)
-    damages = _damages(gm, places, solved, pricing, seed)
+    count = _affordable(gm, places)
+    if count >= FEWEST:
+        damages = _measured_damages(gm, places, solved, pricing, count)
+    else:
+        damages = _damages(gm, places, solved, pricing, seed)
     return {
         step: Price(place.saved[step], damages[step])
         for place in places
@@ -193,6 +203,69 @@ def _solved(
     return found
 
 
+def _affordable(gm: fx.GraphModule, places: Sequence[_Place]) -> int:
+    """Inputs on which every amount can be run through the rest of the network within the budget."""
+    order = {n.name: i for i, n in enumerate(gm.graph.nodes)}
+    macs = layer_macs(gm)
+    each = 0.0
+    for place in places:
+        after = order[_reader(place).name]
+        each += len(place.steps) * sum(m for name, m in macs.items() if order[name] >= after)
+    return int(BUDGET / max(each, 1.0))
+
+
+def _measured_damages(
+    gm: fx.GraphModule,
+    places: Sequence[_Place],
+    solved: Mapping[Step, Tensor],
+    inputs: Batches,
+    count: int,
+) -> dict[Step, float]:
+    """Damage of each step alone on inputs that did not fit it."""
+    total = dict.fromkeys(solved, 0.0)
+    images = 0
+    order = list(gm.graph.nodes)
+    returned, fidelity = outputs(gm), fidelity_of(gm, inputs)
+    for part in inputs:
+        part = tuple(x[: count - images] for x in part)
+        if not len(part[0]):
+            break
+        images += len(part[0])
+        with torch.no_grad():
+            values: dict[fx.Node, Any] = {}
+            feed = iter(part)
+            for node in order:
+                if node.op != "output":
+                    values[node] = run_node(gm, node, values, feed)
+            reference = [values[n] for n in returned]
+            for place in places:
+                reader = _reader(place)
+                layer, source = module_of(gm, reader), values[reader.args[0]]  # type: ignore[index]
+                for step in place.steps.values():
+                    made = values[reader] + _error(layer, source, solved[step])
+                    after = _rest(gm, order, values, reader, made)
+                    found = [after.get(n, values[n]) for n in returned]
+                    each = fidelity.damage(found, reference)
+                    total[step] += float(each.sum())
+    return {step: d / max(1, images) for step, d in total.items()}
+
+
+def _rest(
+    gm: fx.GraphModule,
+    order: Sequence[fx.Node],
+    values: dict[fx.Node, Any],
+    node: fx.Node,
+    value: Tensor,
+) -> dict[fx.Node, Any]:
+    """The values that change when a node has another value."""
+    changed: dict[fx.Node, Any] = {node: value}
+    for other in order[order.index(node) + 1 :]:
+        if other.op != "output" and any(n in changed for n in other.all_input_nodes):
+            given = {n: changed.get(n, values[n]) for n in other.all_input_nodes}
+            changed[other] = run_node(gm, other, given)
+    return changed
+
+
 def _damages(
     gm: fx.GraphModule,
     places: Sequence[_Place],
@@ -205,7 +278,7 @@ def _damages(
     total = dict.fromkeys(solved, 0.0)
     images = 0
     for part in inputs:
-        values, slopes = gradients(gm, part, generator)
+        values, slopes = gradients(gm, part, generator, fidelity_of(gm, inputs))
         images += len(part[0])
         for place in places:
             reader = _reader(place)
@@ -217,7 +290,7 @@ def _damages(
                 each = (slopes[reader].detach() * error).flatten(1).double().sum(1)
                 total[step] += float(each.square().sum()) / 2
         del values, slopes
-    return {step: damage / max(1, images) for step, damage in total.items()}
+    return {step: d / max(1, images) for step, d in total.items()}
 
 
 def _error(layer: Any, x: Tensor, w: Tensor) -> Tensor:

@@ -21,6 +21,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
+from rewriter.damage import fidelity_of
 from rewriter.damage.fisher import weigh
 from rewriter.fitting.brain_surgeon import Moments, remove, solve
 from rewriter.fitting.readers import (
@@ -33,6 +34,7 @@ from rewriter.fitting.readers import (
     weights_of,
 )
 from rewriter.fitting.side_by_side import Batches, Values, run_again, some_inputs
+from rewriter.graph import facts
 from rewriter.graph.edit import copy_graph
 from rewriter.graph.lookup import find, module_of
 from rewriter.int8.scheme import QuantScheme
@@ -81,15 +83,15 @@ def fit_thin(
         PlanError: a step does not apply.
     """
     what = [graph_digest(teacher), graph_digest(base), data_digest(batches), scheme.identity]
-    what += [f"thin {VERSION} {seed}"]
+    what += [fidelity_of(teacher, batches).digest, f"thin {VERSION} {seed}"]
     known: list[tuple[State, dict[str, Any]]] = []
     for count in range(1, len(steps) + 1):
         found = None if store is None else load(store, key([*what, *map(str, steps[:count])]))
         if found is None:
             break
         known.append(found)
-    for step, (state, facts) in zip(steps, known, strict=False):
-        yield step, state, facts
+    for step, (state, report) in zip(steps, known, strict=False):
+        yield step, state, report
     if len(known) == len(steps):
         return
     inputs = some_inputs(teacher, batches)
@@ -98,10 +100,10 @@ def fit_thin(
         if count < len(known):
             run.take(step, known[count][0])
             continue
-        state, facts = run.fit(step)
+        state, report = run.fit(step)
         if store is not None:
-            save_to(store, key([*what, *map(str, steps[: count + 1])]), state, facts)
-        yield step, state, facts
+            save_to(store, key([*what, *map(str, steps[: count + 1])]), state, report)
+        yield step, state, report
 
 
 class _Thinned:
@@ -119,7 +121,7 @@ class _Thinned:
         self.scheme, self.seed = scheme, seed
         self.student = copy_graph(base)
         self.images = sum(len(part[0]) for part in inputs)
-        if not any("influence" in n.meta for n in teacher.graph.nodes):
+        if not any(facts.INFLUENCE.known(n) for n in teacher.graph.nodes):
             weigh(teacher, inputs)
         self.names = {n.name: n for n in teacher.graph.nodes}
         entries = [find(self.student, s.anchor) for s in steps]
@@ -141,9 +143,9 @@ class _Thinned:
             order = {n: i for i, n in enumerate(self.student.graph.nodes)}
             if len(others) == 1 and order[others[0]] < order[reader]:
                 total = self.names[users[0].name]
-                if total.meta["shape"] == users[0].meta["shape"] == reader.meta["shape"]:
+                if facts.SHAPE.of(total) == facts.SHAPE.of(users[0]) == facts.SHAPE.of(reader):
                     return total, others[0]
-        if same is not None and same.meta["shape"] == reader.meta["shape"]:
+        if same is not None and facts.SHAPE.of(same) == facts.SHAPE.of(reader):
             return same, None
         return None, None
 
@@ -279,7 +281,7 @@ class _Thinned:
 
     def _slice(self, hidden: Hidden, kept: Tensor) -> None:
         """Take channels away from the student and from its values."""
-        wide = [(n, o, n.meta["shape"][hidden.axis]) for n, o in hidden.joined]
+        wide = [(n, o, facts.SHAPE.of(n)[hidden.axis]) for n, o in hidden.joined]
         keep_channels(self.student, hidden, kept)
         for values in self.values.parts:
             for node in hidden.values():

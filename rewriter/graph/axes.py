@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import fx, nn
 
+from rewriter.graph import facts
 from rewriter.graph.lookup import is_call
 
 _LAST = (nn.Linear, nn.LayerNorm)
@@ -72,7 +73,7 @@ def channel_axes(gm: fx.GraphModule) -> dict[fx.Node, int]:
 
 
 def _rank(node: fx.Node) -> int:
-    shape = node.meta.get("shape")
+    shape = facts.SHAPE.get(node)
     plain = isinstance(shape, tuple) and all(isinstance(v, int) for v in shape)
     return len(shape) if plain and node.op != "output" else 0
 
@@ -100,9 +101,12 @@ def _after(gm: fx.GraphModule, node: fx.Node, found: dict[fx.Node, int], batch: 
 
 def _keeps(gm: fx.GraphModule, source: fx.Node, node: fx.Node) -> bool:
     """Whether channels stay where they are: the same shape, or pooling and resizing of a picture."""
-    if source.meta["shape"] == node.meta["shape"] and node.target not in ("reshape", "permute"):
+    if facts.SHAPE.of(source) == facts.SHAPE.of(node) and node.target not in (
+        "reshape",
+        "permute",
+    ):
         return True
-    alike = _rank(source) == _rank(node) and source.meta["shape"][:2] == node.meta["shape"][:2]
+    alike = _rank(source) == _rank(node) and facts.SHAPE.of(source)[:2] == facts.SHAPE.of(node)[:2]
     return alike and node.op == "call_module" and not is_call(gm, node, *_LAST)
 
 

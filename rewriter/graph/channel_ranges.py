@@ -7,6 +7,7 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor, fx
 
+from rewriter.graph import facts
 from rewriter.graph.axes import channel_axes
 from rewriter.graph.interpret import walk
 
@@ -14,7 +15,7 @@ Range = tuple[Tensor, Tensor]
 
 
 def profile(gm: fx.GraphModule, batches: Iterable[Tensor | tuple[Tensor, ...]]) -> None:
-    """Write ``node.meta["channel_range"] = (low, high)``, each (C,), at every value, in place.
+    """Write ``facts.CHANNEL_RANGE``, (low, high), each (C,), at every value, in place.
 
     Channels are those of ``rewriter.graph.axes.channel_axes``.
 
@@ -33,9 +34,9 @@ def profile(gm: fx.GraphModule, batches: Iterable[Tensor | tuple[Tensor, ...]]) 
                     continue
                 low, high = channel_range(value, axes.get(node, 1))
                 found = low.cpu(), high.cpu()
-                if "channel_range" in node.meta:
-                    found = hull(node.meta["channel_range"], found)
-                node.meta["channel_range"] = found
+                if facts.CHANNEL_RANGE.known(node):
+                    found = hull(facts.CHANNEL_RANGE.of(node), found)
+                facts.CHANNEL_RANGE.put(node, found)
 
 
 def range_of(node: fx.Node, channels: int) -> Range | None:
@@ -43,7 +44,7 @@ def range_of(node: fx.Node, channels: int) -> Range | None:
 
     A range of another length belongs to what stood here before a step changed it.
     """
-    known = node.meta.get("channel_range")
+    known = facts.CHANNEL_RANGE.get(node)
     return known if known is not None and len(known[0]) == channels else None
 
 

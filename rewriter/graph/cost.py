@@ -17,6 +17,7 @@ import torch
 from torch import fx, nn
 from torch.utils.flop_counter import FlopCounterMode
 
+from rewriter.graph import facts
 from rewriter.graph.lookup import is_call, layers, module_of
 from rewriter.graph.ops import RECURRENT_TYPES
 
@@ -38,7 +39,7 @@ def cost(gm: fx.GraphModule) -> Cost:
     >>> cost(trace(nn.Sequential(nn.Conv2d(3, 8, 3, padding=1)).eval(), zeros(2, 3, 10, 10))).macs
     21600
     """
-    zeros = [torch.zeros(1, *shape) for shape in gm.meta["example"]]
+    zeros = [torch.zeros(1, *shape) for shape in facts.EXAMPLE.of(gm)]
     calls: list[tuple[nn.Module, Any]] = []
     hooks = [
         m.register_forward_hook(lambda m, args, _: calls.append((m, args[0])))
@@ -52,7 +53,7 @@ def cost(gm: fx.GraphModule) -> Cost:
             hook.remove()
     macs += sum(_recurrent_macs(m, x) - _counted(m, x) for m, x in calls)
     params = sum(p.numel() for p in gm.parameters())
-    kept = [module_of(gm, n).weight for n in layers(gm) if not n.meta.get("keep_float")]
+    kept = [module_of(gm, n).weight for n in layers(gm) if not facts.KEEP_FLOAT.get(n)]
     int8 = sum({id(w): w.numel() for w in kept}.values())  # a weight may have two layers
     return Cost(macs, params, int8 + 4 * (params - int8))
 
@@ -76,10 +77,10 @@ def layer_macs(gm: fx.GraphModule) -> dict[str, int]:
     """MACs of every weighted layer for one input, by node name."""
     found: dict[str, int] = {}
     for node in layers(gm):
-        m, shape = module_of(gm, node), node.meta["shape"]
+        m, shape = module_of(gm, node), facts.SHAPE.of(node)
         if isinstance(m, nn.ConvTranspose2d):
             (source,) = node.all_input_nodes
-            places = math.prod(source.meta["shape"]) // m.in_channels
+            places = math.prod(facts.SHAPE.of(source)) // m.in_channels
             found[node.name] = places * m.weight.numel()
         else:
             channels = m.out_features if isinstance(m, nn.Linear) else m.out_channels
@@ -94,7 +95,7 @@ def node_macs(gm: fx.GraphModule) -> dict[str, int]:
     """MACs of every layer, matrix product and recurrent layer for one input, by node name; others have none."""
     found = layer_macs(gm)
     for node in gm.graph.nodes:
-        shapes: list[Any] = [n.meta.get("shape") for n in node.all_input_nodes]
+        shapes: list[Any] = [facts.SHAPE.get(n) for n in node.all_input_nodes]
         if is_call(gm, node, *RECURRENT_TYPES):
             steps = math.prod(shapes[0][:-1])
             named = module_of(gm, node).named_parameters()
@@ -107,11 +108,11 @@ def node_macs(gm: fx.GraphModule) -> dict[str, int]:
 
 
 def _product_macs(node: fx.Node, shapes: list[Any]) -> int:
-    made = node.meta.get("shape")
+    made = facts.SHAPE.get(node)
     if node.target in _PRODUCTS:
         return math.prod(made) * shapes[0][-1]
     if node.target is torch.nn.functional.scaled_dot_product_attention:
-        query, key, value = (n.meta["shape"] for n in node.args[:3])  # type: ignore[union-attr]
+        query, key, value = (facts.SHAPE.of(n) for n in node.args[:3])  # type: ignore[union-attr]
         return math.prod(query) * key[-2] + math.prod(query[:-1]) * key[-2] * value[-1]
     if node.target in (torch.einsum, "einsum"):
         terms, _, _ = str(node.args[0]).replace(" ", "").partition("->")
@@ -120,6 +121,6 @@ def _product_macs(node: fx.Node, shapes: list[Any]) -> int:
             return 0
         given = [n for n in node.args[1:] if isinstance(n, fx.Node)] or node.all_input_nodes
         for letters, value in zip(terms.split(","), given, strict=True):
-            sizes.update(zip(letters, value.meta["shape"], strict=True))
+            sizes.update(zip(letters, facts.SHAPE.of(value), strict=True))
         return math.prod(sizes.values()) if "," in terms else 0
     return 0

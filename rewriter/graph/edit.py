@@ -8,6 +8,8 @@ from typing import Any
 
 from torch import fx, nn
 
+from rewriter.graph import facts
+
 
 def add_module(gm: fx.GraphModule, path: str, module: nn.Module) -> str:
     """Add a sub-module at ``path``, or the next free name like it, in place; return its path."""
@@ -42,8 +44,8 @@ def copy_graph(gm: fx.GraphModule) -> fx.GraphModule:
             memo[id(module)] = _copied(module, memo)
     new = copy.deepcopy(gm, memo)
     for a, b in zip(gm.graph.nodes, new.graph.nodes, strict=True):
-        b.meta = dict(a.meta)
-    new.meta = dict(gm.meta)
+        facts.inherit(b, a)
+    facts.inherit(new, gm)
     return new
 
 

@@ -12,6 +12,8 @@ from torch import Tensor, fx, nn
 from torch.fx.node import map_arg
 from torch.utils import _pytree as pytree
 
+from rewriter.graph import facts
+
 
 @contextmanager
 def without_fast_path() -> Generator[None]:
@@ -30,15 +32,19 @@ def propagate_shapes(gm: fx.GraphModule) -> None:
     class Shapes(fx.Interpreter):
         def run_node(self, n: fx.Node) -> Any:
             value = super().run_node(n)
-            n.meta["shape"] = pytree.tree_map(
-                lambda v: tuple(v.shape) if isinstance(v, Tensor) else None, value
+            facts.SHAPE.put(
+                n,
+                pytree.tree_map(
+                    lambda v: tuple(v.shape) if isinstance(v, Tensor) else None, value
+                ),
             )
             if isinstance(value, Tensor):
-                n.meta["shape"], n.meta["dtype"] = tuple(value.shape), value.dtype
+                facts.SHAPE.put(n, tuple(value.shape))
+                facts.DTYPE.put(n, value.dtype)
             return value
 
     kind = next((p.dtype for p in gm.parameters() if p.is_floating_point()), torch.float32)
-    zeros = [torch.zeros(1, *shape, dtype=kind) for shape in gm.meta["example"]]
+    zeros = [torch.zeros(1, *shape, dtype=kind) for shape in facts.EXAMPLE.of(gm)]
     with torch.no_grad():
         Shapes(gm).run(*zeros)
 

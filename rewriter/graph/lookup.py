@@ -8,6 +8,7 @@ from typing import Any
 from torch import fx, nn
 from torch.utils import _pytree as pytree
 
+from rewriter.graph import facts
 from rewriter.graph.ops import LAYER_TYPES
 
 
@@ -38,7 +39,7 @@ def layers(gm: fx.GraphModule) -> list[fx.Node]:
 
 def layer_name(node: fx.Node) -> str:
     """The qualified name of the module that the user wrote, such as ``blocks.0.dw.0``."""
-    return str(node.meta.get("layer", node.target))
+    return str(facts.LAYER.get(node, node.target))
 
 
 def kind_of(gm: fx.GraphModule, node: fx.Node) -> str:
@@ -73,8 +74,8 @@ def outputs(gm: fx.GraphModule) -> list[fx.Node]:
 
 def unflatten(gm: fx.GraphModule, flat: list[Any]) -> Any:
     """Nest flat outputs (those of ``outputs``) as the user's ``forward`` returned them."""
-    rest, structure = iter(flat), gm.meta["structure"]
-    constants = gm.meta["constant_outputs"]
+    rest, structure = iter(flat), facts.STRUCTURE.of(gm)
+    constants = facts.CONSTANT_OUTPUTS.of(gm)
     leaves = [constants[i] if i in constants else next(rest) for i in range(structure.num_leaves)]
     return pytree.tree_unflatten(leaves, structure)
 

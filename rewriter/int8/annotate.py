@@ -6,19 +6,20 @@ inputs of add, mul, cat and pooling are int8 values; an operation that only move
 (reshape, max pool, nearest upsampling, slicing) keeps the scale of what it reads. A layer kept
 in float reads floats, also where its neighbour reads the same value in int8.
 
-A node's annotation is ``node.meta["int8"]``.
+A node's annotation is ``facts.INT8``.
 """
 
 from __future__ import annotations
 
 import operator
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import fx, nn
 
+from rewriter.graph import facts
 from rewriter.graph.lookup import is_call, module_of, outputs
 from rewriter.graph.ops import ACTIVATION_TYPES, CLIP_TYPES, LAYER_TYPES, Operator, row_of, types
 from rewriter.int8.scheme import QuantScheme, QuantSpec
@@ -27,6 +28,16 @@ _POOLS = types(lambda row: row.pools)
 # Behind a layer whose value has 16 bits their own has 8: it spans [-1, 1] at most, and QNN fixes the
 # scale of their 16-bit form.
 _BOUNDED = types(lambda row: row.bounded)
+# Operations that a target's kernels may limit, by the name that its scheme calls them.
+OPERATIONS: dict[Any, str] = {
+    nn.Sigmoid: "sigmoid",
+    nn.Hardsigmoid: "hardsigmoid",
+    nn.Tanh: "tanh",
+    nn.Softmax: "softmax",
+    torch.softmax: "softmax",
+    torch.nn.functional.softmax: "softmax",
+    torch.nn.functional.normalize: "l2_norm",
+}
 
 
 @dataclass(frozen=True)
@@ -38,27 +49,31 @@ class Annotation:
         output: how the value this node makes is stored; None: no int8 form of it exists.
         reads: names of the argument nodes that this node reads in int8.
         range_of: name of the value that owns the range; the same for all that share it.
+        inner: scale and zero point of the int8 value inside an activation of two kernels; None: it has none.
+        float_bias: whether the layer adds its bias in float.
     """
 
     weight: QuantSpec | None = None
     output: QuantSpec | None = None
     reads: tuple[str, ...] = ()
     range_of: str = ""
+    inner: tuple[float, int] | None = None
+    float_bias: bool = False
 
 
 def annotation(node: fx.Node) -> Annotation:
     """What ``annotate`` wrote at a node."""
-    return node.meta["int8"]
+    return facts.INT8.of(node)
 
 
 def annotate(gm: fx.GraphModule, scheme: QuantScheme) -> None:
-    """Write an ``Annotation`` into ``node.meta["int8"]`` of every node, in place.
+    """Write an ``Annotation`` into ``facts.INT8`` of every node, in place.
 
     A node whose ``meta["keep_float"]`` is true stays in float. Where the target has 16-bit values,
     a layer whose ``meta["keep_int16"]`` is true writes one, and so does the activation behind it.
     """
     for node, note in notes_of(gm, scheme).items():
-        node.meta["int8"] = note
+        facts.INT8.put(node, note)
 
 
 def notes_of(gm: fx.GraphModule, scheme: QuantScheme) -> dict[fx.Node, Annotation]:
@@ -66,15 +81,22 @@ def notes_of(gm: fx.GraphModule, scheme: QuantScheme) -> dict[fx.Node, Annotatio
     found = _Reading(gm, scheme)
     reads = found.reads
     quantized = {value for values in reads.values() for value in values}
-    owner = _owners(gm, quantized, reads, scheme)
+    fixed = {n: f for n in quantized if reads[n] and (f := found.fixed(n)) is not None}
+    owner = _owners(gm, quantized, reads, scheme, fixed)
     # all that share a range are stored alike
     wide = {owner[n] for n in quantized if _is_wide(gm, n)} if scheme.wide is not None else set()
     return {
         node: Annotation(
             weight=_weight_spec(gm, node, scheme),
-            output=_output_spec(scheme, owner[node] in wide) if node in quantized else None,
+            output=_output_spec(scheme, owner[node] in wide, fixed.get(owner[node]))
+            if node in quantized
+            else None,
             reads=tuple(n.name for n in node.all_input_nodes if n in reads[node]),
             range_of=owner[node].name if node in quantized else "",
+            inner=scheme.fixed("sigmoid")
+            if reads[node] and is_call(gm, node, *scheme.inner_values)
+            else None,
+            float_bias=scheme.float_bias,
         )
         for node in gm.graph.nodes
     }
@@ -138,7 +160,7 @@ class _Reading:
 
     def _is_fused(self, node: fx.Node) -> bool:
         """An activation that the kernel of the operation before it computes."""
-        if not is_call(self.gm, node, *self.scheme.fuses) or node.meta.get("keep_float"):
+        if not is_call(self.gm, node, *self.scheme.fuses) or facts.KEEP_FLOAT.get(node):
             return False
         before = node.args[0]
         if not isinstance(before, fx.Node) or len(before.users) != 1:
@@ -158,11 +180,13 @@ class _Reading:
         """Whether ``reader`` reads ``value`` in int8."""
         if not _is_float_tensor(value) or any(user in self.fused for user in value.users):
             return False
+        if self.scheme.int8_only and self._made_in_int8(value):
+            return True  # no other form of it exists
         if moves_values(self.gm, value) and self.reads[value]:
             return True  # an int8 value that was moved: no other form of it exists
         if reader.op == "output":
             return self._made_in_int8(value)
-        kept = bool(reader.meta.get("keep_float"))
+        kept = bool(facts.KEEP_FLOAT.get(reader))
         if is_layer(self.gm, reader):
             return not kept
         if kept:
@@ -177,8 +201,10 @@ class _Reading:
 
     def is_int8_operation(self, node: fx.Node) -> bool:
         """Whether a node that is no layer and moves nothing reads and writes int8."""
+        if operation_of(self.gm, node) in self.scheme.computes:
+            return not node.meta.get("keep_float")
         row = row_of_node(self.gm, node)
-        if row is None or not row.int8 or row.layer or node.meta.get("keep_float"):
+        if row is None or not row.int8 or row.layer or facts.KEEP_FLOAT.get(node):
             return False
         if moves_values(self.gm, node):
             return False
@@ -188,10 +214,16 @@ class _Reading:
         # Behind the last layer, and next to float operations, numbers are arithmetic in float.
         return with_number(node) is not None and self._links(node)
 
+    def fixed(self, node: fx.Node) -> tuple[float, int] | None:
+        """Scale and zero point that the kernel of an int8 operation prescribes for its output."""
+        if not self.scheme.fixed_ranges or not self.is_int8_operation(node):
+            return None
+        return self.scheme.fixed(operation_of(self.gm, node))
+
     def _links(self, node: fx.Node) -> bool:
         """Whether all that read a value, directly or moved, are layers or int8 operations in front of one."""
         return node in self.ahead and all(
-            (is_layer(self.gm, user) and not user.meta.get("keep_float"))
+            (is_layer(self.gm, user) and not facts.KEEP_FLOAT.get(user))
             or (self.is_int8_operation(user) and user in self.ahead)
             or (moves_values(self.gm, user) and self._links(user))
             for user in node.users
@@ -199,7 +231,7 @@ class _Reading:
 
     def _read_in_int8(self, moved: fx.Node) -> bool:
         return any(
-            (is_layer(self.gm, user) and not user.meta.get("keep_float"))
+            (is_layer(self.gm, user) and not facts.KEEP_FLOAT.get(user))
             or self.is_int8_operation(user)
             or (moves_values(self.gm, user) and self._read_in_int8(user))
             for user in moved.users
@@ -208,7 +240,7 @@ class _Reading:
     def _made_in_int8(self, value: fx.Node) -> bool:
         """Whether the operation that makes ``value`` writes int8."""
         maker = self._maker(value)
-        if maker.meta.get("keep_float"):
+        if facts.KEEP_FLOAT.get(maker):
             return False
         if is_layer(self.gm, maker):
             return True
@@ -219,7 +251,7 @@ class _Reading:
     def _made_by_layer(self, value: fx.Node) -> bool:
         """Whether a layer makes ``value`` whose kernel cannot write floats: what reads it in float must read it in int8."""
         maker = self._maker(value)
-        if not is_layer(self.gm, maker) or maker.meta.get("keep_float"):
+        if not is_layer(self.gm, maker) or facts.KEEP_FLOAT.get(maker):
             return False
         row = row_of_node(self.gm, maker)
         return row is not None and self.scheme.name not in row.float_output
@@ -228,6 +260,12 @@ class _Reading:
         maker = value.args[0] if value in self.fused else value
         assert isinstance(maker, fx.Node)
         return maker
+
+
+def operation_of(gm: fx.GraphModule, node: fx.Node) -> str:
+    """What a scheme calls an operation; "" where none limits it."""
+    kind: Any = type(module_of(gm, node)) if node.op == "call_module" else node.target
+    return OPERATIONS.get(kind, "") if node.op in ("call_module", "call_function") else ""
 
 
 def with_number(node: fx.Node) -> tuple[fx.Node, float] | None:
@@ -247,7 +285,7 @@ def _before_layers(gm: fx.GraphModule) -> set[fx.Node]:
     found: set[fx.Node] = set()
     for node in reversed(gm.graph.nodes):
         if any(
-            user in found or (is_layer(gm, user) and not user.meta.get("keep_float"))
+            user in found or (is_layer(gm, user) and not facts.KEEP_FLOAT.get(user))
             for user in node.users
         ):
             found.add(node)
@@ -257,32 +295,36 @@ def _before_layers(gm: fx.GraphModule) -> set[fx.Node]:
 def _is_float_tensor(node: fx.Node) -> bool:
     if node.op == "get_attr":
         return False
-    return node.meta.get("dtype") is torch.float32
+    return facts.DTYPE.get(node) is torch.float32
 
 
 def _read_by_kept_layers(gm: fx.GraphModule, moved: fx.Node) -> bool:
     """Whether only layers kept in float read ``moved``: it must then not be rounded."""
     return bool(moved.users) and all(
-        (is_layer(gm, user) and bool(user.meta.get("keep_float")))
+        (is_layer(gm, user) and bool(facts.KEEP_FLOAT.get(user)))
         or (moves_values(gm, user) and _read_by_kept_layers(gm, user))
         for user in moved.users
     )
 
 
 def _weight_spec(gm: fx.GraphModule, node: fx.Node, scheme: QuantScheme) -> QuantSpec | None:
-    if not is_layer(gm, node) or node.meta.get("keep_float"):
+    if not is_layer(gm, node) or facts.KEEP_FLOAT.get(node):
         return None
     return scheme.linear_weights if is_call(gm, node, nn.Linear) else scheme.weights
 
 
-def _output_spec(scheme: QuantScheme, wide: bool) -> QuantSpec:
-    return scheme.wide if wide and scheme.wide is not None else scheme.activations
+def _output_spec(
+    scheme: QuantScheme, wide: bool, fixed: tuple[float, int] | None = None
+) -> QuantSpec:
+    if wide and scheme.wide is not None:
+        return scheme.wide
+    return scheme.activations if fixed is None else replace(scheme.activations, fixed=fixed)
 
 
 def _is_wide(gm: fx.GraphModule, value: fx.Node) -> bool:
     """Whether a value is made by a layer that is to write 16 bits, or by the activation that alone reads such a layer."""
     if is_layer(gm, value):
-        return bool(value.meta.get("keep_int16")) and not value.meta.get("keep_float")
+        return bool(facts.KEEP_INT16.get(value)) and not facts.KEEP_FLOAT.get(value)
     if not is_call(gm, value, *ACTIVATION_TYPES) or is_call(gm, value, *_BOUNDED):
         return False
     (source,) = value.all_input_nodes
@@ -294,8 +336,12 @@ def _owners(
     quantized: set[fx.Node],
     reads: dict[fx.Node, set[fx.Node]],
     scheme: QuantScheme,
+    fixed: Mapping[fx.Node, tuple[float, int]],
 ) -> dict[fx.Node, fx.Node]:
-    """Union-find over the values that must have one range; the first in graph order owns it."""
+    """Union-find over the values that must have one range; the first in graph order owns it.
+
+    A value whose range its own kernel fixes is requantized where it is joined with others than its like.
+    """
     parent = {n: n for n in gm.graph.nodes}
     order = {n: i for i, n in enumerate(gm.graph.nodes)}
 
@@ -307,6 +353,10 @@ def _owners(
     for node in gm.graph.nodes:
         for value in _same_range(gm, node, scheme):
             if value in reads[node] and (node in quantized or node.op == "output"):
+                if node.target is torch.cat and root(value) in fixed:
+                    like = {fixed.get(root(v)) for v in node.all_input_nodes}
+                    if len(like) > 1:
+                        continue
                 a, b = sorted((root(node), root(value)), key=order.__getitem__)
                 parent[b] = a
     return {n: root(n) for n in gm.graph.nodes}
@@ -321,10 +371,25 @@ def _same_range(gm: fx.GraphModule, node: fx.Node, scheme: QuantScheme) -> Itera
     shared = (
         ("cat" in scheme.shared_at and node.target is torch.cat)
         or ("add" in scheme.shared_at and node.target is operator.add)
-        or ("pool" in scheme.shared_at and is_call(gm, node, *_POOLS))
+        or ("pool" in scheme.shared_at and is_call(gm, node, *_POOLS) and not is_mean(gm, node))
+        # one that only repeats values moves them
+        or ("resize" in scheme.shared_at and is_call(gm, node, nn.Upsample))
     )
-    if shared and not node.meta.get("keep_float"):
+    if shared and not facts.KEEP_FLOAT.get(node):
         yield from node.all_input_nodes
+
+
+def is_mean(gm: fx.GraphModule, node: fx.Node) -> bool:
+    """Whether a pool averages all places, which kernels of a mean do with two ranges."""
+    pool, (source,) = module_of(gm, node), node.all_input_nodes
+    if tuple(node.meta["shape"][-2:]) != (1, 1):
+        return False
+    if isinstance(pool, nn.AdaptiveAvgPool2d):
+        return True
+    size, kernel, padding = source.meta["shape"][-2:], pool.kernel_size, pool.padding
+    kernel = (kernel, kernel) if isinstance(kernel, int) else tuple(kernel)
+    padded = padding not in (0, (0, 0)) or pool.divisor_override is not None
+    return not padded and kernel == tuple(size)
 
 
 def quantized_outputs(gm: fx.GraphModule) -> list[fx.Node]:

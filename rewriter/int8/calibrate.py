@@ -21,6 +21,7 @@ from rewriter.graph.channel_ranges import channel_range, hull
 from rewriter.graph.interpret import walk
 from rewriter.graph.lookup import layer_name, layers, module_of
 from rewriter.int8.annotate import annotation, moves_values
+from rewriter.int8.integer_grid import least_weight_scale
 from rewriter.int8.scheme import TINY, QuantSpec, channel_axis, weight_scale
 
 Method = Literal["minmax", "percentile", "mse"]
@@ -209,12 +210,7 @@ def least_error_range(
 
 
 def weight_scales(gm: fx.GraphModule, values: dict[str, tuple[float, float]]) -> dict[str, Tensor]:
-    """Min-max scale of every int8 layer's weight, raised where the int32 bias would overflow.
-
-    The bias is stored as int32 in steps of (input scale x weight scale): a dead channel, with
-    weights near zero and a bias that is not, needs a coarser weight scale (its weights are zero
-    all the same).
-    """
+    """Min-max scale of every int8 layer's weight, raised where the int32 bias would overflow."""
     scales: dict[str, Tensor] = {}
     for node in layers(gm):
         note = annotation(node)
@@ -224,9 +220,8 @@ def weight_scales(gm: fx.GraphModule, values: dict[str, tuple[float, float]]) ->
         axis = channel_axis(layer, note.weight)
         scale = weight_scale(layer.weight, note.weight, axis)
         step = input_scale(gm, node, values)
-        if layer.bias is not None and step is not None:
-            bias = layer.bias.detach().abs()
-            least = (bias if axis is not None else bias.amax()) / (step * 2.0**30)
+        if layer.bias is not None and step is not None and not note.float_bias:
+            least = least_weight_scale(layer.bias, step, axis is not None)
             scale = torch.maximum(scale, least.float())
         scales[node.name] = scale.clamp_min(TINY)
     return scales

@@ -22,7 +22,8 @@ from rewriter.graph.edit import copy_graph
 from rewriter.graph.lookup import module_of
 from rewriter.int8.annotate import annotation
 from rewriter.int8.calibrate import input_scale
-from rewriter.int8.scheme import TINY, QuantSpec, on_axis
+from rewriter.int8.integer_grid import LARGEST_BIAS, ends, least_weight_scale, on_axis, on_grid
+from rewriter.int8.scheme import TINY, QuantSpec
 from rewriter.int8.simulate import FakeQuantize, Quantized, QuantizedLayer, simulate
 
 
@@ -31,7 +32,7 @@ class _Grid(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, scale: Tensor, low: int, high: int) -> Tensor:
-        y = (x / scale).round_().clamp_(low, high).mul_(scale)
+        y = on_grid(x, scale, low, high)
         ctx.save_for_backward(x, y, scale)
         ctx.ends = low, high
         return y
@@ -79,7 +80,7 @@ class LearnedQuantize(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         # what is on the grid must stay on it where autocast would halve the precision
         spec, zero = self.spec, self.zero_point
-        return to_grid(x.float(), self.scale, spec.qmin - zero, spec.qmax - zero)
+        return to_grid(x.float(), self.scale, *ends(spec, zero))
 
 
 class LearnedLayer(nn.Module):
@@ -108,7 +109,7 @@ class LearnedLayer(nn.Module):
             x = self.read(x)
             if self.layer.bias is not None:
                 step = (self.read.scale * self.scale).detach()
-                tensors["bias"] = to_grid(self.layer.bias, step, -(2**31), 2**31 - 1)
+                tensors["bias"] = to_grid(self.layer.bias, step, -LARGEST_BIAS - 1, LARGEST_BIAS)
         return torch.func.functional_call(self.layer, tensors, (x,))
 
 
@@ -170,7 +171,8 @@ def learnable(quantized: Quantized, ranges: bool = True) -> Learned:
 
     def learned(fake: FakeQuantize, owner: str) -> LearnedQuantize:
         if owner not in values:
-            values[owner] = nn.Parameter(torch.zeros(()), requires_grad=ranges)
+            trained = ranges and fake.spec.fixed is None
+            values[owner] = nn.Parameter(torch.zeros(()), requires_grad=trained)
         return LearnedQuantize(fake, values[owner])
 
     for node in gm.graph.nodes:
@@ -198,6 +200,8 @@ def _ends(quantized: Quantized, node: fx.Node, factor: float) -> tuple[float, fl
     assert spec is not None, node.name
     scale, zero = quantized.value_params(node)
     step = float(torch.tensor(scale) * factor)
+    if spec.symmetric:
+        return -spec.qmax * step, spec.qmax * step
     return (spec.qmin - zero) * step, (spec.qmax - zero) * step
 
 
@@ -208,5 +212,4 @@ def _least_scale(
     layer, step = module_of(gm, node), input_scale(gm, node, values)
     if layer.bias is None or step is None:
         return torch.zeros_like(scale)
-    bias = layer.bias.detach().abs()
-    return ((bias if scale.ndim else bias.amax()) / (step * 2.0**30)).float()
+    return least_weight_scale(layer.bias, step, scale.ndim > 0).float()

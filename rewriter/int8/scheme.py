@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import difflib
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -29,19 +30,25 @@ class QuantSpec:
         symmetric: zero point at the middle (signed) or at the bottom; the range is then [-a, a].
         signed: int8 rather than uint8.
         ch_axis: the axis that has a scale for each entry; None: one scale for the tensor.
+        full: a symmetric type that saturates at its own least value, -128, and not at -127.
+        least_scale: smallest scale of a channel, as a share of the largest of the tensor.
+        fixed: (scale, zero point) that a kernel prescribes whatever the range.
     """
 
     bits: int = 8
     symmetric: bool = False
     signed: bool = False
     ch_axis: int | None = None
+    full: bool = False
+    least_scale: float = 0.0
+    fixed: tuple[float, int] | None = None
 
     @property
     def qmin(self) -> int:
         if not self.signed:
             return 0
         # symmetric int8 leaves -128 out, so that a weight and its negative are stored alike
-        return -(2 ** (self.bits - 1)) + (1 if self.symmetric else 0)
+        return -(2 ** (self.bits - 1)) + (1 if self.symmetric and not self.full else 0)
 
     @property
     def qmax(self) -> int:
@@ -55,6 +62,8 @@ class QuantSpec:
         between two steps, and engines that round the last bit otherwise would disagree on every
         one of them.
         """
+        if self.fixed is not None:
+            return self.fixed
         low, high = min(low, 0.0), max(high, 0.0)
         if self.symmetric:
             return _float32(max(-low, high) / self.qmax), 0
@@ -84,8 +93,25 @@ def _float32(scale: float) -> float:
 
 
 @dataclass(frozen=True)
+class FixedRange:
+    """Scale and zero point that the kernels of a runtime prescribe for what an operation writes.
+
+    Args:
+        operation: its name, one of ``rewriter.int8.annotate.OPERATIONS``.
+        scale: of one step.
+        zero_point: integer that stands for zero.
+        bits: of the value.
+    """
+
+    operation: str
+    scale: float
+    zero_point: int
+    bits: int = 8
+
+
+@dataclass(frozen=True)
 class QuantScheme:
-    """One named deployment target.
+    """One named deployment target, and the limits of its kernels.
 
     Args:
         name: what ``target:`` in a config says.
@@ -95,7 +121,14 @@ class QuantScheme:
             alone.
         fuses: activation modules that the target's kernels compute inside the operation before
             them, so that no int8 value exists between the two.
-        shared_at: operations whose inputs and output must have one range ("cat", "add", "pool").
+        shared_at: operations whose inputs and output must have one range ("cat", "add", "pool", "resize").
+        fixed_ranges: what the kernels prescribe for the output of an operation.
+        inner_values: activations that take two kernels with an int8 value between them.
+        computes: operations beyond those of every target that have an int8 kernel ("softmax").
+        int8_only: what an int8 kernel writes exists in int8 alone: who wants floats reads it dequantized.
+        float_bias: biases are added in float, not as int32.
+        static_batch: the file is made for a batch of one size.
+        fixed_point: kernels requantize by an int32 multiplier and a shift, not by a float.
     """
 
     name: str
@@ -106,14 +139,38 @@ class QuantScheme:
     shared_at: frozenset[str] = field(default_factory=frozenset)
     # Not in repr: what was stored under the identity of a target without it keeps its name.
     wide: QuantSpec | None = field(default=None, repr=False)
+    fixed_ranges: tuple[FixedRange, ...] = ()
+    inner_values: frozenset[type[nn.Module]] = field(default_factory=frozenset)
+    computes: frozenset[str] = field(default_factory=frozenset)
+    int8_only: bool = False
+    float_bias: bool = False
+    static_batch: bool = False
+    fixed_point: bool = False
+
+    @property
+    def least_weight_scale(self) -> float:
+        """Smallest weight scale of a channel, as a share of the largest of its layer."""
+        return self.weights.least_scale
+
+    def fixed(self, operation: str, bits: int = 8) -> tuple[float, int] | None:
+        """Scale and zero point of what an operation writes; None where calibration decides."""
+        for entry in self.fixed_ranges:
+            if (entry.operation, entry.bits) == (operation, bits):
+                return entry.scale, entry.zero_point
+        return None
 
     @property
     def identity(self) -> str:
         """All of it as text that is the same in every process: ``repr`` gives a set in an order that is not."""
-        plain = replace(self, fuses=frozenset(), shared_at=frozenset())
-        fused = sorted(f"{t.__module__}.{t.__qualname__}" for t in self.fuses)
+        empty: frozenset[Any] = frozenset()
+        plain = replace(self, fuses=empty, shared_at=empty, inner_values=empty, computes=empty)
+        fused, inner = (
+            sorted(f"{t.__module__}.{t.__qualname__}" for t in kinds)
+            for kinds in (self.fuses, self.inner_values)
+        )
         wide = "" if self.wide is None else f" {self.wide!r}"
-        return f"{plain!r} {fused} {sorted(self.shared_at)}{wide}"
+        sets = f"{fused} {inner} {sorted(self.shared_at)} {sorted(self.computes)}"
+        return f"{plain!r} {sets}{wide}"
 
 
 # What saturation of the int8 output can carry out by itself. ONNX Runtime's kernels absorb only
@@ -127,6 +184,54 @@ _UINT8 = QuantSpec()
 _ONNXRUNTIME = QuantScheme(
     "onnxruntime", _PER_CHANNEL, _PER_TENSOR, _UINT8, fused_on("onnxruntime")
 )
+_TENSORRT = replace(
+    _ONNXRUNTIME,
+    name="tensorrt",
+    linear_weights=_PER_CHANNEL,
+    # QuantizeLinear saturates at the bounds of int8, and no zero point moves them
+    activations=QuantSpec(symmetric=True, signed=True, full=True),
+    fuses=fused_on("tensorrt"),
+    float_bias=True,  # its parser refuses DequantizeLinear of int32
+)
+# From LiteRT's kernels (Prepare of activations.cc, pooling.cc, concatenation.cc, resize_bilinear.cc), which refuse
+# or requantize other scales. A hard sigmoid is no operator there; it gets the range of a sigmoid, whose upper end
+# then clips it.
+_TFLITE = replace(
+    _ONNXRUNTIME,
+    name="tflite",
+    fuses=fused_on("tflite"),
+    activations=QuantSpec(signed=True),
+    shared_at=frozenset({"cat", "pool", "resize"}),
+    fixed_ranges=(
+        FixedRange("sigmoid", 1 / 256, -128),
+        FixedRange("hardsigmoid", 1 / 256, -128),
+        FixedRange("tanh", 1 / 128, 0),
+        FixedRange("softmax", 1 / 256, -128),
+        FixedRange("l2_norm", 1 / 128, 0),
+    ),
+    inner_values=frozenset({nn.SiLU}),  # LOGISTIC, then MUL
+    computes=frozenset({"softmax"}),
+    int8_only=True,
+    static_batch=True,
+    fixed_point=True,
+)
+# As onnxruntime.quantization's get_qnn_qdq_config has it: uint8 values, single ones in uint16 by
+# tensor_quant_overrides with these two scales, and no linear layer with a scale per channel. What 8 bits fix, and
+# the floor of the weight scales, is what the HTP emulator was seen to do.
+_QNN = replace(
+    _ONNXRUNTIME,
+    name="qnn",
+    fuses=fused_on("qnn"),
+    weights=replace(_PER_CHANNEL, least_scale=1e-4),
+    wide=QuantSpec(bits=16),
+    fixed_ranges=(
+        FixedRange("sigmoid", 1 / 256, 0),
+        FixedRange("hardsigmoid", 1 / 256, 0),
+        FixedRange("sigmoid", 2.0**-16, 0, bits=16),
+        FixedRange("tanh", 2.0**-15, 2**15, bits=16),
+    ),
+    static_batch=True,
+)
 TARGETS: dict[str, QuantScheme] = {
     s.name: s
     for s in (
@@ -134,23 +239,9 @@ TARGETS: dict[str, QuantScheme] = {
         # the same file on another runtime
         replace(_ONNXRUNTIME, name="openvino"),
         replace(_ONNXRUNTIME, name="per_tensor", weights=_PER_TENSOR),
-        replace(
-            _ONNXRUNTIME,
-            name="tensorrt",
-            linear_weights=_PER_CHANNEL,
-            activations=QuantSpec(symmetric=True, signed=True),
-            fuses=fused_on("tensorrt"),
-        ),
-        replace(
-            _ONNXRUNTIME,
-            name="tflite",
-            activations=QuantSpec(signed=True),
-            fuses=fused_on("tflite"),
-            shared_at=frozenset({"cat", "pool"}),
-        ),
-        # as onnxruntime.quantization's get_qnn_qdq_config has it: uint8 values, single ones in
-        # uint16 by tensor_quant_overrides, and no linear layer with a scale per channel
-        replace(_ONNXRUNTIME, name="qnn", wide=QuantSpec(bits=16)),
+        _TENSORRT,
+        _TFLITE,
+        _QNN,
     )
 }
 
@@ -185,52 +276,6 @@ def weight_scale(weight: Tensor, spec: QuantSpec, axis: int | None = None) -> Te
     else:
         rest = [d for d in range(weight.ndim) if d != axis]
         largest = weight.detach().abs().amax(dim=rest)
-    return (largest / spec.qmax).clamp_min(TINY).float()
-
-
-def on_axis(scale: Tensor, weight: Tensor, axis: int | None) -> Tensor:
-    """A (C,) scale shaped to broadcast along ``axis`` of ``weight``."""
-    if scale.ndim == 0 or axis is None:
-        return scale
-    return scale.view([-1 if d == axis else 1 for d in range(weight.ndim)])
-
-
-def quantize_weight(
-    weight: Tensor, scale: Tensor, spec: QuantSpec, axis: int | None = None
-) -> Tensor:
-    """The tensor that is stored for ``weight``: int8, or int16 where the target has more bits."""
-    q = torch.round(weight.detach() / on_axis(scale, weight, axis))
-    return q.clamp(spec.qmin, spec.qmax).to(torch.int8 if spec.bits <= 8 else torch.int16)
-
-
-def dequantized_weight(
-    weight: Tensor, scale: Tensor, spec: QuantSpec, axis: int | None = None
-) -> Tensor:
-    """``weight`` as the int8 kernel sees it; straight-through gradient."""
-    wide = on_axis(scale, weight, axis)
-    q = (torch.round(weight / wide).clamp(spec.qmin, spec.qmax) * wide).detach()
-    return weight + (q - weight.detach()) if weight.requires_grad else q
-
-
-def fake_quantize(
-    x: Tensor, scale: float, zero_point: int, spec: QuantSpec, out: Tensor | None = None
-) -> Tensor:
-    """``x`` rounded to what int8 can hold; the gradient passes inside the range alone.
-
-    Args:
-        x: any tensor.
-        scale: of one step.
-        zero_point: integer that stands for zero.
-        spec: bits and sign.
-        out: where to put the result when no gradient is asked for; None: into a new tensor.
-    """
-    if x.requires_grad:
-        return torch.fake_quantize_per_tensor_affine(x, scale, zero_point, spec.qmin, spec.qmax)
-    # torch's kernel multiplies by 1 / scale; runtimes divide, and the last bit decides ties
-    # that later layers amplify
-    q = (
-        torch.div(x, scale, out=out)
-        .round_()
-        .clamp_(spec.qmin - zero_point, spec.qmax - zero_point)
-    )
-    return q.mul_(scale)
+    scale = (largest / spec.qmax).clamp_min(TINY).float()
+    # Qualcomm's kernels lose channels whose scales are many orders of magnitude below the largest
+    return scale.clamp_min(spec.least_scale * float(scale.max())) if spec.least_scale else scale

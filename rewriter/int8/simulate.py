@@ -9,24 +9,26 @@ from __future__ import annotations
 import copy
 import operator
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
 
+from rewriter.graph import facts
 from rewriter.graph.lookup import module_of
 from rewriter.int8.annotate import annotate, annotation, is_layer, moves_values
 from rewriter.int8.calibrate import Calibration, Method, calibrate
-from rewriter.int8.scheme import (
-    CLIPS,
-    QuantScheme,
-    QuantSpec,
-    channel_axis,
+from rewriter.int8.fixed_point import FixedPointAdd, FixedPointAverage, FixedPointMultiply, scaled
+from rewriter.int8.integer_grid import (
+    bias_steps,
     dequantized_weight,
     fake_quantize,
     quantize_weight,
+    rounded_bias,
+    steps,
 )
+from rewriter.int8.scheme import CLIPS, QuantScheme, QuantSpec, channel_axis
 
 
 @dataclass(frozen=True)
@@ -72,14 +74,21 @@ class QuantizedLayer(nn.Module):
     scale: Tensor
 
     def __init__(
-        self, layer: nn.Module, scale: Tensor, spec: QuantSpec, read: FakeQuantize | None
+        self,
+        layer: nn.Module,
+        scale: Tensor,
+        spec: QuantSpec,
+        read: FakeQuantize | None,
+        float_bias: bool = False,
     ) -> None:
         super().__init__()
+        self.float_bias = float_bias
         self.layer, self.read, self.spec = layer, read, spec
         self.axis = channel_axis(layer, spec)
         self.register_buffer("scale", scale.clone())
         self.enabled = True
         self.writes: float | None = None
+        self.fixed_point = False
         self._rounded: Tensor | None = None
 
     def forward(self, x: Tensor) -> Tensor:
@@ -90,7 +99,7 @@ class QuantizedLayer(nn.Module):
         tensors = {"weight": self.weight()}
         if self.read is not None:
             x = self.read(x)
-            if self.layer.bias is not None:
+            if self.layer.bias is not None and not self.float_bias:
                 tensors["bias"] = self.bias()
         return torch.func.functional_call(self.layer, tensors, (x,))
 
@@ -106,14 +115,20 @@ class QuantizedLayer(nn.Module):
         step = self.scale * torch.tensor(read.scale, dtype=torch.float32, device=device)
         tensors = {"weight": self._rounded}
         if layer.bias is not None:
-            tensors["bias"] = torch.round(layer.bias.double() / step.double()).to(exact)
-        whole = torch.round(read(x) / read.scale).to(exact)
+            bias = bias_steps(layer.bias, step)
+            if self.float_bias:
+                bias = layer.bias.double() / step.double()
+            tensors["bias"] = bias.to(exact)
+        whole = steps(read(x), read.scale).to(exact)
         total = torch.func.functional_call(layer, tensors, (whole,))
-        factor = step / torch.tensor(writes, dtype=torch.float32, device=device)
+        written = torch.tensor(writes, dtype=torch.float32, device=device)
+        # multipliers of integers are made from factors in float64
+        factor = step.double() / written.double() if self.fixed_point else step / written
         if factor.ndim:
             channels = total.ndim - 1 if isinstance(layer, nn.Linear) else 1
             factor = factor.view([-1 if d == channels else 1 for d in range(total.ndim)])
-        return (torch.round(total * factor) * writes).to(x.dtype)
+        q = scaled(total, factor) if self.fixed_point else torch.round(total * factor)
+        return (q * writes).to(x.dtype)
 
     def weight(self) -> Tensor:
         """The weight as int8 holds it; computed once while it is not being trained."""
@@ -129,12 +144,23 @@ class QuantizedLayer(nn.Module):
         assert self.read is not None
         bias: Tensor = self.layer.bias
         step = self.read.scale * self.scale
-        rounded = (torch.round(bias.detach() / step) * step).to(bias.dtype)
+        rounded = rounded_bias(bias, step)
         return bias + (rounded - bias.detach()) if bias.requires_grad else rounded
 
     def refresh(self) -> None:
         """Forget the rounded weight after the weight was changed."""
         self._rounded = None
+
+
+class TwoKernelSiLU(nn.Module):
+    """x sigmoid(x) where the sigmoid is an int8 value of its own, as runtimes without such a kernel compute it."""
+
+    def __init__(self, inner: tuple[float, int], spec: QuantSpec) -> None:
+        super().__init__()
+        self.gate = FakeQuantize(*inner, replace(spec, fixed=inner))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x * self.gate(torch.sigmoid(x))
 
 
 class IntegerAdd(nn.Module):
@@ -155,8 +181,8 @@ class IntegerAdd(nn.Module):
 
     def forward(self, x: Tensor, y: Tensor) -> Tensor:
         # float64 holds a product of two float32 exactly, and so stands for the fused operation
-        a = torch.round(x / self.scales[0]).double() + self.zeros[0]
-        b = torch.round(y / self.scales[1]).double() + self.zeros[1]
+        a = steps(x, self.scales[0]).double() + self.zeros[0]
+        b = steps(y, self.scales[1]).double() + self.zeros[1]
         inner = (b * self.ratios[1] + self.fixed).float().double()
         total = torch.round((a * self.ratios[0] + inner).float())
         return (total - self.zeros[2]) * self.scales[2]
@@ -174,7 +200,9 @@ def quantize(
     return Quantized(gm, calibrate(gm, batches, method, histograms), scheme)
 
 
-def simulate(quantized: Quantized, kernels: bool = False) -> fx.GraphModule:
+def simulate(
+    quantized: Quantized, kernels: bool = False, fixed_point: bool | None = None
+) -> fx.GraphModule:
     """A copy of the graph with fake quantization at every annotated place; the same outputs.
 
     Args:
@@ -182,10 +210,13 @@ def simulate(quantized: Quantized, kernels: bool = False) -> fx.GraphModule:
         kernels: compute every layer as integer kernels do, whole numbers first and one requantization last, instead of
             in rounded floats. Equal to ONNX Runtime's kernels to the last bit but for ties; for inference
             only, and with all switches on.
+        fixed_point: with ``kernels``, requantize by an integer multiplier and a shift; None: as the target's reference
+            kernels do.
     """
+    fixed_point = quantized.scheme.fixed_point if fixed_point is None else fixed_point
     gm = copy.deepcopy(quantized.gm)
     for before, after in zip(quantized.gm.graph.nodes, gm.graph.nodes, strict=True):
-        after.meta["int8"] = annotation(before)
+        facts.INT8.put(after, annotation(before))
     by_name = {n.name: n for n in gm.graph.nodes}
     for node in list(gm.graph.nodes):
         note = annotation(node)
@@ -194,18 +225,21 @@ def simulate(quantized: Quantized, kernels: bool = False) -> fx.GraphModule:
             assert isinstance(source, fx.Node)
             read = _fake(quantized, source) if source.name in note.reads else None
             scale = quantized.calibration.weights[node.name]
-            layer = QuantizedLayer(module_of(gm, node), scale, note.weight, read)
+            layer = QuantizedLayer(module_of(gm, node), scale, note.weight, read, note.float_bias)
             written = _written(node)
             if kernels and written is not None:
                 layer.writes = quantized.value_params(written)[0]
+                layer.fixed_point = fixed_point
             gm.set_submodule(str(node.target), layer)
+        elif note.inner is not None and note.output is not None:
+            gm.set_submodule(str(node.target), TwoKernelSiLU(note.inner, note.output))
     if kernels:
-        _add_integers(quantized, gm, by_name)
+        _add_integers(quantized, gm, by_name, fixed_point)
     made: dict[str, fx.Node] = {}
     for node in list(gm.graph.nodes):
         if isinstance(_called(gm, node), QuantizedLayer):
             continue
-        for name in annotation(node).reads if "int8" in node.meta else ():
+        for name in annotation(node).reads if facts.INT8.known(node) else ():
             value = by_name[name]
             if moves_values(gm, value) and annotation(value).reads:
                 continue  # what was moved is on the grid already
@@ -214,15 +248,24 @@ def simulate(quantized: Quantized, kernels: bool = False) -> fx.GraphModule:
                 gm.add_submodule(target, _fake(quantized, value))
                 with gm.graph.inserting_after(value):
                     made[name] = gm.graph.call_module(target, (value,))
-                made[name].meta = dict(value.meta)
+                facts.inherit(made[name], value)
             node.replace_input_with(value, made[name])
     gm.recompile()
     return gm
 
 
-def _add_integers(quantized: Quantized, gm: fx.GraphModule, by_name: dict[str, fx.Node]) -> None:
-    """Sums of two int8 values that are written in int8 become ``IntegerAdd``; edits gm."""
-    for node in gm.graph.find_nodes(op="call_function", target=operator.add):
+def _add_integers(
+    quantized: Quantized, gm: fx.GraphModule, by_name: dict[str, fx.Node], fixed_point: bool
+) -> None:
+    """Sums of two int8 values that are written in int8 are computed on integers; edits gm.
+
+    With ``fixed_point`` so are products and average pools.
+    """
+    kinds: dict[Any, type[nn.Module]] = {operator.add: IntegerAdd}
+    if fixed_point:
+        kinds = {operator.add: FixedPointAdd, operator.mul: FixedPointMultiply}
+        _average_integers(quantized, gm)
+    for node in [n for n in gm.graph.nodes if n.op == "call_function" and n.target in kinds]:
         written, reads = _written(node), annotation(node).reads
         operands = [n.name for n in node.args if isinstance(n, fx.Node)]
         if written is None or len(operands) != 2 or set(operands) != set(reads):
@@ -232,8 +275,21 @@ def _add_integers(quantized: Quantized, gm: fx.GraphModule, by_name: dict[str, f
             continue  # ONNX Runtime has no such kernel for 16 bits
         params = [quantized.value_params(v) for v in (*values, written)]
         target = f"integer_{node.name}"
-        gm.add_submodule(target, IntegerAdd(*params))
+        gm.add_submodule(target, kinds[node.target](*params))
         node.op, node.target = "call_module", target
+
+
+def _average_integers(quantized: Quantized, gm: fx.GraphModule) -> None:
+    for node in gm.graph.find_nodes(op="call_module"):
+        pool = module_of(gm, node)
+        if type(pool) is not nn.AvgPool2d or annotation(node).output is None or pool.ceil_mode:
+            continue
+        (source,) = node.all_input_nodes
+        counts = pool.count_include_pad or pool.padding in (0, (0, 0))
+        shared = annotation(source).range_of == annotation(node).range_of
+        if counts and shared and pool.divisor_override is None:
+            params = quantized.value_params(node)
+            gm.set_submodule(str(node.target), FixedPointAverage(pool, *params))
 
 
 def _written(node: fx.Node) -> fx.Node | None:

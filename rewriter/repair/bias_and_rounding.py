@@ -17,28 +17,26 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
+from rewriter.graph import facts
 from rewriter.graph.edit import copy_graph
 from rewriter.graph.interpret import last_uses, run_node
 from rewriter.graph.lookup import is_call, module_of
 from rewriter.int8.annotate import annotation, is_layer, moves_values
 from rewriter.int8.calibrate import input_scale
-from rewriter.int8.scheme import (
-    TINY,
-    QuantSpec,
-    channel_axis,
-    dequantized_weight,
-    fake_quantize,
-)
+from rewriter.int8.integer_grid import dequantized_weight, fake_quantize, least_weight_scale
+from rewriter.int8.scheme import TINY, QuantSpec, channel_axis
 from rewriter.int8.simulate import Quantized
+from rewriter.repair.layer_patches import patches
 from rewriter.repair.weight_rounding import (
     DAMPING,
     MomentSums,
     best_scale,
-    patches,
     reproducing,
     round_weights,
 )
 
+# Inputs that the repairs look at: with a third less the damage on others grows, with twice as many it stays.
+INPUTS = 48
 # Live values of all inputs together may take this many bytes; fewer inputs are used where they would take more.
 MEMORY = 3 * 2**30
 
@@ -59,7 +57,7 @@ def refine(
     gm = copy_graph(quantized.gm)
     scales = dict(quantized.calibration.weights)
     result = replace(quantized, gm=gm, calibration=replace(quantized.calibration, weights=scales))
-    inputs = _affordable(quantized.gm, batches)
+    inputs = _in_two(_affordable(quantized.gm, batches))
     last = last_uses(quantized.gm)
     exact, rounded = _Side(quantized, inputs, _inside), _Side(result, inputs, _rounded)
     with torch.no_grad():
@@ -137,7 +135,7 @@ class _Side:
 
 
 def _reads(node: fx.Node) -> tuple[str, ...]:
-    return annotation(node).reads if "int8" in node.meta else ()
+    return annotation(node).reads if facts.INT8.known(node) else ()
 
 
 def _storage(value: Any) -> int:
@@ -147,13 +145,13 @@ def _storage(value: Any) -> int:
 def _affordable(
     gm: fx.GraphModule, batches: Sequence[Tensor | tuple[Tensor, ...]]
 ) -> list[tuple[Tensor, ...]]:
-    """As many of the inputs as the live values of two networks leave room for."""
+    """As many of the inputs as are needed, and as the live values of two networks leave room for."""
     dying, live, peak = last_uses(gm), 0, 1
     for node in gm.graph.nodes:
         live += _size(node)
         peak = max(peak, live)
         live -= sum(_size(n) for n in dying.get(node, ()))
-    left = max(1, MEMORY // (8 * peak))  # two networks, 4 bytes
+    left = min(INPUTS, max(1, MEMORY // (8 * peak)))  # two networks, 4 bytes
     chosen: list[tuple[Tensor, ...]] = []
     for batch in batches:
         inputs = batch if isinstance(batch, tuple) else (batch,)
@@ -165,8 +163,16 @@ def _affordable(
     return chosen
 
 
+def _in_two(batches: list[tuple[Tensor, ...]]) -> list[tuple[Tensor, ...]]:
+    """The same inputs in an even number of batches, each second of which judges what the others were fitted to; in two if they can be."""
+    if len({tuple(x.shape[1:] for x in batch) for batch in batches}) == 1:
+        batches = [tuple(torch.cat(parts) for parts in zip(*batches, strict=True))]
+    halves = [zip(*(x.tensor_split(2) for x in batch), strict=True) for batch in batches]
+    return [half for two in halves for half in two if len(half[0])]
+
+
 def _size(node: fx.Node) -> int:
-    shape = node.meta.get("shape")
+    shape = facts.SHAPE.get(node)
     if node.op == "get_attr" or not isinstance(shape, tuple):
         return 0
     return math.prod(shape) if all(isinstance(s, int) for s in shape) else 0
@@ -256,12 +262,9 @@ def _round(
     """Give the layer weights that lie on an int8 grid and reproduce the float output; edits the layer and its scale."""
     sums = MomentSums()
     inputs = sum(len(x) for x in exact)
-    for i, (x, y) in enumerate(zip(exact, rounded, strict=True)):
-        middle = (len(x) + 1) // 2
-        for half, part in enumerate(((x[:middle], y[:middle]), (x[middle:], y[middle:]))):
-            if len(part[0]):
-                seen, found = patches(layer, part, inputs, seed=2 * i + half)
-                sums.add(seen, found, half)
+    for i, part in enumerate(zip(exact, rounded, strict=True)):
+        seen, found = patches(layer, part, inputs, seed=i)
+        sums.add(seen, found, half=i % 2)
     moments = sums.moments()
     groups = getattr(layer, "groups", 1)
     flat = layer.weight.detach().double().flatten(1)
@@ -293,5 +296,4 @@ def _least_scale(quantized: Quantized, node: fx.Node, layer: Any, axis: int | No
     if layer.bias is None or step is None:
         rows = layer.weight.shape[0]
         return torch.zeros(rows if axis is not None else (), dtype=torch.float64)
-    bias = layer.bias.detach().abs().double()
-    return (bias if axis is not None else bias.amax()) / (step * 2.0**30)
+    return least_weight_scale(layer.bias.double(), step, axis is not None)

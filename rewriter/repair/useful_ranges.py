@@ -25,6 +25,7 @@ from rewriter.damage.grouping import fidelity_of
 from rewriter.graph.interpret import walk
 from rewriter.graph.lookup import is_call, module_of, outputs
 from rewriter.int8.annotate import annotation, moves_values
+from rewriter.int8.integer_grid import steps
 from rewriter.int8.scheme import QuantSpec
 from rewriter.int8.simulate import Quantized
 
@@ -189,7 +190,7 @@ def _better_ordered(
 def ties(scores: Tensor, ends: Range, spec: QuantSpec) -> tuple[float, float]:
     """Share of pairs of scores that int8 makes equal, among all and among the highest."""
     scale, zero = spec.params(*ends)
-    whole = torch.round(scores.double() / scale).clamp(spec.qmin - zero, spec.qmax - zero)
+    whole = steps(scores.double(), scale).clamp(*ends(spec, zero))
     count = max(2, round(HIGHEST * len(scores)))
     highest = whole[scores.topk(min(count, len(scores))).indices]
     return _equal_pairs(whole), _equal_pairs(highest)

@@ -9,23 +9,22 @@ Nagel et al., 2020 (arXiv:2004.10568) for why nearest is not best.
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import torch
-import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
+
+from rewriter.int8.integer_grid import on_grid
 
 # Share of the mean diagonal that is added to H, and more where few positions stand against many weights: keeps directions that the
 # inputs hardly took near the float weights. On inputs that H was not made of, less of it loses up to 40 % there and gains 1 % elsewhere.
 DAMPING = 0.1
-# Numbers that are unfolded for one layer, all inputs together, and the fewest positions taken of one input.
-UNFOLDED = 2**21
-LEAST_POSITIONS = 8
 # Columns that are rounded before their errors are passed on to all others in one product.
 BLOCK = 64
+# Sweeps of coordinate descent; a second and third change few weights, and the outputs not at all.
+SWEEPS = 1
 # Candidates for the ridge, as shares of the mean diagonal of H.
 RIDGES = (0.03, 0.1, 0.3, 1.0, 3.0, 10.0)
 # Candidates for the scale, as shares of the one that holds every weight.
@@ -50,7 +49,7 @@ class Moments:
 
 
 class MomentSums:
-    """Accumulates ``Moments`` in two halves: products in float32 about the first batch's mean, sums in float64."""
+    """Accumulates ``Moments`` in two halves, about the first batch's mean: so they stay precise in the inputs' own type."""
 
     def __init__(self) -> None:
         self.centre: tuple[Tensor, Tensor] | None = None
@@ -64,11 +63,7 @@ class MomentSums:
         x, y = exact - self.centre[0], rounded - self.centre[1]
         new = [y @ y.transpose(1, 2), x @ y.transpose(1, 2), x.sum(2), y.sum(2)]
         old = self.sums[half]
-        self.sums[half] = (
-            [a.add_(b) for a, b in zip(old, new, strict=True)]
-            if old
-            else [v.double() for v in new]
-        )
+        self.sums[half] = [a.add_(b) for a, b in zip(old, new, strict=True)] if old else new
         self.places[half] += x.shape[2]
 
     def moments(self) -> Moments:
@@ -101,7 +96,7 @@ def reproducing(weight: Tensor, sums: MomentSums) -> Tensor:
         weight: (G, O, K).
         sums: moments of its inputs.
     """
-    weight, halves = weight.double(), sums.halves()
+    halves = sums.halves()
     if not halves or min(h.places for h in halves) < weight.shape[2]:
         return weight  # fewer equations than unknowns
     problems = [_Ridge(weight, fitted) for fitted in halves]
@@ -116,7 +111,7 @@ def reproducing(weight: Tensor, sums: MomentSums) -> Tensor:
         least, best = errors, share
     if least is None or max(least) >= 0:
         return weight
-    return weight + _Ridge(weight, sums.moments()).change(best).double()
+    return weight + _Ridge(weight, sums.moments()).change(best)
 
 
 class _Ridge:
@@ -124,11 +119,11 @@ class _Ridge:
 
     def __init__(self, weight: Tensor, moments: Moments) -> None:
         self.hessian = moments.hessian.float()
-        self.wanted = (weight @ (moments.cross - moments.hessian)).float()
+        self.wanted = weight.float() @ (moments.cross - moments.hessian).float()
 
     def change(self, share: float) -> Tensor:
         """(G, O, K) what is added to the weights, with a share of the mean diagonal as the ridge."""
-        factor = torch.linalg.cholesky(_ridge(self.hessian, share))
+        factor = _factor(_ridge(self.hessian, share))
         return torch.cholesky_solve(self.wanted.transpose(1, 2), factor).transpose(1, 2)
 
     def added(self, change: Tensor) -> float:
@@ -146,6 +141,20 @@ def _ridge(hessian: Tensor, share: float) -> Tensor:
     return ridged
 
 
+def _factor(h: Tensor) -> Tensor:
+    """Cholesky factor of H, which becomes a multiple of the identity where float32 holds it for indefinite.
+
+    It may so hold that of a channel that never varies. Edits H.
+    """
+    factor, info = torch.linalg.cholesky_ex(h)
+    bad = info > 0
+    if bool(bad.any()):
+        level = h[bad].diagonal(dim1=1, dim2=2).abs().mean(1).clamp_min(1e-12).view(-1, 1, 1)
+        h[bad] = torch.eye(h.shape[1]).to(h) * level
+        factor[bad] = torch.eye(h.shape[1]).to(h) * level.sqrt()
+    return factor
+
+
 def round_weights(
     weight: Tensor,
     scale: Tensor,
@@ -153,7 +162,7 @@ def round_weights(
     qmin: int,
     qmax: int,
     damping: float = DAMPING,
-    sweeps: int = 3,
+    sweeps: int = SWEEPS,
 ) -> Tensor:
     """Integers Q with the least tr((Q scale - W) H (Q scale - W)^T) found.
 
@@ -204,7 +213,7 @@ def _one_pass(w: Tensor, h: Tensor, qmin: int, qmax: int) -> Tensor:
 
     The loop over columns is in numpy, whose calls on small arrays cost a fifth of torch's; products of blocks are torch's.
     """
-    inverse = torch.cholesky_inverse(torch.linalg.cholesky(h))
+    inverse = torch.cholesky_inverse(_factor(h))
     upper = torch.linalg.cholesky(inverse, upper=True)  # (G, K, K)
     rows = upper.permute(1, 2, 0).unsqueeze(3).contiguous().numpy()  # (K, K, G, 1)
     left, count = _columns(w), w.shape[2]
@@ -283,7 +292,7 @@ def best_scale(
     for share in SHARES:
         scale = largest.double() * share
         step = scale.float()
-        q = (w / step).round_().clamp_(qmin, qmax).mul_(step)
+        q = on_grid(w, step, qmin, qmax)
         error = _loss(q, w, h).double()
         if shared:
             error = error.sum().expand_as(error)
@@ -291,97 +300,3 @@ def best_scale(
         best = torch.where(better[..., None], scale, best)
         least = torch.where(better, error, least)
     return best
-
-
-def patches(
-    layer: nn.Module, inputs: tuple[Tensor, ...], samples: int, seed: int = 0
-) -> list[Tensor]:
-    """What the weights of a convolution or linear layer are multiplied with, at random positions.
-
-    Args:
-        layer: Conv1d, Conv2d or Linear.
-        inputs: tensors (N, C, ...) of one shape; the same positions are taken of each.
-        samples: number of inputs in all batches together; decides how many positions of each are needed.
-        seed: of the positions.
-
-    Returns:
-        For each tensor (G, K, positions), K = C_in / groups * k * k in the order of the layer's weight.
-    """
-    if isinstance(layer, nn.Linear):
-        return [x.flatten(0, -2).T.unsqueeze(0) for x in inputs]
-    assert isinstance(layer, (nn.Conv1d, nn.Conv2d))
-    taps = layer.in_channels * math.prod(layer.kernel_size)
-    wanted = max(LEAST_POSITIONS, UNFOLDED // (taps * samples))
-    zeros = layer.padding_mode == "zeros"
-    index = _positions(layer, inputs[0], wanted, seed)  # (S, taps) into the padded image
-    index, inside = _without_padding(layer, inputs[0], index) if zeros else (index, None)
-    found: list[Tensor] = []
-    for x in inputs:
-        x = x if zeros else F.pad(x, _pads(layer), mode=layer.padding_mode)
-        # channels last: rows of a pixel, so that nothing but what is taken is copied
-        taken = x.movedim(1, -1).flatten(1, -2)[:, index.flatten()]  # (N, S * taps, C)
-        if inside is not None:
-            taken = taken * inside.view(-1, 1)
-        taken = taken.unflatten(1, tuple(index.shape)).unflatten(-1, (layer.groups, -1))
-        found.append(_as_columns(taken))
-    return found
-
-
-def _as_columns(taken: Tensor) -> Tensor:
-    """(N, S, taps, G, C) as (G, C * taps, N * S); a view where there is one group and one tap."""
-    n, s, taps, groups, channels = taken.shape
-    if groups == 1 and taps == 1:
-        return taken.view(n * s, channels).T.unsqueeze(0)
-    return taken.permute(3, 4, 2, 0, 1).reshape(groups, channels * taps, n * s)
-
-
-def _without_padding(
-    layer: nn.Conv1d | nn.Conv2d, x: Tensor, index: Tensor
-) -> tuple[Tensor, Tensor | None]:
-    """Indices into the image itself, and a factor: 0 where an index lay in the padding, None where none did."""
-    pads = _pads(layer)
-    if not any(pads):
-        return index, None
-    sizes = list(x.shape[2:])
-    before = [pads[2 * (len(sizes) - 1 - i)] for i in range(len(sizes))]
-    after = [pads[2 * (len(sizes) - 1 - i) + 1] for i in range(len(sizes))]
-    rest, inner, pitch = index, torch.zeros_like(index), 1
-    inside = torch.ones_like(index, dtype=torch.bool)
-    for size, low, high in reversed(list(zip(sizes, before, after, strict=True))):
-        wide = size + low + high
-        place, rest = rest % wide - low, rest // wide
-        inside &= (place >= 0) & (place < size)
-        inner, pitch = inner + place.clamp(0, size - 1) * pitch, pitch * size
-    return inner, inside.to(x.dtype)
-
-
-def _pads(layer: nn.Conv1d | nn.Conv2d) -> list[int]:
-    """Padding as torch.nn.functional.pad wants it: last axis first, before and after."""
-    if layer.padding == "valid":
-        return [0] * (2 * len(layer.kernel_size))
-    if layer.padding == "same":
-        sizes = [d * (k - 1) for d, k in zip(layer.dilation, layer.kernel_size, strict=True)]
-        return [p for s in reversed(sizes) for p in (s // 2, s - s // 2)]
-    return [int(p) for p in reversed(layer.padding) for _ in range(2)]
-
-
-def _positions(layer: nn.Conv1d | nn.Conv2d, x: Tensor, wanted: int, seed: int) -> Tensor:
-    """(S, taps) indices of the pixels under the kernel at S output positions."""
-    pads = _pads(layer)[::-1]
-    sizes = [n + pads[2 * i] + pads[2 * i + 1] for i, n in enumerate(x.shape[2:])]
-    steps = zip(sizes, layer.kernel_size, layer.dilation, layer.stride, strict=True)
-    starts, taps, pitch = (
-        torch.zeros(1, 1, dtype=torch.long),
-        torch.zeros(1, 1, dtype=torch.long),
-        1,
-    )
-    rows = list(steps)
-    for i, (size, k, d, stride) in enumerate(rows):
-        pitch = math.prod(sizes[i + 1 :])
-        out = (size - d * (k - 1) - 1) // stride + 1
-        starts = (starts.view(-1, 1) + torch.arange(out) * stride * pitch).view(-1, 1)
-        taps = (taps.view(-1, 1) + torch.arange(k) * d * pitch).view(1, -1)
-    if len(starts) > wanted:
-        generator = torch.Generator().manual_seed(seed)
-        starts = starts[torch.randperm(len(starts), generator=generator)[:wanted]]
-    return starts + taps

@@ -7,6 +7,7 @@ from rewriter.rules._rule import Contract, RewriteRule, Site
 from rewriter.rules.absorb_bias import AbsorbBias
 from rewriter.rules.correct_bias import CorrectBias
 from rewriter.rules.densify_depthwise import DensifyDepthwise
+from rewriter.rules.drop_dead_channels import DropDeadChannels
 from rewriter.rules.equalize import Equalize
 from rewriter.rules.float_tail import FloatTail
 from rewriter.rules.fuse_expand import FuseExpand
@@ -25,6 +26,7 @@ from rewriter.rules.split_range import SplitRange, SplitWeights
 from rewriter.rules.thin_channels import AMOUNTS, ThinChannels
 
 RULES: tuple[RewriteRule, ...] = (
+    DropDeadChannels(),
     MergeLinearSeparable(),
     MergeSeparable(),
     FuseExpand(),

@@ -7,6 +7,7 @@ from typing import ClassVar
 
 from torch import fx
 
+from rewriter.graph import facts
 from rewriter.rules._rule import RewriteRule, Site
 
 MODEL = "model"
@@ -16,7 +17,7 @@ class WholeModelRule(RewriteRule):
     """A free rule that acts on all layers at once, after the rules for single places and after fitting.
 
     It reads what is known of the graph: ``channel_range`` and, where there, ``influence`` in the
-    nodes' meta, and the target in ``gm.meta["scheme"]``.
+    nodes' meta, and the target in ``facts.SCHEME`` of the graph.
 
     Attributes:
         weighs: whether it is better with ``influence``, which costs a backward pass over the
@@ -40,4 +41,4 @@ class WholeModelRule(RewriteRule):
         raise NotImplementedError
 
     def apply(self, gm: fx.GraphModule, site: Site) -> None:
-        gm.meta["repairs"] = gm.meta.get("repairs", frozenset()) | {self.repair}
+        facts.REPAIRS.put(gm, facts.REPAIRS.get(gm, frozenset()) | {self.repair})

@@ -9,6 +9,7 @@ from typing import ClassVar, Literal
 
 from torch import Tensor, fx
 
+from rewriter.graph import facts
 from rewriter.graph.lookup import find, layer_name, layers
 
 # exact: the float function is kept; approximate: it is kept only after fitting; annotation: only
@@ -108,7 +109,7 @@ class RewriteRule(ABC):
 
 def mark(node: fx.Node, site: Site) -> None:
     """Write into a node's meta which step made or changed it."""
-    node.meta["rewritten_by"] = f"{site.rule}@{site.anchor}"
+    facts.REWRITTEN_BY.put(node, f"{site.rule}@{site.anchor}")
 
 
 def mark_layer(gm: fx.GraphModule, site: Site, word: str) -> None:
@@ -116,5 +117,5 @@ def mark_layer(gm: fx.GraphModule, site: Site, word: str) -> None:
     name = layer_name(find(gm, site.anchor))
     for node in layers(gm):
         if layer_name(node) == name:
-            node.meta[word] = True
+            facts.named(word).put(node, True)
             mark(node, site)

@@ -23,12 +23,13 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, fx, nn
 
+from rewriter.graph import facts
 from rewriter.graph.lookup import is_call, module_of
 from rewriter.graph.ops import clip_bounds, types
 from rewriter.rules._model_rule import WholeModelRule
 from rewriter.rules._rule import Contract, Site
 
-SHARE = 0.9
+ABSORBED_SHARE = 0.9
 _LINEAR_ABOVE_ZERO = types(lambda row: row.pointwise and (row.homogeneous or row.clips))
 
 
@@ -50,8 +51,8 @@ class AbsorbBias(WholeModelRule):
                 _bias(layer) - constant.to(layer.weight), requires_grad=False
             )
             for node in (maker, activation):
-                low, high = node.meta["channel_range"]
-                node.meta["channel_range"] = (low - constant.to(low), high - constant.to(high))
+                low, high = facts.CHANNEL_RANGE.of(node)
+                facts.CHANNEL_RANGE.put(node, (low - constant.to(low), high - constant.to(high)))
             for reader in activation.users:
                 _add_constant(module_of(gm, reader), constant)
 
@@ -64,12 +65,16 @@ def _places(gm: fx.GraphModule) -> list[tuple[fx.Node, Tensor]]:
             continue
         maker, act = node.args[0], module_of(gm, node)
         known = is_call(gm, maker, nn.Conv1d, nn.Conv2d, nn.Linear) and len(maker.users) == 1
-        if not known or "channel_range" not in maker.meta or "channel_range" not in node.meta:
+        if (
+            not known
+            or not facts.CHANNEL_RANGE.known(maker)
+            or not facts.CHANNEL_RANGE.known(node)
+        ):
             continue
         if not all(_reads_evenly(gm, user, node) for user in node.users):
             continue
-        low, high = (r.double() for r in maker.meta["channel_range"])
-        constant = SHARE * low.clamp_min(0)
+        low, high = (r.double() for r in facts.CHANNEL_RANGE.of(maker))
+        constant = ABSORBED_SHARE * low.clamp_min(0)
         bounds = clip_bounds(act)
         if bounds is not None:  # below the cap it is linear
             constant = torch.where(high < bounds[1], constant, 0) if bounds[0] == 0 else 0 * low
@@ -80,7 +85,7 @@ def _places(gm: fx.GraphModule) -> list[tuple[fx.Node, Tensor]]:
 
 def _reads_evenly(gm: fx.GraphModule, reader: fx.Node, value: fx.Node) -> bool:
     if is_call(gm, reader, nn.Linear):
-        return len(value.meta["shape"]) == 2
+        return len(facts.SHAPE.of(value)) == 2
     if not is_call(gm, reader, nn.Conv1d, nn.Conv2d):
         return False
     m: Any = module_of(gm, reader)

@@ -24,12 +24,14 @@ from __future__ import annotations
 
 from typing import ClassVar
 
+import torch
 from torch import fx
 
+from rewriter.graph import facts
 from rewriter.rules._model_rule import WholeModelRule
 from rewriter.rules._rule import Contract, Site
 from rewriter.surgery.channel_scales import rescale, scale_variables
-from rewriter.surgery.equalization import Damage, least_damage, log_bounds
+from rewriter.surgery.equalization import Damage, dead_bounds, least_damage, log_bounds
 
 # What is left below the cap of a ReLU6 by the largest value seen.
 MARGIN = 0.1
@@ -39,11 +41,12 @@ class Equalize(WholeModelRule):
     """Cross-layer equalization of all free channels; exact."""
 
     name: ClassVar[str] = "equalize"
+    version: ClassVar[int] = 2
     contract: ClassVar[Contract] = "exact"
     weighs: ClassVar[bool] = True
 
     def problem(self, gm: fx.GraphModule) -> str:
-        if not any("channel_range" in n.meta for n in gm.graph.nodes):
+        if not any(facts.CHANNEL_RANGE.known(n) for n in gm.graph.nodes):
             return "no calibrated channel ranges"
         channels = scale_variables(gm)
         if bool(log_bounds(gm, channels, MARGIN)[1].any()):
@@ -53,8 +56,10 @@ class Equalize(WholeModelRule):
 
     def apply(self, gm: fx.GraphModule, site: Site) -> None:
         channels = scale_variables(gm)
-        scheme = gm.meta.get("scheme")
+        scheme = facts.SCHEME.get(gm)
         specs = (scheme.weights, scheme.linear_weights) if scheme is not None else (None, None)
         upper, free = log_bounds(gm, channels, MARGIN)
-        logs, _, _ = least_damage(Damage(gm, channels, *specs), upper, free)
+        lower, most = dead_bounds(gm, channels)
+        upper = torch.minimum(upper, most)
+        logs, _, _ = least_damage(Damage(gm, channels, *specs), upper, free, lower=lower)
         rescale(gm, channels, logs.exp())

@@ -19,6 +19,7 @@ from typing import ClassVar
 
 from torch import fx
 
+from rewriter.graph import facts
 from rewriter.int8.annotate import is_decoding, is_layer
 from rewriter.rules._rule import Contract, RewriteRule, Site, mark
 
@@ -38,7 +39,7 @@ class FloatTail(RewriteRule):
 
     def apply(self, gm: fx.GraphModule, site: Site) -> None:
         for node in _tail(gm):
-            node.meta["keep_float"] = True
+            facts.KEEP_FLOAT.put(node, True)
             mark(node, site)
 
 

@@ -26,6 +26,7 @@ from typing import ClassVar
 
 from torch import fx
 
+from rewriter.graph import facts
 from rewriter.graph.lookup import layers
 from rewriter.int8.annotate import Annotation, is_layer, notes_of
 from rewriter.int8.scheme import QuantScheme
@@ -40,7 +41,7 @@ class KeepInt16(RewriteRule):
     free: ClassVar[bool] = True
 
     def match(self, gm: fx.GraphModule) -> Iterator[Site]:
-        scheme = gm.meta.get("scheme")
+        scheme = facts.SCHEME.get(gm)
         if scheme is None or scheme.wide is None:
             return
         notes = notes_of(gm, scheme)
@@ -49,7 +50,7 @@ class KeepInt16(RewriteRule):
 
     def site_at(self, gm: fx.GraphModule, anchor: str) -> Site | None:
         """Also where the target has no 16-bit activations: a plan that asks for them is told so."""
-        scheme = gm.meta.get("scheme")
+        scheme = facts.SCHEME.get(gm)
         if scheme is not None and scheme.wide is not None:
             return super().site_at(gm, anchor)
         node = next((n for n in layers(gm) if n.name == anchor), None)
@@ -72,7 +73,7 @@ class KeepInt16(RewriteRule):
         users = list(node.users)
         if notes[node].output is None and len(users) == 1 and not notes[users[0]].reads:
             value = users[0]  # an activation that the layer's kernel computes
-        if node.meta.get("keep_float"):
+        if facts.KEEP_FLOAT.get(node):
             return self.site(node, blocked="the layer is in float")
         if notes[value].output is None:
             return self.site(node, blocked="its value is not stored in int8: it is read in float")

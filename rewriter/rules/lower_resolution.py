@@ -23,6 +23,7 @@ from typing import ClassVar, Literal
 
 from torch import fx, nn
 
+from rewriter.graph import facts
 from rewriter.graph.edit import add_module, copy_graph
 from rewriter.graph.interpret import propagate_shapes
 from rewriter.graph.lookup import find, outputs
@@ -30,7 +31,7 @@ from rewriter.rules._rule import Contract, RewriteRule, Site
 
 # Percent of the side.
 SIDES = (93, 86, 80)
-MULTIPLE, LEAST = 8, 64
+MULTIPLE, MIN_SIDE = 8, 64
 
 
 @dataclass(frozen=True)
@@ -49,11 +50,11 @@ class LowerResolution(RewriteRule):
 
     def match(self, gm: fx.GraphModule) -> Iterator[Site]:
         inputs = gm.graph.find_nodes(op="placeholder")
-        if len(inputs) != 1 or len(inputs[0].meta.get("shape", ())) != 4:
+        if len(inputs) != 1 or len(facts.SHAPE.get(inputs[0], ())) != 4:
             return
         (node,) = inputs
         size = self._size(node)
-        if size == tuple(node.meta["shape"][2:]) or min(size) < LEAST:
+        if size == tuple(facts.SHAPE.of(node)[2:]) or min(size) < MIN_SIDE:
             return
         blocked = _problem(gm, node, size)
         if not blocked or self.percent == SIDES[0]:  # a near miss is shown once
@@ -72,7 +73,7 @@ class LowerResolution(RewriteRule):
     def _size(self, node: fx.Node) -> tuple[int, ...]:
         return tuple(
             max(1, round(n * self.percent / 100 / MULTIPLE)) * MULTIPLE
-            for n in node.meta["shape"][2:]
+            for n in facts.SHAPE.of(node)[2:]
         )
 
 
@@ -82,14 +83,13 @@ def _resize(gm: fx.GraphModule, node: fx.Node, size: tuple[int, ...]) -> None:
     with gm.graph.inserting_after(node):
         made = gm.graph.call_module(add_module(gm, "resize", resize), (node,))
     node.replace_all_uses_with(made, lambda user: user is not made)
-    made.meta = {
-        k: v for k, v in node.meta.items() if k in ("shape", "dtype", "channel_range")
-    } | {"keep_float": True}
+    facts.keep(made, node, facts.SHAPE, facts.DTYPE, facts.CHANNEL_RANGE)
+    facts.KEEP_FLOAT.put(made, True)
 
 
 def _problem(gm: fx.GraphModule, node: fx.Node, size: tuple[int, ...]) -> str:
     """Why a network cannot be run on smaller images, "" if it can."""
-    before = [n.meta["shape"] for n in outputs(gm)]
+    before = [facts.SHAPE.of(n) for n in outputs(gm)]
     tried = copy_graph(gm)
     _resize(tried, find(tried, node.name), size)
     tried.recompile()
@@ -97,7 +97,7 @@ def _problem(gm: fx.GraphModule, node: fx.Node, size: tuple[int, ...]) -> str:
         propagate_shapes(tried)
     except (RuntimeError, ValueError, TypeError, IndexError) as cause:
         return f"cannot be run at {size[0]} x {size[1]}: {str(cause).splitlines()[0]}"
-    for old, new in zip(before, (n.meta["shape"] for n in outputs(tried)), strict=True):
+    for old, new in zip(before, (facts.SHAPE.of(n) for n in outputs(tried)), strict=True):
         if old != new:
             return f"its output would have the shape {new}, not {old}"
     return ""

@@ -20,6 +20,7 @@ from typing import ClassVar
 
 from torch import fx, nn
 
+from rewriter.graph import facts
 from rewriter.graph.lookup import module_of
 from rewriter.graph.ops import clip_bounds
 from rewriter.rules._model_rule import WholeModelRule
@@ -63,7 +64,7 @@ def _reached(gm: fx.GraphModule, node: fx.Node) -> str:
     source = node.args[0]
     assert isinstance(source, fx.Node)
     cap = module_of(gm, node).max_val
-    if "channel_range" not in source.meta:
+    if not facts.CHANNEL_RANGE.known(source):
         return f"{node.name}: no calibrated channel ranges"
-    high = float(source.meta["channel_range"][1].max())
+    high = float(facts.CHANNEL_RANGE.of(source)[1].max())
     return f"{node.name}: reaches {high:.3g}, cap {cap:.3g}" if high * (1 + MARGIN) >= cap else ""

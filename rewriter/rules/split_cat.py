@@ -21,6 +21,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, fx
 
+from rewriter.graph import facts
 from rewriter.graph.lookup import find
 from rewriter.rules._rule import Contract, RewriteRule, Site
 from rewriter.surgery.channel_component import channels_of, is_dense, reader_gain
@@ -61,7 +62,7 @@ def _problem(gm: fx.GraphModule, node: fx.Node) -> str:
         return "no convolution or linear layer reads the concatenation"
     if len(sources) < 2 or any(channels_of(n) == 0 for n in sources):
         return "its inputs have no channels"
-    known = [n.meta.get("channel_range") for n in sources]
+    known = [facts.CHANNEL_RANGE.get(n) for n in sources]
     if any(r is None or len(r[0]) != channels_of(n) for r, n in zip(known, sources, strict=True)):
         return "no calibrated channel ranges"
     ranges: list[tuple[Tensor, Tensor]] = [r for r in known if r is not None]
@@ -94,4 +95,4 @@ def _groups(sources: list[fx.Node]) -> list[list[int]]:
 
 def _dimension(node: fx.Node) -> int:
     dim: Any = node.args[1] if len(node.args) > 1 else node.kwargs.get("dim", 0)
-    return dim % len(node.meta["shape"])
+    return dim % len(facts.SHAPE.of(node))

@@ -23,6 +23,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor, fx, nn
 
+from rewriter.graph import facts
 from rewriter.graph.channel_ranges import width
 from rewriter.graph.lookup import find, is_call, module_of
 from rewriter.graph.ops import types
@@ -55,9 +56,9 @@ class SplitChannels(ComponentRule):
             if is_call(gm, node, nn.Conv2d):  # its input is halved already
                 _scale_outputs(module_of(gm, node), half, bias_only=True)
         for node in (*component.entries, *component.inside):
-            if "channel_range" in node.meta:
-                node.meta["channel_range"] = tuple(
-                    r * half.to(r) for r in node.meta["channel_range"]
+            if facts.CHANNEL_RANGE.known(node):
+                facts.CHANNEL_RANGE.put(
+                    node, tuple(r * half.to(r) for r in facts.CHANNEL_RANGE.of(node))
                 )
 
     def _problem(self, gm: fx.GraphModule, component: Component) -> str:
@@ -91,7 +92,9 @@ class SplitChannels(ComponentRule):
 def _widths(gm: fx.GraphModule, component: Component) -> Tensor | None:
     """(V, C) widths of the channels of each int8 value."""
     known = [
-        n.meta["channel_range"] for n in int8_values(gm, component) if "channel_range" in n.meta
+        facts.CHANNEL_RANGE.of(n)
+        for n in int8_values(gm, component)
+        if facts.CHANNEL_RANGE.known(n)
     ]
     known = [r for r in known if len(r[0]) == component.channels]
     return torch.stack([width(low, high) for low, high in known]) if known else None

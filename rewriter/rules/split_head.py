@@ -11,7 +11,7 @@ all that follows up to the output is left in float. Groups are found by dynamic 
 calibrated channel ranges (``rewriter.surgery.group_channels``), each channel's error relative to
 its own width, so that scores count as much as boxes. ``split_head_auto`` takes the fewest groups
 that leave little to gain; ``split_head_named`` takes the groups that the user named,
-``gm.meta["head_groups"] = {node name: [[channels], ...]}``.
+``facts.HEAD_GROUPS``, {node name: [[channels], ...]}.
 
 Why: a detection head's channels mean different things (box, objectness, classes), and one int8
     range for all of them spends its 256 levels on the widest.
@@ -28,6 +28,7 @@ from typing import ClassVar, Literal
 import torch
 from torch import Tensor, fx, nn
 
+from rewriter.graph import facts
 from rewriter.graph.channel_ranges import width
 from rewriter.graph.edit import add_module
 from rewriter.graph.lookup import find, is_call, module_of
@@ -41,8 +42,8 @@ from rewriter.surgery.split_component import output_part
 LEAST_GAIN = 0.1
 # What ``auto`` is content with: this much of the rounding error that a range for each channel
 # would leave; and its most groups.
-ENOUGH = 2.0
-MOST_GROUPS = 6
+AUTO_ERROR = 2.0
+AUTO_GROUPS = 6
 AUTO = 0
 EXPONENT = 2.0
 
@@ -78,11 +79,11 @@ class SplitHead(RewriteRule):
         channels = layer.weight.shape[0]
         if channels < 2 * max(2, self.groups):
             return f"{channels} channels are too few for {max(2, self.groups)} groups"
-        if "channel_range" not in node.meta:
+        if not facts.CHANNEL_RANGE.known(node):
             return "no calibrated channel ranges"
-        if isinstance(layer, nn.Linear) and len(node.meta["shape"]) != 2:
+        if isinstance(layer, nn.Linear) and len(facts.SHAPE.of(node)) != 2:
             return "the linear layer's features are not dimension 1"
-        low, high = node.meta["channel_range"]
+        low, high = facts.CHANNEL_RANGE.of(node)
         weight = _importance(low, high)
         whole = rounding_error(low, high, [list(range(channels))], weight)
         groups = self._groups(gm, node)
@@ -93,13 +94,13 @@ class SplitHead(RewriteRule):
         return ""
 
     def _groups(self, gm: fx.GraphModule, node: fx.Node) -> list[list[int]]:
-        low, high = node.meta["channel_range"]
+        low, high = facts.CHANNEL_RANGE.of(node)
         weight = _importance(low, high)
         if self.groups != AUTO:
             return group_by_range(low, high, self.groups, weight)
         groups = [list(range(len(low)))]
-        for count in range(2, min(MOST_GROUPS, len(low)) + 1):
-            if rounding_error(low, high, groups, weight) <= ENOUGH:
+        for count in range(2, min(AUTO_GROUPS, len(low)) + 1):
+            if rounding_error(low, high, groups, weight) <= AUTO_ERROR:
                 break
             groups = group_by_range(low, high, count, weight)
         return groups
@@ -118,7 +119,7 @@ class SplitHeadNamed(SplitHead):
         return "split_head_named"
 
     def match(self, gm: fx.GraphModule) -> Iterator[Site]:
-        named = gm.meta.get("head_groups", {})
+        named = facts.HEAD_GROUPS.get(gm, {})
         yield from (site for site in super().match(gm) if site.anchor in named)
 
     def _problem(self, gm: fx.GraphModule, node: fx.Node) -> str:
@@ -128,7 +129,7 @@ class SplitHeadNamed(SplitHead):
         return super()._problem(gm, node)
 
     def _groups(self, gm: fx.GraphModule, node: fx.Node) -> list[list[int]]:
-        return [list(group) for group in gm.meta.get("head_groups", {}).get(node.name, [])]
+        return [list(group) for group in facts.HEAD_GROUPS.get(gm, {}).get(node.name, [])]
 
 
 def _importance(low: Tensor, high: Tensor) -> Tensor:
@@ -143,15 +144,17 @@ def split_layer(
     """Replace ``node`` by a layer for each group and a float concatenation; edits gm in place."""
     layer = module_of(gm, node)
     parts: list[fx.Node] = []
-    meta = {k: v for k, v in node.meta.items() if k not in ("channel_range", "shape")}
     with gm.graph.inserting_before(node):
         for i, group in enumerate(groups):
             target = add_module(gm, f"{node.target}_group{i}", output_part(layer, group))
             part = gm.graph.call_module(target, node.args)
-            part.meta = {**meta, "layer": f"{meta.get('layer', node.target)}_group{i}"}
-            part.meta["shape"] = _with_channels(node.meta["shape"], len(group))
-            if "channel_range" in node.meta:
-                part.meta["channel_range"] = tuple(r[group] for r in node.meta["channel_range"])
+            facts.inherit(part, node, facts.CHANNEL_RANGE, facts.SHAPE)
+            facts.LAYER.put(part, f"{facts.LAYER.get(node, node.target)}_group{i}")
+            facts.SHAPE.put(part, _with_channels(facts.SHAPE.of(node), len(group)))
+            if facts.CHANNEL_RANGE.known(node):
+                facts.CHANNEL_RANGE.put(
+                    part, tuple(r[group] for r in facts.CHANNEL_RANGE.of(node))
+                )
             mark(part, site)
             parts.append(part)
         joined = gm.graph.call_function(torch.cat, (parts, 1))
@@ -162,13 +165,14 @@ def split_layer(
             torch.index_select, (joined, 1, gm.graph.get_attr(index))
         )
     for new in (joined, restored):
-        new.meta = {**node.meta, "keep_float": True}
+        facts.inherit(new, node)
+        facts.KEEP_FLOAT.put(new, True)
         mark(new, site)
     node.replace_all_uses_with(restored)
     gm.graph.erase_node(node)
     for later in _downstream(restored):
         if later.op != "output":
-            later.meta["keep_float"] = True
+            facts.KEEP_FLOAT.put(later, True)
     return parts
 
 

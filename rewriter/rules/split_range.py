@@ -32,6 +32,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor, fx, nn
 
+from rewriter.graph import facts
 from rewriter.graph.lookup import find, is_call, module_of
 from rewriter.rules._component import ComponentRule
 from rewriter.rules._rule import Contract, Site
@@ -85,7 +86,7 @@ class SplitRange(ComponentRule):
             return "no convolution or linear layer reads the channels"
         low, high, weight = self._ranges(gm, component)
         if low.numel() == 0:
-            known = any("channel_range" in n.meta for n in component.entries)
+            known = any(facts.CHANNEL_RANGE.known(n) for n in component.entries)
             return "no value's channels are uneven" if known else "no calibrated channel ranges"
         whole = rounding_error(low, high, [list(range(component.channels))], weight)
         groups = group_by_range(low, high, self.groups, weight)
@@ -107,12 +108,14 @@ class SplitRange(ComponentRule):
         """(V, C) ranges by which the channels are grouped, and the importance of each."""
         joined = self._joined(gm, component)  # these have one range again
         known = [
-            n for n in int8_values(gm, component) if "channel_range" in n.meta and n not in joined
+            n
+            for n in int8_values(gm, component)
+            if facts.CHANNEL_RANGE.known(n) and n not in joined
         ]
-        known = [n for n in known if len(n.meta["channel_range"][0]) == component.channels]
+        known = [n for n in known if len(facts.CHANNEL_RANGE.of(n)[0]) == component.channels]
         if not known:
             return torch.empty(0, 0), torch.empty(0, 0), None
-        ranges = [n.meta["channel_range"] for n in known]
+        ranges = [facts.CHANNEL_RANGE.of(n) for n in known]
         weight = importance(gm, component)
         low, high = (torch.stack([r[i] for r in ranges]) for i in (0, 1))
         return low, high, torch.stack([weight[n] for n in known])
@@ -146,5 +149,5 @@ class SplitWeights(SplitRange):
 def _near_a_split(component: Component) -> bool:
     """Whether an earlier step has split layers that make or read the values."""
     readers = (user for user, _ in component.exits)
-    steps = (str(n.meta.get("rewritten_by", "")) for n in (*component.entries, *readers))
+    steps = (str(facts.REWRITTEN_BY.get(n, "")) for n in (*component.entries, *readers))
     return any(step.startswith("split_") for step in steps)

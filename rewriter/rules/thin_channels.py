@@ -27,6 +27,7 @@ from typing import ClassVar, Literal
 import torch
 from torch import Tensor, fx, nn
 
+from rewriter.graph import facts
 from rewriter.graph.cost import layer_macs
 from rewriter.graph.lookup import find, module_of
 from rewriter.rules._rule import Contract, RewriteRule, Site, mark
@@ -159,7 +160,7 @@ def _contribution(gm: fx.GraphModule, hidden: Hidden) -> Tensor:
     weight = module_of(gm, hidden.reader).weight.detach().double()
     own = weight[:, hidden.offset : hidden.offset + hidden.channels]
     worth = own.square().sum([d for d in range(own.ndim) if d != 1]).sqrt()
-    known = hidden.values()[-1].meta.get("channel_range")
+    known = facts.CHANNEL_RANGE.get(hidden.values()[-1])
     if known is not None and len(known[0]) == hidden.channels:
         worth = worth * (known[1] - known[0]).double().clamp_min(1e-12)
     return worth

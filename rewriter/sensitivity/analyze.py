@@ -19,6 +19,7 @@ from torch import Tensor, fx
 from rewriter.damage.fidelity import Fidelity
 from rewriter.damage.grouping import fidelity_of
 from rewriter.errors import QuantizeError
+from rewriter.graph import facts
 from rewriter.graph.cost import cost, layer_macs
 from rewriter.graph.lookup import layer_name, layers
 from rewriter.graph.ops import RECURRENT_TYPES
@@ -27,7 +28,7 @@ from rewriter.int8.scheme import QuantScheme
 from rewriter.int8.simulate import Quantized, quantize
 from rewriter.sensitivity.error_terms import parts_of
 from rewriter.sensitivity.exact import Metric, Tally, batch_size, measure
-from rewriter.sensitivity.journal import Journal, fingerprint
+from rewriter.sensitivity.journal import Journal, journal_key
 from rewriter.sensitivity.ranking_confidence import undecided
 from rewriter.sensitivity.results import Analysis
 from rewriter.sensitivity.screen import (
@@ -38,13 +39,13 @@ from rewriter.sensitivity.screen import (
 from rewriter.sensitivity.shared_prefix import Forks, Variant, int8_variant, keeping, only
 from rewriter.sensitivity.summary import Measured, summarize
 
-Progress = Callable[[float, float], None]
+OnProgress = Callable[[float, float], None]
 # Among how many layers the measured order has to be right before widening stops, and by how many
 # it widens.
 LEADERS = 5
 STEP = 4
 # No decision is made on fewer samples.
-LEAST = 24
+MIN_SAMPLES = 24
 # Screening ends when its order is expected to correlate so with that by endless samples.
 STEADY = 0.985
 # Screening costs about this many forward passes; only the progress bar depends on it.
@@ -57,7 +58,7 @@ APART = 2.0
 SURE = 3.0
 HARMLESS = 0.1
 # Projections for each part of the error that make the ranking steady.
-ENOUGH = 64
+PROJECTIONS = 64
 CURVE = (0, 1, 2, 3, 5, 8)
 
 
@@ -78,7 +79,7 @@ def analyze(
     top: int = 8,
     seed: int = 0,
     journal: Path | None = None,
-    progress: Progress | None = None,
+    progress: OnProgress | None = None,
     candidates: Sequence[Candidate] = (),
 ) -> Analysis:
     """Rank the layers of a network by the harm that int8 does to each, and say why.
@@ -111,7 +112,7 @@ def analyze(
         raise QuantizeError("sensitivity: evaluation inputs: none was given")
     calibration_batches = list(calibration_batches)
     fidelity = fidelity or fidelity_of(gm, calibration_batches)
-    method = gm.meta.get("calibration", "minmax")
+    method = facts.CALIBRATION.get(gm, "minmax")
     quantized = quantize(gm, scheme, calibration_batches, method)
     names = {n.name: n for n in layers(gm) if annotation(n).weight is not None}
     if not names:
@@ -119,7 +120,7 @@ def analyze(
     forks = Forks(quantized)
     size = batch_size(forks)
     settings = (seed, size, fidelity.digest, metric_name, [c.name for c in candidates])
-    key = fingerprint(quantized, evaluation_inputs, targets, *settings) if journal else ""
+    key = journal_key(quantized, evaluation_inputs, targets, *settings) if journal else ""
     with Journal(journal, key) as record:
         run = _Run(quantized, forks, evaluation_inputs, size, seed, record, progress, fidelity)
         run.targets, run.metric = targets, metric
@@ -179,7 +180,7 @@ def float_gains(quantized: Quantized, inputs: Tensor, *, seed: int = 0) -> dict[
 def _network_macs(gm: fx.GraphModule) -> int:
     """``cost(gm).macs``; a plain network does without torch's counter, which loads for seconds."""
     products = ("matmul", "mm", "einsum", "attention", "linear", "conv")
-    other = gm.meta.get("opaque") or any(
+    other = facts.OPAQUE.get(gm) or any(
         word in str(n.target).lower()
         for n in gm.graph.nodes
         if n.op in ("call_function", "call_method")
@@ -203,7 +204,7 @@ class _Run:
         size: int,
         seed: int,
         record: Journal,
-        progress: Progress | None,
+        progress: OnProgress | None,
         fidelity: Fidelity,
     ) -> None:
         self.quantized, self.forks, self.gm = quantized, forks, quantized.gm
@@ -214,7 +215,7 @@ class _Run:
         self.fidelity = fidelity
         self.size, self.parts = size, parts_of(self.gm)
         # few samples leave the estimate noisy: then each gets more directions
-        self.directions = max(1, min(4, -(-ENOUGH // len(inputs))))
+        self.directions = max(1, min(4, -(-PROJECTIONS // len(inputs))))
         self.tallies: dict[str, Tally] = {}
         self.done, self.total = 0.0, SCREEN_PASSES
 
@@ -233,7 +234,7 @@ class _Run:
             screening.extend(self.record[key])
             done = screening.samples
             self._advance(ready + SCREEN_PASSES * done / len(self.inputs) - self.done)
-            if done >= LEAST and screening.reliability() >= steady:
+            if done >= MIN_SAMPLES and screening.reliability() >= steady:
                 break
         self.total -= SCREEN_PASSES - (self.done - ready)
         return screening
@@ -281,9 +282,9 @@ class _Run:
         alive, seen = dict(variants), 0
         for block in self.blocks:
             # the network as a whole is not in the race: it is measured while the first are
-            self._measure({}, alive | (whole if seen < LEAST or not race else {}), [block])
+            self._measure({}, alive | (whole if seen < MIN_SAMPLES or not race else {}), [block])
             seen += len(range(len(self.inputs))[block])
-            if race and seen >= LEAST:
+            if race and seen >= MIN_SAMPLES:
                 harm = {n: self.tallies[n].by_block("damage") for n in variants}
                 unsure = undecided(harm, (1, LEADERS), APART)
                 alive = {n: v for n, v in alive.items() if n in unsure}

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
+from rewriter.graph import facts
 from rewriter.graph.axes import channel_axes
 from rewriter.graph.channel_ranges import channel_range
 from rewriter.graph.interpret import walk
@@ -29,7 +30,7 @@ THRESHOLDS: dict[str, float] = {
     "weight_channel_spread": 3.0,
     "weight_outliers": 4.0,
     "dead_channels": 2.0,
-    "bias_overflow": float(2**30),
+    "bias_overflow": float(2**31),  # the weight scale is then twice as coarse as it need be
     "activation_channel_spread": 3.0,
     "activation_outliers": 0.5,
     "shared_range": 2.5,
@@ -40,7 +41,7 @@ SIDE = 0.2
 USED = 0.999
 WEIGHT_USED = 0.99
 # Values of a channel from which its quantiles are taken.
-ENOUGH = 1 << 14
+QUANTILE_VALUES = 1 << 14
 
 
 @dataclass(frozen=True)
@@ -262,7 +263,7 @@ def _has_partners(quantized: Quantized, value: fx.Node) -> bool:
     sharing = [
         n
         for n in quantized.gm.graph.nodes
-        if "int8" in n.meta
+        if facts.INT8.known(n)
         and annotation(n).range_of == owner
         and not moves_values(quantized.gm, n)
     ]
@@ -293,7 +294,7 @@ def _usage_of(quantized: Quantized, node: fx.Node, value: Tensor, axis: int) -> 
     value = value.detach().float().movedim(axis, 1)
     least, most = (r.cpu() for r in channel_range(value))
     rows = value.transpose(0, 1)
-    each = max(1, value[:, 0].numel() // ENOUGH)
+    each = max(1, value[:, 0].numel() // QUANTILE_VALUES)
     if value.ndim > 2 and each > 1:  # every so many places, before anything is copied
         rows = rows.flatten(2)[:, :, ::each]
     rows = rows.reshape(value.shape[1], -1).cpu()

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from rewriter.damage.fidelity import Fidelity
+from rewriter.graph import facts
 from rewriter.sensitivity.shared_prefix import LARGEST_BLOCK, Forks, Variant
 
 # (flat outputs, targets) -> (N,) contribution of each sample; the metric is their mean
@@ -33,7 +34,7 @@ def batch_size(forks: Forks, largest: int = 16) -> int:
     """
     widest = 1
     for node in forks.nodes:
-        shape = node.meta.get("shape")
+        shape = facts.SHAPE.get(node)
         if isinstance(shape, (tuple, torch.Size)) and all(isinstance(s, int) for s in shape):
             widest = max(widest, math.prod(shape))
     return max(1, min(largest, LARGEST_BLOCK // (4 * widest)))

@@ -12,8 +12,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from rewriter.int8.integer_grid import PIECE, round_to_int8
 from rewriter.int8.scheme import QuantSpec
-from rewriter.sensitivity.shared_prefix import PIECE, round_to_int8, with_weight
+from rewriter.sensitivity.shared_prefix import with_weight
 
 
 def dot(a: Tensor, b: Tensor, samples: int) -> Tensor:

@@ -110,7 +110,7 @@ def _whole_lines(path: Path) -> list[Any]:
     return lines
 
 
-def fingerprint(quantized: Quantized, inputs: Tensor, targets: object, *settings: object) -> str:
+def journal_key(quantized: Quantized, inputs: Tensor, targets: object, *settings: object) -> str:
     """Identity of a network, its int8 form, the data and the settings."""
     gm, scheme = quantized.gm, quantized.scheme
     notes = [

@@ -19,7 +19,7 @@ from torch import Tensor
 # 0: a plain mean; 1: every sample counts the same share of a layer's damage.
 EVEN = 0.75
 # A sample on which next to nothing hurts must not count without bound.
-LEAST_SHARE = 1e-3
+MIN_SAMPLE_SHARE = 1e-3
 # Ways of cutting the samples into halves, over which the agreement of the halves is averaged.
 HALVINGS = 8
 
@@ -34,7 +34,7 @@ def sample_weights(harm: Tensor) -> Tensor:
     weights = torch.ones(harm.shape[1], dtype=torch.float64)
     for _ in range(3 if known.any() else 0):
         share = (harm[known] / mean[known, None]).mean(0)
-        weights = share.clamp_min(LEAST_SHARE).pow(-EVEN)
+        weights = share.clamp_min(MIN_SAMPLE_SHARE).pow(-EVEN)
         weights = weights * share.mean() / (weights * share).mean()
         mean = (harm * weights).mean(1).clamp_min(1e-300)
     return weights
@@ -78,7 +78,7 @@ def surely_apart(a: Sequence[float], b: Sequence[float], errors: float) -> bool:
     if len(x) < 2 or not bool((x + y).isfinite().all()):
         return False
     size = x + y
-    size = size.clamp_min(LEAST_SHARE * float(size.mean())).clamp_min(1e-300)
+    size = size.clamp_min(MIN_SAMPLE_SHARE * float(size.mean())).clamp_min(1e-300)
     difference = (x - y) * size.pow(-EVEN)
     error = float(difference.std()) / math.sqrt(len(x))
     return bool(abs(float(difference.mean())) > errors * error) or bool((x == y).all())

@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from torch import fx
 
 from rewriter.errors import RewriteError
+from rewriter.graph import facts
 from rewriter.graph.cost import layer_macs
 from rewriter.int8.simulate import Quantized
 from rewriter.plan import Plan, Step, rewrite, rule_named
@@ -32,7 +33,7 @@ def find_answers(quantized: Quantized, harmful: Sequence[fx.Node]) -> dict[str, 
         added = _added_macs(gm, sites)
     finally:
         for node in lent:
-            del node.meta["channel_range"]
+            facts.CHANNEL_RANGE.drop(node)
 
     def rank(site: Site) -> tuple[bool, int]:
         return site.rule == "keep_float", added[Step.at(site)]
@@ -50,13 +51,13 @@ def find_answers(quantized: Quantized, harmful: Sequence[fx.Node]) -> dict[str, 
 def _lend_ranges(quantized: Quantized) -> list[fx.Node]:
     """Give nodes the channel ranges that calibration saw, where nothing was profiled."""
     nodes = list(quantized.gm.graph.nodes)
-    if any("channel_range" in n.meta for n in nodes):
+    if any(facts.CHANNEL_RANGE.known(n) for n in nodes):
         return []
     lent: list[fx.Node] = []
     for node in nodes:
         seen = quantized.calibration.stats.get(node.name)
         if seen is not None:
-            node.meta["channel_range"] = (seen.channel_low, seen.channel_high)
+            facts.CHANNEL_RANGE.put(node, (seen.channel_low, seen.channel_high))
             lent.append(node)
     return lent
 
@@ -92,7 +93,7 @@ def _added_together(
     total = layer_macs(after)
     made = dict.fromkeys(map(str, steps), 0)
     for node in after.graph.nodes:
-        step = str(node.meta.get("rewritten_by", ""))
+        step = str(facts.REWRITTEN_BY.get(node, ""))
         if node.name in total and step in made:
             made[step] += total[node.name]
     found = {

@@ -33,6 +33,7 @@ from rewriter.graph.interpret import device_of, last_uses
 from rewriter.graph.lookup import outputs
 from rewriter.graph.ops import clip_bounds
 from rewriter.int8.annotate import annotation
+from rewriter.int8.integer_grid import round_to_int8
 from rewriter.int8.scheme import QuantSpec
 from rewriter.int8.simulate import Quantized
 from rewriter.sensitivity.error_terms import Edge, Parts, parts_of
@@ -47,7 +48,6 @@ from rewriter.sensitivity.shared_prefix import (
     compute,
     may_overwrite,
     modules_of,
-    round_to_int8,
     rounded_bias,
     rounded_weight,
     value_params,

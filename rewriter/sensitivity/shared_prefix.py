@@ -17,17 +17,17 @@ import torch
 from torch import Tensor, fx, nn
 from torch.nn import functional
 
+from rewriter.graph import facts
 from rewriter.graph.interpret import device_of, last_uses, run_node
 from rewriter.graph.lookup import is_call, module_of, outputs
 from rewriter.graph.ops import CLIP_TYPES, clip_bounds
+from rewriter.int8 import integer_grid
 from rewriter.int8.annotate import annotate, annotation, is_layer, moves_values
-from rewriter.int8.scheme import QuantScheme, QuantSpec, channel_axis, dequantized_weight
+from rewriter.int8.integer_grid import dequantized_weight, round_to_int8
+from rewriter.int8.scheme import QuantScheme, QuantSpec, channel_axis
 from rewriter.int8.simulate import Quantized
 from rewriter.sensitivity.error_terms import Parts
 
-# Rounding passes four times over its data: in pieces of half a megabyte it does so inside the
-# cache.
-PIECE = 1 << 17
 # glibc hands larger blocks back to the kernel at once, and each use then starts with page faults.
 LARGEST_BLOCK = 24 << 20
 
@@ -73,39 +73,18 @@ def keeping(
 ) -> dict[str, State]:
     """The whole network in int8 but for ``layers``, kept as the rule keep_float keeps them."""
     nodes = list(gm.graph.nodes)
-    notes = [n.meta["int8"] for n in nodes]
-    kept = [n for n in layers if not n.meta.get("keep_float")]
+    notes = [facts.INT8.of(n) for n in nodes]
+    kept = [n for n in layers if not facts.KEEP_FLOAT.get(n)]
     try:
         for node in kept:
-            node.meta["keep_float"] = True
+            facts.KEEP_FLOAT.put(node, True)
         annotate(gm, scheme)
         return int8_variant(gm)
     finally:
         for node in kept:
-            del node.meta["keep_float"]
+            facts.KEEP_FLOAT.drop(node)
         for node, note in zip(nodes, notes, strict=True):
-            node.meta["int8"] = note
-
-
-def round_to_int8(x: Tensor, scale: float, zero_point: int, spec: QuantSpec) -> Tensor:
-    """``fake_quantize`` without gradient: the same numbers, a few times as fast on CPU."""
-    low, high = float(spec.qmin - zero_point), float(spec.qmax - zero_point)
-    if x.device.type != "cpu":
-        return x.div(scale).round_().clamp_(low, high).mul_(scale)
-    if not (x.is_contiguous() or x.is_contiguous(memory_format=torch.channels_last)):
-        x = x.contiguous()
-    result = torch.empty_like(x)
-    if x.numel() <= PIECE:
-        return torch.div(x, scale, out=result).round_().clamp_(low, high).mul_(scale)
-    size = (x.numel(),)
-    pieces = zip(
-        x.as_strided(size, (1,)).split(PIECE),
-        result.as_strided(size, (1,)).split(PIECE),
-        strict=True,
-    )
-    for source, piece in pieces:
-        torch.div(source, scale, out=piece).round_().clamp_(low, high).mul_(scale)
-    return result
+            facts.INT8.put(node, note)
 
 
 def value_params(quantized: Quantized, value: fx.Node) -> tuple[float, int, QuantSpec]:
@@ -131,7 +110,7 @@ def rounded_bias(quantized: Quantized, node: fx.Node, input_scale: float) -> Ten
         return None
     bias: Tensor = layer.bias.detach()
     step = input_scale * quantized.calibration.weights[node.name].to(bias.device)
-    return (torch.round(bias / step) * step).to(bias.dtype)
+    return integer_grid.rounded_bias(bias, step)
 
 
 def with_weight(layer: nn.Module, weight: Tensor, bias: Tensor | None) -> nn.Module:
@@ -196,7 +175,7 @@ class Forks:
 
     def output_bytes(self, samples: int) -> int:
         """Size of what one variant returns for a batch."""
-        shapes = [n.meta.get("shape") or () for n in self.returned]
+        shapes = [facts.SHAPE.get(n) or () for n in self.returned]
         return 4 * samples * sum(math.prod(s) for s in shapes)
 
     def run(self, inputs: tuple[Tensor, ...], variant: Variant) -> list[Tensor]:

@@ -12,6 +12,8 @@ import torch
 from torch import Tensor, fx
 from torch.utils.weak import WeakIdKeyDictionary
 
+from rewriter.graph import facts
+
 # Digests of tensors and graphs that are still alive, with the version counters they were made at.
 _digests: WeakIdKeyDictionary = WeakIdKeyDictionary()
 
@@ -65,7 +67,7 @@ def graph_digest(gm: fx.GraphModule) -> str:
     text = key(
         [
             gm.code,
-            repr(gm.meta.get("example")),
+            repr(facts.EXAMPLE.get(gm)),
             *(f"{n} {tensor_digest(t)}" for n, t in tensors.items()),
         ]
     )
@@ -131,5 +133,5 @@ def model_digest(gm: fx.GraphModule) -> str:
         [f"{name}={type(m).__name__}({m.extra_repr()})" for name, m in gm.named_modules() if name]
     )
     digest.add(gm.state_dict())
-    digest.add(gm.meta["example"])
+    digest.add(facts.EXAMPLE.of(gm))
     return digest.hex()

@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
+from rewriter.graph import facts
 from rewriter.graph.lookup import is_call, module_of
 from rewriter.graph.ops import ACTIVATION_TYPES, types
 
@@ -49,7 +50,7 @@ class Component:
 
 def channels_of(node: fx.Node) -> int:
     """Number of channels (dimension 1) of the value a node makes; 0 if it has none."""
-    shape = node.meta.get("shape")
+    shape = facts.SHAPE.get(node)
     plain = isinstance(shape, tuple) and len(shape) >= 2 and isinstance(shape[1], int)
     return shape[1] if plain else 0  # type: ignore[index]
 
@@ -57,7 +58,7 @@ def channels_of(node: fx.Node) -> int:
 def is_dense(gm: fx.GraphModule, node: Any) -> bool:
     """Whether a node is a layer whose every output channel reads every input channel."""
     if is_call(gm, node, nn.Linear):
-        return len(node.meta["shape"]) == 2
+        return len(facts.SHAPE.of(node)) == 2
     return is_call(gm, node, nn.Conv2d, nn.ConvTranspose2d) and module_of(gm, node).groups == 1
 
 
@@ -131,7 +132,7 @@ def keeps_channels(gm: fx.GraphModule, node: fx.Node, channels: int) -> bool:
     if node.op != "call_function":
         return False
     if node.target in _ARITHMETIC:
-        rank = len(node.meta["shape"])
+        rank = len(facts.SHAPE.of(node))
         return rank >= 2 and all(_fits(n, rank, channels) for n in node.all_input_nodes)
     source = node.args[0] if node.args else None
     if not isinstance(source, fx.Node) or channels_of(source) != channels:
@@ -139,16 +140,16 @@ def keeps_channels(gm: fx.GraphModule, node: fx.Node, channels: int) -> bool:
     if node.target is torch.mean:
         axes = node.kwargs.get("dim", node.args[1] if len(node.args) > 1 else None)
         axes = axes if isinstance(axes, (tuple, list)) else (axes,)
-        rank = len(source.meta["shape"])
+        rank = len(facts.SHAPE.of(source))
         return all(isinstance(a, int) and a % rank > 1 for a in axes)
-    return node.target is torch.flatten and len(node.meta["shape"]) == 2
+    return node.target is torch.flatten and len(facts.SHAPE.of(node)) == 2
 
 
 def _fits(node: fx.Node, rank: int, channels: int) -> bool:
     """Whether an argument can be split, or be read whole by every group."""
     if node.op == "get_attr":
         return False
-    shape = node.meta.get("shape")
+    shape = facts.SHAPE.get(node)
     return isinstance(shape, tuple) and len(shape) == rank and shape[1] in (channels, 1)
 
 
@@ -198,7 +199,7 @@ def joined_values(gm: fx.GraphModule, component: Component, groups: int) -> set[
     found: set[fx.Node] = set()
     for value in {v for _, v in component.exits}:
         readers = [r for r, v in component.exits if v is value and is_dense(gm, r)]
-        if not readers or not all("channel_range" in n.meta for n in (value, *readers)):
+        if not readers or not all(facts.CHANNEL_RANGE.known(n) for n in (value, *readers)):
             continue
         summed = whole = 0.0
         for reader in readers:
@@ -208,13 +209,13 @@ def joined_values(gm: fx.GraphModule, component: Component, groups: int) -> set[
         if whole < summed:
             found.add(value)
     # nothing would be left of a split whose every value is concatenated again
-    known = {n for n in int8_values(gm, component) if "channel_range" in n.meta}
+    known = {n for n in int8_values(gm, component) if facts.CHANNEL_RANGE.known(n)}
     return set() if found >= known else found
 
 
 def _span(node: fx.Node) -> float:
     """Squared width of the range of a whole value."""
-    low, high = node.meta["channel_range"]
+    low, high = facts.CHANNEL_RANGE.of(node)
     return (float(high.max().clamp_min(0)) - float(low.min().clamp_max(0))) ** 2
 
 
@@ -235,7 +236,7 @@ def _gain(gm: fx.GraphModule, node: fx.Node, source: fx.Node) -> Tensor | float:
         scale = 1.0 if m.weight is None else m.weight.detach().double()
         return scale**2 / (m.running_var.double() + m.eps)
     if is_call(gm, node, nn.AvgPool2d, nn.AdaptiveAvgPool2d) or node.target is torch.mean:
-        places = [torch.Size(n.meta["shape"][2:]).numel() for n in (node, source)]
+        places = [torch.Size(facts.SHAPE.of(n)[2:]).numel() for n in (node, source)]
         return places[0] / places[1]  # errors average out
     if node.target is operator.mul:
         others = [n for n in node.all_input_nodes if n is not source]
@@ -245,7 +246,7 @@ def _gain(gm: fx.GraphModule, node: fx.Node, source: fx.Node) -> Tensor | float:
 
 def _power(node: fx.Node) -> float:
     """Mean square width of a value's channels; 1 where no ranges are known."""
-    if "channel_range" not in node.meta:
+    if not facts.CHANNEL_RANGE.known(node):
         return 1.0
-    low, high = node.meta["channel_range"]
+    low, high = facts.CHANNEL_RANGE.of(node)
     return float((high.clamp_min(0) - low.clamp_max(0)).double().square().mean()) or 1.0

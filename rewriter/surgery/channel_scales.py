@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
+from rewriter.graph import facts
 from rewriter.graph.axes import channel_axes
 from rewriter.graph.channel_ranges import range_of
 from rewriter.graph.lookup import is_call, layer_name, module_of
@@ -109,7 +110,7 @@ def scale_variables(gm: fx.GraphModule) -> Channels:
 
 
 def _count(node: fx.Node) -> int:
-    shape = node.meta.get("shape")
+    shape = facts.SHAPE.get(node)
     return (
         shape[1]
         if isinstance(shape, tuple) and len(shape) >= 2 and isinstance(shape[1], int)
@@ -150,7 +151,7 @@ def _through(
 
 
 def _layer(gm: fx.GraphModule, node: fx.Node, union: _Union) -> list[int] | None:
-    if is_call(gm, node, nn.Linear) and len(node.meta["shape"]) != 2:
+    if is_call(gm, node, nn.Linear) and len(facts.SHAPE.of(node)) != 2:
         return None  # its features are not dimension 1
     m = module_of(gm, node)
     if getattr(m, "padding_mode", "zeros") not in ("zeros", "reflect", "replicate", "circular"):
@@ -160,9 +161,9 @@ def _layer(gm: fx.GraphModule, node: fx.Node, union: _Union) -> list[int] | None
 
 def _keeps_axis(node: fx.Node) -> bool:
     source = node.all_input_nodes[0]
-    return (_count(source) == _count(node) and len(source.meta["shape"]) >= 3) or source.meta[
-        "shape"
-    ] == node.meta["shape"]
+    return (_count(source) == _count(node) and len(facts.SHAPE.of(source)) >= 3) or facts.SHAPE.of(
+        source
+    ) == facts.SHAPE.of(node)
 
 
 def _function(
@@ -213,7 +214,7 @@ def _sliced(index: Any, variables: list[int]) -> list[int] | None:
 
 
 def _rank(node: fx.Node) -> int:
-    return len(node.meta["shape"])
+    return len(facts.SHAPE.of(node))
 
 
 def _dimension(node: fx.Node) -> Any:
@@ -260,23 +261,23 @@ def _rescale_meta(node: fx.Node, made: Tensor, read: Tensor | None) -> None:
     seen = range_of(node, len(made))
     if seen is not None:
         low, high = seen
-        node.meta["channel_range"] = (low * made.to(low), high * made.to(high))
-    known = node.meta.get("influence")
+        facts.CHANNEL_RANGE.put(node, (low * made.to(low), high * made.to(high)))
+    known = facts.INFLUENCE.get(node)
     if known is not None and known.shape == made.shape:
-        node.meta["influence"] = known / made**2
-    known = node.meta.get("weight_influence")
+        facts.INFLUENCE.put(node, known / made**2)
+    known = facts.WEIGHT_INFLUENCE.get(node)
     if known is None:
         return
     groups = 1 if read is None else len(read) // known.shape[1]
     whole = read is None or groups * known.shape[1] == len(read)
     if not whole or not groups or len(known) != len(made) or len(known) % groups:
-        del node.meta["weight_influence"]  # of the layer that a step of the plan has changed since
+        facts.WEIGHT_INFLUENCE.drop(node)  # of the layer that a step of the plan has changed since
         return
     known = known / made[:, None] ** 2
     if read is not None:
         rows = read.view(groups, -1)
         known = known * rows.repeat_interleave(len(known) // groups, 0) ** 2
-    node.meta["weight_influence"] = known
+    facts.WEIGHT_INFLUENCE.put(node, known)
 
 
 def _inner(m: nn.Module, scale: Tensor, weight: Tensor) -> Tensor:

@@ -23,6 +23,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, fx, nn
 
+from rewriter.graph import facts
 from rewriter.graph.channel_ranges import range_of
 from rewriter.graph.lookup import is_call, layers, module_of
 from rewriter.graph.ops import CLIP_TYPES
@@ -156,7 +157,7 @@ class Damage:
         values: list[tuple[Array, Array, Array, Array]] = []
         known = _Known(gm)
         for node in layers(gm):
-            if not _scaled(gm, node, channels) or node.meta.get("keep_float"):
+            if not _scaled(gm, node, channels) or facts.KEEP_FLOAT.get(node):
                 continue
             spec = linear_weights if is_call(gm, node, nn.Linear) else weights
             self.terms.append((_layer(gm, node, channels, known, spec), 1 / 127**2))
@@ -209,9 +210,9 @@ class _Known:
 
     def __init__(self, gm: fx.GraphModule) -> None:
         shares = [
-            float(n.meta["influence"].sum() * _power(n).mean())
+            float(facts.INFLUENCE.of(n).sum() * _power(n).mean())
             for n in gm.graph.nodes
-            if _valid(n) and "channel_range" in n.meta
+            if _valid(n) and facts.CHANNEL_RANGE.known(n)
         ]
         # typical damage of an error as large as the value itself
         self.whole = sorted(shares)[len(shares) // 2] if shares else 1.0
@@ -219,7 +220,7 @@ class _Known:
     def of_value(self, node: fx.Node) -> Tensor:
         """(C,)"""
         if _valid(node):
-            return node.meta["influence"].double()
+            return facts.INFLUENCE.of(node).double()
         power = _power(node)
         each = self.whole / power.sum().clamp_min(1e-30)
         return each.expand_as(power)
@@ -228,7 +229,7 @@ class _Known:
         """(C_out, C_in / groups)"""
         m = module_of(gm, node)
         shape = m.weight.shape[:2]
-        known = node.meta.get("weight_influence")
+        known = facts.WEIGHT_INFLUENCE.get(node)
         if known is not None and known.shape == shape:
             return known.double()
         source = node.args[0]
@@ -242,13 +243,13 @@ class _Known:
 
 
 def _valid(node: fx.Node) -> bool:
-    known, shape = node.meta.get("influence"), node.meta.get("shape")
+    known, shape = facts.INFLUENCE.get(node), facts.SHAPE.get(node)
     return known is not None and shape is not None and known.shape == shape[1:2]
 
 
 def _power(node: fx.Node) -> Tensor:
     """(C,) mean square, as if the values were spread evenly over their range."""
-    low, high = (r.double() for r in node.meta["channel_range"])
+    low, high = (r.double() for r in facts.CHANNEL_RANGE.of(node))
     return (high**2 + high * low + low**2).clamp_min(1e-30) / 3
 
 
@@ -282,8 +283,45 @@ def log_bounds(gm: fx.GraphModule, channels: Channels, margin: float) -> tuple[T
     return upper, free
 
 
+def dead_bounds(gm: fx.GraphModule, channels: Channels) -> tuple[Tensor, Tensor]:
+    """Bounds (V,) of the logarithms from below and above, for channels that hold nothing but zero.
+
+    No error of theirs costs anything, so that nothing else keeps their scales from drifting: their filters may grow to the
+    largest of the layer that makes them, and what reads them to the largest of the layer that reads them. Others are free.
+    """
+    count = len(channels.fixed)
+    low, high = (torch.full((count,), s * torch.inf, dtype=torch.float64) for s in (-1, 1))
+    alive = torch.zeros(count, dtype=torch.bool)
+    for node in gm.graph.nodes:
+        variables = channels.of.get(node.name)
+        seen = None if variables is None else range_of(node, len(variables))
+        if variables is not None and _stored(gm, node):
+            moves = torch.ones(len(variables), dtype=torch.bool)
+            if seen is not None:
+                moves = (seen[0] != 0) | (seen[1] != 0)
+            alive[variables[moves.cpu()]] = True
+    for node in layers(gm):
+        if not _scaled(gm, node, channels):
+            continue
+        m, source = module_of(gm, node), node.args[0]
+        assert isinstance(source, fx.Node)
+        size = m.weight.detach().double().abs().cpu().flatten(1)
+        size = size.unflatten(1, (m.weight.shape[1], -1)).amax(2)  # (O, I / groups)
+        peak, groups = size.max().clamp_min(TINY), getattr(m, "groups", 1)
+        rows = size.amax(1)
+        columns = size.view(groups, -1, size.shape[1]).amax(1).flatten()
+        high.scatter_reduce_(0, channels.of[node.name], torch.log(peak / rows), "amin")
+        low.scatter_reduce_(0, channels.of[source.name], torch.log(columns / peak), "amax")
+    low[alive], high[alive] = -torch.inf, torch.inf
+    return torch.minimum(low, high), high
+
+
 def least_damage(
-    damage: Damage, upper: Tensor, free: Tensor, steps: int = STEPS
+    damage: Damage,
+    upper: Tensor,
+    free: Tensor,
+    steps: int = STEPS,
+    lower: Tensor | None = None,
 ) -> tuple[Tensor, float, float]:
     """The scales that minimise ``damage``.
 
@@ -294,12 +332,15 @@ def least_damage(
         upper: (V,) bounds of the logarithms.
         free: (V,) which may move.
         steps: of Adam.
+        lower: (V,) bounds of the logarithms from below.
 
     Returns:
         (V,) logarithms of the scales, D before, D after.
     """
     bound = float(np.log(LARGEST))
     above, moves = np.minimum(upper.numpy(), bound), free.numpy()
+    below = np.full_like(above, -bound) if lower is None else np.maximum(lower.numpy(), -bound)
+    below = np.minimum(below, above)
     x, mean, square = (np.zeros(damage.count) for _ in range(3))
     best, before, least = x, damage(x)[0], float("inf")
     for step in range(1, steps + 1):
@@ -311,5 +352,5 @@ def least_damage(
         square += 0.01 * (slope**2 - square)
         rate = RATE * (1 + np.cos(np.pi * step / steps)) / 2
         move = mean / (1 - 0.9**step) / (np.sqrt(square / (1 - 0.99**step)) + 1e-8)
-        x = np.where(moves, np.clip(x - rate * move, -bound, above), 0.0)
+        x = np.where(moves, np.clip(x - rate * move, below, above), 0.0)
     return torch.from_numpy(best), before, least

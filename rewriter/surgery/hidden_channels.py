@@ -23,6 +23,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
+from rewriter.graph import facts
 from rewriter.graph.lookup import is_call, module_of
 from rewriter.graph.ops import ACTIVATION_TYPES
 from rewriter.surgery.channel_component import keeps_channels
@@ -90,7 +91,7 @@ def hidden_of(gm: fx.GraphModule, entry: fx.Node) -> Hidden:
     """The channels that a dense layer makes."""
     layer = module_of(gm, entry)
     linear = isinstance(layer, nn.Linear)
-    axis = len(entry.meta["shape"]) - 1 if linear else 1
+    axis = len(facts.SHAPE.of(entry)) - 1 if linear else 1
     found = Hidden(entry, layer.out_features if linear else layer.out_channels, axis)
     readers: list[tuple[fx.Node, int]] = []
     places: dict[fx.Node, int] = {entry: 0}  # where the channels start in each value
@@ -111,7 +112,7 @@ def hidden_of(gm: fx.GraphModule, entry: fx.Node) -> Hidden:
                     readers.append((user, places[value]))
             elif _channel_wise(gm, user, value, axis):
                 other = _other_operand(user, value)
-                beside = value.meta["shape"][axis] != found.channels
+                beside = facts.SHAPE.of(value)[axis] != found.channels
                 if beside and (other is not None or _group_width(gm, user) > 1):
                     found.blocked = f"{user.name} ties them to the channels beside them"
                     break
@@ -144,7 +145,7 @@ def _settle(
     readers: list[tuple[fx.Node, int]],
 ) -> None:
     """Edit a finding: what is inside, who reads it, and whether something stands in the way."""
-    wide = {n for n in places if n.meta["shape"][found.axis] != found.channels}
+    wide = {n for n in places if facts.SHAPE.of(n)[found.axis] != found.channels}
     order = {n: i for i, n in enumerate(gm.graph.nodes)}
     expands = {g.expand for g in found.gates}
     ranked = sorted(places, key=order.__getitem__)
@@ -184,12 +185,12 @@ def _shared(gm: fx.GraphModule, nodes: list[fx.Node]) -> str:
 
 def _channel_wise(gm: fx.GraphModule, node: fx.Node, value: fx.Node, axis: int) -> bool:
     """Whether a reader of a value changes each of its channels (or groups of them) alone."""
-    width = value.meta["shape"][axis]
+    width = facts.SHAPE.of(value)[axis]
     if axis == 1 and _group_width(gm, node) > 1:
         return True
     if axis != 1:  # of tokens, whose channels lie last
         plain = is_call(gm, node, *(t for t in ACTIVATION_TYPES if t is not nn.PReLU))
-        return plain and node.meta["shape"] == value.meta["shape"]
+        return plain and facts.SHAPE.of(node) == facts.SHAPE.of(value)
     return keeps_channels(gm, node, width)
 
 
@@ -204,7 +205,7 @@ def _group_width(gm: fx.GraphModule, node: fx.Node) -> int:
 def _other_operand(node: fx.Node, value: fx.Node) -> fx.Node | None:
     """The other value of as many channels that an operation on two of them reads."""
     others = [n for n in node.all_input_nodes if n is not value]
-    return others[0] if others and others[0].meta["shape"][1] > 1 else None
+    return others[0] if others and facts.SHAPE.of(others[0])[1] > 1 else None
 
 
 def _gate_of(gm: fx.GraphModule, node: fx.Node, found: Hidden) -> list[fx.Node] | None:
@@ -232,11 +233,11 @@ def _cat_offset(node: fx.Node, value: fx.Node, axis: int) -> int | None:
         return None
     parts: Any = node.args[0]
     dim = node.kwargs.get("dim", node.args[1] if len(node.args) > 1 else 0)
-    rank = len(value.meta["shape"])
+    rank = len(facts.SHAPE.of(value))
     if not isinstance(dim, int) or dim % rank != axis or list(parts).count(value) != 1:
         return None
     before = list(parts)[: list(parts).index(value)]
-    return sum(n.meta["shape"][axis] for n in before)
+    return sum(facts.SHAPE.of(n)[axis] for n in before)
 
 
 def _said(gm: fx.GraphModule, node: fx.Node) -> str:
@@ -268,7 +269,7 @@ def keep_channels(gm: fx.GraphModule, hidden: Hidden, kept: Tensor) -> None:
         _keep_read(gate.squeeze, kept)
     columns = kept_columns(gm, hidden, kept)
     for node, offset in hidden.joined:
-        width = node.meta["shape"][hidden.axis]
+        width = facts.SHAPE.of(node)[hidden.axis]
         left = _beside(kept, hidden.channels, offset, width)
         if node.op == "call_module":
             _keep_outputs(module_of(gm, node), left, width, dense=False)
@@ -319,23 +320,23 @@ def _set(m: nn.Module, name: str, value: Tensor) -> None:
 
 def _keep_meta(node: fx.Node, kept: Tensor, axis: int, width: int) -> None:
     """Edit what is known of a value: its shape, and what was measured of each channel."""
-    shape = list(node.meta["shape"])
+    shape = list(facts.SHAPE.of(node))
     shape[axis] = len(kept)
-    node.meta["shape"] = tuple(shape)
-    for name in ("channel_range", "influence", "weight_influence"):
-        known = node.meta.get(name)
+    facts.SHAPE.put(node, tuple(shape))
+    for fact in (facts.CHANNEL_RANGE, facts.INFLUENCE, facts.WEIGHT_INFLUENCE):
+        known = fact.get(node)
         if known is None:
             continue
         parts = known if isinstance(known, tuple) else (known,)
         if any(len(p) != width for p in parts):
-            del node.meta[name]  # measured along another axis
+            fact.drop(node)  # measured along another axis
             continue
         left = tuple(p[kept.to(p.device)] for p in parts)
-        node.meta[name] = left if isinstance(known, tuple) else left[0]
+        fact.put(node, left if isinstance(known, tuple) else left[0])
 
 
 def _keep_read(node: fx.Node, columns: Tensor) -> None:
     """Edit what is known of a reader's weights."""
-    known = node.meta.get("weight_influence")
+    known = facts.WEIGHT_INFLUENCE.get(node)
     if isinstance(known, Tensor) and known.ndim == 2 and known.shape[1] > int(columns.max()):
-        node.meta["weight_influence"] = known[:, columns.to(known.device)]
+        facts.WEIGHT_INFLUENCE.put(node, known[:, columns.to(known.device)])

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
+from rewriter.graph import facts
 from rewriter.graph.edit import add_module
 from rewriter.graph.lookup import module_of
 from rewriter.surgery.channel_component import Component, channels_of, is_dense
@@ -55,7 +56,7 @@ def split_component(
                 part = input_part(module_of(gm, reader), order, bias=True)
                 gm.set_submodule(str(reader.target), part)
                 reader.args = (together[value], *reader.args[1:])
-                reader.meta["rewritten_by"] = made_by
+                facts.REWRITTEN_BY.put(reader, made_by)
             elif is_dense(gm, reader):
                 total = sum_over_groups(gm, reader, parts[value], groups, made_by)
                 for found in parts.values():  # what is split further on is the sum
@@ -66,7 +67,7 @@ def split_component(
                 reader.replace_input_with(value, restored[value])
     for made in parts.values():
         for node in made:
-            node.meta["rewritten_by"] = made_by
+            facts.REWRITTEN_BY.put(node, made_by)
 
 
 def _split_entry(gm: fx.GraphModule, entry: fx.Node, groups: Groups) -> list[fx.Node]:
@@ -114,11 +115,13 @@ def _part_of_argument(
 
 def _describe(made: list[fx.Node], groups: Groups, original: fx.Node) -> None:
     """Meta of the parts of a value: shape and channel ranges of each."""
-    meta = dict(original.meta)
+    shape, ranges = facts.SHAPE.of(original), facts.CHANNEL_RANGE.get(original)
     for node, group in zip(made, groups, strict=True):
-        node.meta = {**meta, "shape": (meta["shape"][0], len(group), *meta["shape"][2:])}
-        if "channel_range" in meta:
-            node.meta["channel_range"] = tuple(r[group] for r in meta["channel_range"])
+        facts.inherit(node, original)
+        facts.SHAPE.put(node, (shape[0], len(group), *shape[2:]))
+        if ranges is not None:
+            low, high = ranges
+            facts.CHANNEL_RANGE.put(node, (low[group], high[group]))
 
 
 def sum_over_groups(
@@ -148,19 +151,20 @@ def sum_over_groups(
             with gm.graph.inserting_after(made[-1]):
                 target = add_module(gm, f"{reader.target}_part{i}", part)
                 made.append(gm.graph.call_module(target, (sources[i],)))
-    ranges = dict(reader.meta)  # only the whole sum has the ranges that were seen
-    meta = {k: v for k, v in ranges.items() if k != "channel_range"}
+    ranges = facts.CHANNEL_RANGE.get(reader)  # only the whole sum has the ranges that were seen
+    facts.CHANNEL_RANGE.drop(reader)
     for node in made:
-        node.meta = {**meta, "rewritten_by": made_by}
+        facts.inherit(node, reader)
+        facts.REWRITTEN_BY.put(node, made_by)
     total, last = made[0], made[-1]
     users = list(reader.users)
     for part in made[1:]:
         with gm.graph.inserting_after(last):
             total = gm.graph.call_function(operator.add, (total, part))
-        total.meta = {**meta, "rewritten_by": made_by}
+        facts.inherit(total, reader)
         last = total
-    if "channel_range" in ranges:
-        total.meta["channel_range"] = ranges["channel_range"]
+    if ranges is not None:
+        facts.CHANNEL_RANGE.put(total, ranges)
     for user in users:
         if user not in made:
             user.replace_input_with(reader, total)
@@ -179,9 +183,10 @@ def join_parts(
         order_node = gm.graph.get_attr(index)
     with gm.graph.inserting_after(order_node):
         restored = gm.graph.call_function(torch.index_select, (joined, 1, order_node))
-    joined.meta["keep_float"] = True
-    restored.meta = dict(joined.meta)
-    order_node.meta = {"shape": (len(order),), "dtype": torch.int64}
+    facts.KEEP_FLOAT.put(joined, True)
+    facts.inherit(restored, joined)
+    facts.SHAPE.put(order_node, (len(order),))
+    facts.DTYPE.put(order_node, torch.int64)
     return restored
 
 
@@ -189,13 +194,14 @@ def _concatenate(
     gm: fx.GraphModule, made: list[fx.Node], original: fx.Node, made_by: str
 ) -> fx.Node:
     """The groups one behind the other."""
-    meta = {k: v for k, v in original.meta.items() if k not in ("channel_range", "int8")}
-    shape = original.meta["shape"]
+    shape = facts.SHAPE.of(original)
     channels = sum(channels_of(n) for n in made)
     last = max(made, key={n: i for i, n in enumerate(gm.graph.nodes)}.__getitem__)
     with gm.graph.inserting_after(last):
         joined = gm.graph.call_function(torch.cat, (list(made), 1))
-    joined.meta = {**meta, "shape": (shape[0], channels, *shape[2:]), "rewritten_by": made_by}
+    facts.inherit(joined, original, facts.CHANNEL_RANGE, facts.INT8)
+    facts.SHAPE.put(joined, (shape[0], channels, *shape[2:]))
+    facts.REWRITTEN_BY.put(joined, made_by)
     return joined
 
 

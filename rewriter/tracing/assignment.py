@@ -14,6 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
+from rewriter.graph import facts
+
 # First and last (exclusive) place in each dimension, and the dimensions that an integer takes out.
 Spans = tuple[list[tuple[int, int]], list[int]]
 
@@ -62,7 +64,7 @@ def expand_assignments(gm: fx.GraphModule) -> None:
         if node.target is not assign_:
             continue
         x, index, value = node.args
-        found = spans(x.meta["shape"], index)
+        found = spans(facts.SHAPE.of(x), index)
         assert found is not None, index  # the tracer refuses others
         with gm.graph.inserting_before(node):
             new = _assigned(gm, x, found, value)
@@ -73,7 +75,7 @@ def expand_assignments(gm: fx.GraphModule) -> None:
 def _assigned(gm: fx.GraphModule, x: fx.Node, found: Spans, value: Any, dim: int = 0) -> fx.Node:
     """``x`` with the new part, from dimension ``dim`` on."""
     places, taken = found
-    shape = x.meta["shape"]
+    shape = facts.SHAPE.of(x)
     while dim < len(shape) and places[dim] == (0, shape[dim]):
         dim += 1
     if dim == len(shape):
@@ -86,33 +88,33 @@ def _assigned(gm: fx.GraphModule, x: fx.Node, found: Spans, value: Any, dim: int
     if high < shape[dim]:
         parts.append(_part(gm, x, dim, high, shape[dim]))
     new = gm.graph.call_function(torch.cat, (parts, dim))
-    new.meta = _meta(x, shape)
+    _inherit(new, x, shape)
     return new
 
 
 def _part(gm: fx.GraphModule, x: fx.Node, dim: int, low: int, high: int) -> fx.Node:
-    shape = x.meta["shape"]
+    shape = facts.SHAPE.of(x)
     index = (*[slice(None)] * dim, slice(low, high))
     part = gm.graph.call_function(operator.getitem, (x, index))
-    part.meta = _meta(x, (*shape[:dim], high - low, *shape[dim + 1 :]))
+    _inherit(part, x, (*shape[:dim], high - low, *shape[dim + 1 :]))
     return part
 
 
-def _meta(x: fx.Node, shape: tuple[int, ...]) -> dict[str, Any]:
-    kept = {k: x.meta[k] for k in ("dtype", "nn_module_stack") if k in x.meta}
-    return {**kept, "shape": shape}
+def _inherit(new: fx.Node, x: fx.Node, shape: tuple[int, ...]) -> None:
+    facts.keep(new, x, facts.DTYPE, facts.MODULE_STACK)
+    facts.SHAPE.put(new, shape)
 
 
 def _shaped(gm: fx.GraphModule, part: fx.Node, taken: list[int], value: Any) -> fx.Node:
     """The new values in the shape of the part that they replace."""
     if not isinstance(value, fx.Node):
         made = gm.graph.call_function(torch.full_like, (part, value))
-        made.meta = _meta(part, part.meta["shape"])
+        _inherit(made, part, facts.SHAPE.of(part))
         return made
-    shape = value.meta.get("shape")
+    shape = facts.SHAPE.get(value)
     if shape is None:
         shape = tuple(operator.attrgetter(str(value.target))(gm).shape)
-    rank = len(part.meta["shape"])
+    rank = len(facts.SHAPE.of(part))
     for dim in taken:  # an integer index takes the dimension out: counted from the last
         behind = rank - 1 - dim - sum(t > dim for t in taken)
         if behind > len(shape):
@@ -120,9 +122,9 @@ def _shaped(gm: fx.GraphModule, part: fx.Node, taken: list[int], value: Any) -> 
         at = len(shape) - behind
         shape = (*shape[:at], 1, *shape[at:])
         value = gm.graph.call_method("unsqueeze", (value, at))
-        value.meta = _meta(part, shape)
-    if shape == part.meta["shape"]:
+        _inherit(value, part, shape)
+    if shape == facts.SHAPE.of(part):
         return value
     value = gm.graph.call_method("expand_as", (value, part))
-    value.meta = _meta(part, part.meta["shape"])
+    _inherit(value, part, facts.SHAPE.of(part))
     return value

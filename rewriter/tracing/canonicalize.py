@@ -21,7 +21,7 @@ After ``canonicalise``:
 * add, sub, mul, div are ``operator`` functions; cat is ``torch.cat(list, dim)``, flatten is
   ``torch.flatten(x, start, end)``, mean is ``torch.mean(x, dims, keepdim)``, all positional
   with dims >= 0; view is ``reshape`` with plain sizes and one -1;
-* ``node.meta`` has ``shape``, ``dtype`` and ``layer`` (the qualified name the user knows).
+* ``facts.SHAPE``, ``DTYPE`` and ``LAYER`` (the qualified name the user knows) are known of every node.
 """
 
 from __future__ import annotations
@@ -33,6 +33,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, fx, nn
 
+from rewriter.graph import facts
 from rewriter.graph.edit import add_module
 from rewriter.graph.interpret import propagate_shapes
 from rewriter.graph.lookup import Opaque, is_call, module_of
@@ -69,7 +70,7 @@ def canonicalise(gm: fx.GraphModule) -> fx.GraphModule:
     """Bring a freshly traced graph module into the normal form, in place, and return it."""
     for node in gm.graph.nodes:
         if node.op == "call_module":
-            node.meta["layer"] = str(node.target)
+            facts.LAYER.put(node, str(node.target))
     expand_assignments(gm)
     _use_positions(gm)
     _use_plain_functions(gm)
@@ -169,7 +170,7 @@ def _use_modules(gm: fx.GraphModule) -> None:
         if found is None:
             continue
         module, word = found
-        stack = list((node.meta.get("nn_module_stack") or {}).values())
+        stack = list((facts.MODULE_STACK.get(node) or {}).values())
         owner = str(stack[-1][0]) if stack else ""
         plain = isinstance(module, (*LAYER_TYPES, *NORM_TYPES)) and _free(gm, owner, node)
         target = owner if plain else add_module(gm, _path_for(gm, owner, word), module)
@@ -177,7 +178,8 @@ def _use_modules(gm: fx.GraphModule) -> None:
             gm.set_submodule(owner, module)
         with gm.graph.inserting_before(node):
             new = gm.graph.call_module(target, (node.args[0],))
-        new.meta = {**node.meta, "layer": owner if plain or owner else target}
+        facts.inherit(new, node)
+        facts.LAYER.put(new, owner if plain or owner else target)
         node.replace_all_uses_with(new)
         parameters = [n for n in node.all_input_nodes if n.op == "get_attr"]
         gm.graph.erase_node(node)
@@ -249,8 +251,8 @@ def _plain_classes(gm: fx.GraphModule) -> None:
 
 def _fix_output_padding(gm: fx.GraphModule, node: fx.Node) -> None:
     """``conv(x, output_size=...)`` becomes a fixed output padding."""
-    m, size = module_of(gm, node), node.meta["shape"][2:]
-    before = node.all_input_nodes[0].meta["shape"][2:]
+    m, size = module_of(gm, node), facts.SHAPE.of(node)[2:]
+    before = facts.SHAPE.of(node.all_input_nodes[0])[2:]
     steps = zip(before, m.stride, m.padding, m.dilation, m.kernel_size, strict=True)
     least = [(n - 1) * s - 2 * p + d * (k - 1) + 1 for n, s, p, d, k in steps]
     m.output_padding = tuple(a - b for a, b in zip(size, least, strict=True))
@@ -279,11 +281,11 @@ def _is_nothing(gm: fx.GraphModule, node: fx.Node) -> bool:
         )
     if node.op == "call_method" and node.target in _CASTS:
         before = node.args[0]
-        return isinstance(before, fx.Node) and before.meta.get("dtype") is node.meta.get("dtype")
+        return isinstance(before, fx.Node) and facts.DTYPE.get(before) is facts.DTYPE.get(node)
     # clones guard against in-place operations, and there are none left
     clones = ("contiguous", "clone", "detach")
     return (node.op == "call_method" and node.target in clones) or (
-        node.target is torch.clone and "dtype" in node.meta
+        node.target is torch.clone and facts.DTYPE.known(node)
     )
 
 
@@ -314,7 +316,7 @@ def _drop_unused_tensors(gm: fx.GraphModule) -> None:
 def _name_opaque(gm: fx.GraphModule) -> None:
     """List every called module outside the normal form in ``meta["opaque"]``."""
     called = {str(n.target): n for n in gm.graph.nodes if n.op == "call_module"}
-    opaque = [o for o in gm.meta["opaque"] if o.name in called]
+    opaque = [o for o in facts.OPAQUE.of(gm) if o.name in called]
     names = {o.name for o in opaque}
     for target in called:
         m = gm.get_submodule(target)
@@ -324,4 +326,4 @@ def _name_opaque(gm: fx.GraphModule) -> None:
                 "recurrent: kept whole" if recurrent else "no rule or int8 form is known for it"
             )
             opaque.append(Opaque(target, type(m).__name__, reason))
-    gm.meta["opaque"] = tuple(opaque)
+    facts.OPAQUE.put(gm, tuple(opaque))

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
+from rewriter.graph import facts
 from rewriter.graph.edit import add_module
 from rewriter.graph.lookup import is_call, module_of
 from rewriter.tracing.fold_affine import feeding_layers
@@ -50,7 +51,7 @@ def fold_constants(gm: fx.GraphModule) -> None:
         gm.register_buffer(name, values[node].clone().contiguous())
         with gm.graph.inserting_before(node):
             new = gm.graph.get_attr(name)
-        new.meta = dict(node.meta)
+        facts.inherit(new, node)
         node.replace_all_uses_with(new, delete_user_cb=lambda user: user not in values)
     gm.graph.eliminate_dead_code()
 
@@ -91,7 +92,7 @@ def expand_operators(gm: fx.GraphModule) -> None:
 def _is_square(node: fx.Node) -> bool:
     if (
         node.op not in ("call_function", "call_method")
-        or node.meta.get("dtype") is not torch.float32
+        or facts.DTYPE.get(node) is not torch.float32
     ):
         return False
     if node.target in _SQUARES:
@@ -103,14 +104,15 @@ def _activation(gm: fx.GraphModule, node: fx.Node, kind: nn.Module, x: fx.Node) 
     place = str(node.target) if node.op == "call_module" else node.name
     target = add_module(gm, f"{place}_act", kind)
     new = gm.graph.call_module(target, (x,))
-    new.meta = {**node.meta, "layer": node.meta.get("layer", target)}
+    facts.inherit(new, node)
+    facts.LAYER.put(new, facts.LAYER.get(node, target))
     return new
 
 
 def _glu(gm: fx.GraphModule, node: fx.Node, dim: int) -> None:
     (source,) = node.all_input_nodes
-    shape = source.meta.get("shape")
-    if shape is None or node.meta.get("shape") is None:
+    shape = facts.SHAPE.get(source)
+    if shape is None or facts.SHAPE.get(node) is None:
         return
     axis = dim % len(shape)
     half = shape[axis] // 2
@@ -121,10 +123,10 @@ def _glu(gm: fx.GraphModule, node: fx.Node, dim: int) -> None:
             for part in (slice(0, half), slice(half, 2 * half))
         ]
         for part in parts:
-            part.meta = dict(node.meta)
+            facts.inherit(part, node)
         gate = _activation(gm, node, nn.Sigmoid(), parts[1])
         new = gm.graph.call_function(operator.mul, (parts[0], gate))
-    new.meta = dict(node.meta)
+    facts.inherit(new, node)
     node.replace_all_uses_with(new)
     gm.graph.erase_node(node)
 
@@ -134,6 +136,6 @@ def _selu(gm: fx.GraphModule, node: fx.Node) -> None:
     with gm.graph.inserting_before(node):
         inner = _activation(gm, node, nn.ELU(_SELU_ALPHA), source)
         new = gm.graph.call_function(operator.mul, (inner, _SELU_SCALE))
-    new.meta = dict(node.meta)
+    facts.inherit(new, node)
     node.replace_all_uses_with(new)
     gm.graph.erase_node(node)

@@ -23,6 +23,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
+from rewriter.graph import facts
 from rewriter.graph.edit import add_module
 from rewriter.graph.interpret import propagate_shapes
 from rewriter.graph.lookup import is_call, module_of
@@ -142,9 +143,9 @@ def _constant(
     if not isinstance(other, fx.Node) or other.op != "get_attr":
         return None
     value: Any = operator.attrgetter(str(other.target))(gm)
-    shape = x.meta.get("shape")
+    shape = facts.SHAPE.get(x)
     real = isinstance(value, Tensor) and value.is_floating_point()
-    if not real or shape is None or node.meta.get("shape") != shape or value.ndim > len(shape):
+    if not real or shape is None or facts.SHAPE.get(node) != shape or value.ndim > len(shape):
         return None
     value = value.detach().double()
     if value.numel() == 1:
@@ -168,7 +169,7 @@ def _norm(gm: fx.GraphModule, node: fx.Node) -> Affine | None:
 
 
 def _is_real(node: fx.Node) -> bool:
-    return node.meta.get("dtype") is torch.float32
+    return facts.DTYPE.get(node) is torch.float32
 
 
 def _is_value(node: fx.Node) -> bool:
@@ -218,7 +219,7 @@ def _erase(node: fx.Node) -> None:
 
 def _into_layer_before(gm: fx.GraphModule, affine: Affine, last: fx.Node) -> bool:
     """Fold into the layer that makes ``affine.source``; False where there is none that feeds nothing else."""
-    node, rank = affine.source, len(affine.source.meta["shape"])
+    node, rank = affine.source, len(facts.SHAPE.of(affine.source))
     scales = bool((affine.scale > 0).all()) and not bool(affine.shift.any())
     while True:
         if len(node.users) != 1:
@@ -227,7 +228,7 @@ def _into_layer_before(gm: fx.GraphModule, affine: Affine, last: fx.Node) -> boo
             break
         inner = node.args[0] if node.args else None
         through = scales and is_call(gm, node, *_HOMOGENEOUS) and isinstance(inner, fx.Node)
-        if not through or len(inner.meta["shape"]) != rank or affine.axis not in (None, 1):  # type: ignore[union-attr]
+        if not through or len(facts.SHAPE.of(inner)) != rank or affine.axis not in (None, 1):  # type: ignore[union-attr]
             return False
         assert isinstance(inner, fx.Node)
         node = inner
@@ -241,7 +242,7 @@ def _into_layer_before(gm: fx.GraphModule, affine: Affine, last: fx.Node) -> boo
 
 def _into_layers_behind(gm: fx.GraphModule, affine: Affine, last: fx.Node) -> bool:
     """Fold into the layers that read ``last``; False where anything else reads it."""
-    rank = len(affine.source.meta["shape"])
+    rank = len(facts.SHAPE.of(affine.source))
     for user in last.users:
         if not is_call(gm, user, *LAYER_TYPES):
             return False
@@ -323,7 +324,7 @@ def _with(layer: Any, weight: Tensor, bias: Tensor | None = None) -> Any:
 
 def _stand_alone(gm: fx.GraphModule, nodes: list[fx.Node], affine: Affine) -> None:
     """What can be folded nowhere becomes a depthwise convolution, or a product or sum with a number."""
-    last, shape, before = nodes[-1], affine.source.meta["shape"], nodes[-1].all_input_nodes
+    last, shape, before = nodes[-1], facts.SHAPE.of(affine.source), nodes[-1].all_input_nodes
     plain = affine.axis is None and (bool((affine.scale == 1).all()) or not affine.shift.any())
     if plain:
         product = bool((affine.scale != 1).any())
@@ -337,7 +338,7 @@ def _stand_alone(gm: fx.GraphModule, nodes: list[fx.Node], affine: Affine) -> No
         _with(conv, scale.reshape(conv.weight.shape), shift)
         target = _place(gm, nodes, conv)
         last.op, last.target, last.args = "call_module", target, (affine.source,)
-        last.meta["layer"] = target
+        facts.LAYER.put(last, target)
     else:
         return
     last.kwargs = {}
@@ -352,7 +353,7 @@ def _place(gm: fx.GraphModule, nodes: list[fx.Node], conv: nn.Module) -> str:
         if node.op == "call_module":
             gm.set_submodule(str(node.target), conv.eval())
             return str(node.target)
-    stack = list((nodes[-1].meta.get("nn_module_stack") or {}).values())
+    stack = list((facts.MODULE_STACK.get(nodes[-1]) or {}).values())
     owner = str(stack[-1][0]) if stack else ""
     return add_module(gm, f"{owner}.affine" if owner else "affine", conv)
 

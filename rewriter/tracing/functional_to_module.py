@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, fx, nn
 from torch.fx.node import map_arg
 
+from rewriter.graph import facts
 from rewriter.graph.ops import ACTIVATION_TYPES, LAYER_TYPES, modules_by_call, types
 
 F = nn.functional
@@ -213,7 +214,7 @@ def _batch_norm(node: Any, constant: Constant) -> tuple[nn.Module, str] | None:
     names = ["running_mean", "running_var", "weight", "bias", "training", "momentum", "eps"]
     given = dict(zip(names, node.args[1:], strict=False)) | dict(node.kwargs)
     mean, var = constant(given.get("running_mean")), constant(given.get("running_var"))
-    rank = len(node.args[0].meta.get("shape", ()))
+    rank = len(facts.SHAPE.get(node.args[0], ()))
     if mean is None or var is None or given.get("training") or rank not in (2, 3, 4):
         return None
     size = len(mean)

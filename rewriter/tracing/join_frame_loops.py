@@ -24,6 +24,7 @@ from torch import Tensor, fx, nn
 from torch.fx.node import map_arg
 from torch.utils import _pytree as pytree
 
+from rewriter.graph import facts
 from rewriter.graph.lookup import module_of
 from rewriter.graph.ops import RECURRENT_TYPES
 from rewriter.tracing.static_shapes import fix_sizes
@@ -78,9 +79,9 @@ def _groups(
 
 
 def _of_one_sequence(gm: fx.GraphModule, roots: Sequence[Any]) -> bool:
-    if not all(isinstance(r, fx.Node) and "dtype" in r.meta for r in roots):
+    if not all(isinstance(r, fx.Node) and facts.DTYPE.known(r) for r in roots):
         return False
-    if len(set(roots)) < len(roots) or len({r.meta["shape"] for r in roots}) != 1:
+    if len(set(roots)) < len(roots) or len({facts.SHAPE.of(r) for r in roots}) != 1:
         return False
     sources = {_sequence(gm, r) for r in roots}
     return len(sources) == 1 and sources != {None}
@@ -115,8 +116,8 @@ def _dependent(nodes: Sequence[fx.Node]) -> bool:
 def _copied(gm: fx.GraphModule) -> fx.GraphModule:
     new = copy.deepcopy(gm)
     for a, b in zip(gm.graph.nodes, new.graph.nodes, strict=True):
-        b.meta = dict(a.meta)
-    new.meta = dict(gm.meta)
+        facts.inherit(b, a)
+    facts.inherit(new, gm)
     return new
 
 
@@ -218,16 +219,18 @@ def _alike(gm: fx.GraphModule, a: fx.Node, b: fx.Node) -> bool:
 
 def _frames(gm: fx.GraphModule, roots: Lane) -> fx.Node:
     """The roots of all lanes as one batch, (N * T, ...)."""
-    batch, *shape = roots[0].meta["shape"]
-    dtype = roots[0].meta["dtype"]
+    batch, *shape = facts.SHAPE.of(roots[0])
+    dtype = facts.DTYPE.of(roots[0])
     whole = _unsliced(roots)
     if whole is None:
         with gm.graph.inserting_after(max(roots)):
             whole = gm.graph.call_function(torch.stack, (list(roots), 1))
-        whole.meta = {"dtype": dtype, "shape": (batch, len(roots), *shape)}
+        facts.DTYPE.put(whole, dtype)
+        facts.SHAPE.put(whole, (batch, len(roots), *shape))
     with gm.graph.inserting_after(whole):
         frames = gm.graph.call_method("reshape", (whole, -1, *shape))
-    frames.meta = {"dtype": dtype, "shape": (batch * len(roots), *shape)}
+    facts.DTYPE.put(frames, dtype)
+    facts.SHAPE.put(frames, (batch * len(roots), *shape))
     return frames
 
 
@@ -244,23 +247,25 @@ def _unsliced(roots: Lane) -> fx.Node | None:
     else:
         every = [(slice(None), t) for t in range(len(roots))]
     complete = [r.args[1] for r in roots] == every
-    shape = source.meta.get("shape", ())
+    shape = facts.SHAPE.get(source, ())
     return source if complete and len(shape) > 1 and shape[1] == len(roots) else None
 
 
 def _hand_out(gm: fx.GraphModule, lane: Lane, readers: set[fx.Node]) -> None:
     """Give the readers of a lane their frames of the joined result."""
     joined, steps = lane[0], len(lane)
-    batch, *shape = joined.meta["shape"]
-    dtype = joined.meta.get("dtype")
+    batch, *shape = facts.SHAPE.of(joined)
+    dtype = facts.DTYPE.get(joined)
     with gm.graph.inserting_after(joined):
         whole = gm.graph.call_method("reshape", (joined, -1, steps, *shape))
-    whole.meta = {"dtype": dtype, "shape": (batch, steps, *shape)}
+    facts.DTYPE.put(whole, dtype)
+    facts.SHAPE.put(whole, (batch, steps, *shape))
     parts: list[fx.Node] = []
     with gm.graph.inserting_after(whole):
         for t in reversed(range(steps)):
             parts.insert(0, gm.graph.call_function(operator.getitem, (whole, (slice(None), t))))
-            parts[0].meta = {"dtype": dtype, "shape": (batch, *shape)}
+            facts.DTYPE.put(parts[0], dtype)
+            facts.SHAPE.put(parts[0], (batch, *shape))
     for reader in readers:
         dim = _collects(reader, lane)
         if dim is None:
@@ -276,7 +281,8 @@ def _hand_out(gm: fx.GraphModule, lane: Lane, readers: set[fx.Node]) -> None:
                 order.insert(dim, 1)
                 new = gm.graph.call_method("permute", (whole, *order))
         if new is not whole:
-            new.meta = {"dtype": dtype, "shape": reader.meta.get("shape")}
+            facts.DTYPE.put(new, dtype)
+            facts.SHAPE.put(new, facts.SHAPE.get(reader))
         reader.replace_all_uses_with(new)
 
 
@@ -287,14 +293,14 @@ def _collects(reader: fx.Node, lane: Lane) -> int | None:
         return None
     dim: Any = reader.args[1] if len(reader.args) > 1 else reader.kwargs.get("dim", 0)
     stacked = reader.target is torch.stack
-    dim %= len(lane[0].meta["shape"]) + (1 if stacked else 0)
+    dim %= len(facts.SHAPE.of(lane[0])) + (1 if stacked else 0)
     return dim if stacked or dim == 1 else None
 
 
 def _same(gm: fx.GraphModule, joined: fx.GraphModule) -> bool:
     """Whether both compute the same for a batch of three."""
     generator = torch.Generator().manual_seed(0)
-    inputs = [torch.randn(3, *s, generator=generator) for s in gm.meta["example"]]
+    inputs = [torch.randn(3, *s, generator=generator) for s in facts.EXAMPLE.of(gm)]
     try:
         joined.graph.lint()
         gm.recompile()

@@ -15,6 +15,7 @@ from typing import Any
 
 from torch import fx, nn
 
+from rewriter.graph import facts
 from rewriter.graph.edit import add_module
 from rewriter.graph.lookup import is_call, module_of
 from rewriter.graph.ops import clip_bounds
@@ -45,7 +46,8 @@ def _replace(
     with gm.graph.inserting_before(node):
         target = add_module(gm, f"{inner.target}_act", kind())
         new = gm.graph.call_module(target, (x,))
-    new.meta = {**inner.meta, "layer": inner.meta.get("layer", target)}
+    facts.inherit(new, inner)
+    facts.LAYER.put(new, facts.LAYER.get(inner, target))
     node.replace_all_uses_with(new)
     gm.graph.erase_node(node)
 
@@ -76,12 +78,11 @@ def _hard_sigmoid(gm: fx.GraphModule, clip: fx.Node) -> None:
         return  # a clip alone: the kernel before it computes it
     plain = [x for x, (a, b) in inputs if abs(a - 1) < CLOSE and abs(b) < CLOSE]
     x, (a, b) = (plain[0], (1.0, 0.0)) if plain else inputs[-1]
-    meta = dict(clip.meta)
     with gm.graph.inserting_before(last):
         for function, number, nothing in ((operator.mul, a, 1.0), (operator.add, b, 0.0)):
             if abs(number - nothing) >= CLOSE:
                 x = gm.graph.call_function(function, (x, number))
-                x.meta = dict(meta)
+                facts.inherit(x, clip)
     _replace(gm, last, nn.Hardsigmoid, x, clip)
 
 

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
+from rewriter.graph import facts
 from rewriter.graph.edit import add_module
 from rewriter.graph.lookup import is_call
 
@@ -205,7 +206,7 @@ def _axes(mean: fx.Node, rank: int) -> list[int] | None:
 
 
 def _shape(gm: fx.GraphModule, node: fx.Node) -> tuple[int, ...]:
-    return tuple(node.meta.get("shape") or ())
+    return tuple(facts.SHAPE.get(node) or ())
 
 
 def _only_reader_with_constant(
@@ -232,6 +233,7 @@ def _replace(gm: fx.GraphModule, node: fx.Node, module: nn.Module, x: fx.Node) -
     with gm.graph.inserting_before(node):
         target = add_module(gm, f"{node.name}_{type(module).__name__.lower()}", module)
         new = gm.graph.call_module(target, (x,))
-    new.meta = {**node.meta, "layer": node.meta.get("layer", target)}
+    facts.inherit(new, node)
+    facts.LAYER.put(new, facts.LAYER.get(node, target))
     node.replace_all_uses_with(new)
     gm.graph.erase_node(node)

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
+from rewriter.graph import facts
 from rewriter.graph.interpret import propagate_shapes
 
 _RESHAPES = ("reshape", "reshape_as", "unflatten")
@@ -53,7 +54,7 @@ def _shapes(gm: fx.GraphModule, batch: int) -> dict[str, tuple[int, ...] | None]
             return value
 
     with torch.no_grad():
-        Sizes(gm).run(*[torch.zeros(batch, *s) for s in gm.meta["example"]])
+        Sizes(gm).run(*[torch.zeros(batch, *s) for s in facts.EXAMPLE.of(gm)])
     return found
 
 
@@ -69,10 +70,10 @@ def slices_for_parts(gm: fx.GraphModule) -> None:
         alone = node.target in ("unbind", torch.unbind)
         place = 1 if alone else 2
         dim = node.args[place] if len(node.args) > place else node.kwargs.get("dim", 0)
-        dim %= len(node.args[0].meta["shape"])
+        dim %= len(facts.SHAPE.of(node.args[0]))
         if dim == 0:
             continue  # the batch
-        widths = [1 if alone else shape[dim] for shape in node.meta["shape"]]
+        widths = [1 if alone else shape[dim] for shape in facts.SHAPE.of(node)]
         for user in list(node.users):
             i = user.args[1] % len(widths)
             start = sum(widths[:i])
@@ -92,12 +93,12 @@ def plain_dimensions(gm: fx.GraphModule) -> None:
     for node in gm.graph.nodes:
         source = node.args[0] if node.args else None
         if node.target is torch.cat and isinstance(source, (tuple, list)) and source:
-            rank = len(node.meta["shape"])
+            rank = len(facts.SHAPE.of(node))
             dim = _given(node, 1, "dim", _given(node, 2, "axis", 0))
             node.args, node.kwargs = (list(source), dim % rank), {}
-        if not isinstance(source, fx.Node) or "dtype" not in source.meta:
+        if not isinstance(source, fx.Node) or not facts.DTYPE.known(source):
             continue
-        rank = len(source.meta["shape"])
+        rank = len(facts.SHAPE.of(source))
         if node.target is torch.flatten:
             start, end = _given(node, 1, "start_dim", 0), _given(node, 2, "end_dim", -1)
             node.args, node.kwargs = (source, start % rank, end % rank), {}

@@ -15,6 +15,7 @@ from torch import Tensor, fx, nn
 from torch.utils import _pytree as pytree
 
 from rewriter.errors import TraceError
+from rewriter.graph import facts
 from rewriter.graph.interpret import without_fast_path
 from rewriter.tracing.canonicalize import canonicalise
 from rewriter.tracing.open_attention import open_attention
@@ -53,8 +54,8 @@ def trace(model: nn.Module, example: Tensor | tuple[Tensor, ...]) -> fx.GraphMod
         _must_run(reference, few)
         raise
     gm = fx.GraphModule(model, graph, class_name=type(model).__name__)
-    gm.meta["example"] = tuple(tuple(e.shape[1:]) for e in examples)
-    gm.meta["opaque"] = opaque
+    facts.EXAMPLE.put(gm, tuple(tuple(e.shape[1:]) for e in examples))
+    facts.OPAQUE.put(gm, opaque)
     _record_structure(gm)
     try:
         gm = canonicalise(gm)
@@ -116,11 +117,12 @@ def _prepared_copy(model: nn.Module) -> nn.Module:
 def _record_structure(gm: fx.GraphModule) -> None:
     """How the outputs are nested, and those of them that are no tensors."""
     (output,) = gm.graph.find_nodes(op="output")
-    leaves, gm.meta["structure"] = pytree.tree_leaves(output.args[0]), output.meta["structure"]
+    leaves = pytree.tree_leaves(output.args[0])
+    facts.STRUCTURE.put(gm, facts.STRUCTURE.of(output))
     constants = {i: v for i, v in enumerate(leaves) if not isinstance(v, fx.Node)}
-    gm.meta["constant_outputs"] = constants
+    facts.CONSTANT_OUTPUTS.put(gm, constants)
     for node in leaves:
-        if isinstance(node, fx.Node) and node.op != "get_attr" and "dtype" not in node.meta:
+        if isinstance(node, fx.Node) and node.op != "get_attr" and not facts.DTYPE.known(node):
             raise TraceError(
                 f"output: {node.name}: is neither a tensor nor a constant; return tensors in a "
                 "tuple, list or dict"

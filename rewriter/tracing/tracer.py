@@ -24,6 +24,7 @@ from torch.fx.proxy import TraceError as FxTraceError
 from torch.utils import _pytree as pytree
 
 from rewriter.errors import TraceError
+from rewriter.graph import facts
 from rewriter.graph.lookup import Opaque
 from rewriter.tracing.assignment import assign_
 from rewriter.tracing.isolation import attributes_kept, without_autograd
@@ -189,7 +190,7 @@ class Tracer(fx.Tracer):
         for node in reversed(self.graph.nodes):
             if node is last:
                 break
-            if node.meta.get("overwrites"):
+            if facts.OVERWRITES.get(node):
                 raise FxTraceError(f"{target.__name__} works in place and cannot be traced")
             self.graph.erase_node(node)
         return self._called("call_function", target, args, kwargs)
@@ -214,8 +215,9 @@ class Tracer(fx.Tracer):
             raise FxTraceError("the forward changes a parameter or buffer of the model")
         overwritten = [p.node for p, v in zip(used, before, strict=True) if version(p) != v]
         if overwritten:
-            proxy.node.meta["overwrites"] = overwritten
-            proxy.node.meta["path"], proxy.node.meta["line"] = self.path[-1], _line_now()
+            facts.OVERWRITES.put(proxy.node, overwritten)
+            facts.PATH.put(proxy.node, self.path[-1])
+            facts.LINE.put(proxy.node, _line_now())
         static = (
             target in _ABOUT_SHAPE
             or isinstance(values[0], _ABOUT_TYPE)
@@ -234,15 +236,17 @@ class Tracer(fx.Tracer):
             return values[0]
         for p in used:
             if storage(values[0]) is not None and storage(values[0]) == storage(p.known[0]):
-                proxy.node.meta["group"] = p.node.meta["group"]
+                facts.GROUP.put(proxy.node, facts.GROUP.of(p.node))
         return result
 
     def _with_values(self, proxy: Any, values: Any, static: bool) -> Any:
         proxy.known, proxy.of_shapes = values, static
-        meta = proxy.node.meta
-        meta["group"], meta["place"] = proxy.node, place(values[0])
+        node = proxy.node
+        facts.GROUP.put(node, node)
+        facts.PLACE.put(node, place(values[0]))
         if isinstance(values[0], Tensor):
-            meta["shape"], meta["dtype"] = tuple(values[0].shape), values[0].dtype
+            facts.SHAPE.put(node, tuple(values[0].shape))
+            facts.DTYPE.put(node, values[0].dtype)
         return proxy
 
     def _evaluate(self, kind: str, target: Any, args: Any, kwargs: Any) -> Any:
@@ -286,7 +290,7 @@ def trace_graph(
             _read_what_was_overwritten(graph)
             for node in graph.nodes:  # torch.fx marks what a wrapped function returns
                 if _inside(node.target) is None:
-                    node.meta.pop("is_wrapped", None)
+                    facts.WRAPPED.drop(node)
         except UntraceableError as failure:
             if failure.path and failure.path not in opaque:
                 kind = type(model.get_submodule(failure.path)).__name__
@@ -296,7 +300,7 @@ def trace_graph(
             raise TraceError(_refusal(model, failure.cause, failure.line)) from failure.cause
         except Exception as cause:
             raise TraceError(_refusal(model, cause, line_of(cause))) from cause
-        graph.output_node().meta["structure"] = tracer.structure
+        facts.STRUCTURE.put(graph.output_node(), tracer.structure)
         return graph, tuple(opaque.values())
 
 
@@ -311,9 +315,9 @@ def _read_what_was_overwritten(graph: fx.Graph) -> None:
     """Who reads a value after an in-place operation reads its result; edits the graph."""
     order = {n: i for i, n in enumerate(graph.nodes)}
     for node in graph.nodes:
-        for changed in node.meta.get("overwrites", ()):
+        for changed in facts.OVERWRITES.get(node, ()):
             for other in list(graph.nodes):
-                if other.meta.get("group") is not changed.meta.get("group"):
+                if facts.GROUP.get(other) is not facts.GROUP.get(changed):
                     continue
                 later = [u for u in other.users if order[u] > order[node]]
                 if order[other] >= order[node] or not later:
@@ -321,12 +325,12 @@ def _read_what_was_overwritten(graph: fx.Graph) -> None:
                 first = min(later, key=order.__getitem__)
                 if first.target is assign_ and first.args[2] is node:
                     continue  # x[i] += y: changes a part of x, then assigns it
-                if other.meta["place"] != node.meta["place"]:
+                if facts.PLACE.of(other) != facts.PLACE.of(node):
                     cause = FxTraceError(
                         f"in-place {node.target} changes {other.name}, of which it sees only "
                         "a part or a view"
                     )
-                    raise UntraceableError(node.meta["path"], cause, node.meta["line"])
+                    raise UntraceableError(facts.PATH.of(node), cause, facts.LINE.of(node))
                 for user in later:
                     user.replace_input_with(other, node)
 

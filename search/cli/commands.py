@@ -8,17 +8,19 @@ from typing import Any
 
 import typer
 
-from rewriter import cost, find_sites
+from rewriter import Plan, cost, find_sites
 from rewriter.damage import fidelity_of
+from rewriter.graph import facts
 from search.cli.console import err, out, progress, say
 from search.cli.finetune_commands import as_trained, train_chosen, with_training
 from search.cli.options import Plans
 from search.cli.summary import show_results
-from search.cli.tables import sensitivity_table, sites_table
+from search.cli.tables import forms_table, sensitivity_table, sites_table
 from search.config.schema import Config, ConfigError, load_config
+from search.export.forms import checked_forms, export_forms
 from search.export.ship import ship
 from search.export.trained import with_weights
-from search.job import IN_MEMORY, Job, Network, engine_of, float_metric, load_network, open_job
+from search.job import IN_MEMORY, Job, Network, float_metric, load_network, open_job
 from search.optimize import fixed, optimize
 from search.report import write_report
 from search.report.file_facts import told_of_float
@@ -47,9 +49,9 @@ def check(config: Path, quiet: bool = False) -> None:
     gm, data = network.gm, network.data
     spent, found = cost(gm), find_sites(gm)
     near = sum(bool(s.blocked) for s in found)
-    facts = [
+    rows = [
         ("config", str(cfg.path)),
-        ("network", f"{type(gm).__name__}, inputs {', '.join(map(str, gm.meta['example']))}"),
+        ("network", f"{type(gm).__name__}, inputs {', '.join(map(str, facts.EXAMPLE.of(gm)))}"),
         ("cost", f"{spent.macs / 1e6:.2f} M MACs, {spent.params / 1e6:.3f} M parameters"),
         ("", "convolutions, linear layers, matrix products; batch norm is not counted"),
         ("samples", f"{len(data.calibration)} calibration, {len(data.evaluation)} evaluation"),
@@ -58,18 +60,18 @@ def check(config: Path, quiet: bool = False) -> None:
         ("sites", f"{len(found) - near}, and {near} near misses (quantfix sites)"),
         *_file_facts(cfg, network),
     ]
-    facts += [("output", line) for line in fidelity_of(gm).about]
-    facts += [
+    rows += [("output", line) for line in fidelity_of(gm).about]
+    rows += [
         ("opaque", f"{part.name} ({part.kind}): {part.reason} {part.line}")
-        for part in gm.meta["opaque"]
+        for part in facts.OPAQUE.of(gm)
     ]
-    for name, fact in [] if quiet else facts:
+    for name, fact in [] if quiet else rows:
         say(f"{name:>10}  {fact}")
 
 
 def _file_facts(cfg: Config, network: Network) -> list[tuple[str, str]]:
     """What the file of plain int8 computes in int8, and what not."""
-    done, engine = network.file, engine_of(cfg)
+    engine, done = network.engine, network.file
     share, wanted = done.int8_share, cfg.search.min_int8_share
     facts = [("int8", f"{share:.1%} of the MACs in int8 kernels ({engine.name})")]
     reasons = {layer.layer: layer.reason for layer in done.float_layers}
@@ -160,11 +162,13 @@ def export(
     untrained: bool = False,
     weights: Path | None = None,
     quiet: bool = False,
+    to: str = "",
 ) -> None:
     """The chosen network: int8 ONNX, float source and weights, ranges, and what changed.
 
     A plan that was fine-tuned is shipped with its trained weights.
     """
+    wanted = checked_forms([name.strip() for name in to.split(",") if name.strip()])
     results = load_results(folder)
     score = results.picked(pick)
     job = _reopened(results, quiet)
@@ -172,7 +176,15 @@ def export(
         job = with_weights(job, score.plan, weights)
     elif not untrained:
         job, score = as_trained(job, results, score, quiet)
-    _export(job, score, out_dir or folder / "export", quiet, compared)
+    place = out_dir or folder / "export"
+    _export(job, score, place, quiet, compared)
+    if wanted:
+        with progress(quiet)("writing and measuring other forms") as tick:
+            tick(0, 1)
+            written = export_forms(job.evaluator, Plan.parse(score.plan), place, wanted)
+            tick(1, 1)
+        if not quiet:
+            out.print(forms_table(written, job.evaluator.task.metric))
 
 
 def fix(

@@ -26,8 +26,8 @@ def with_training(cfg: Config, plans: Plans | None) -> Config:
     """The config with the plans to train that the command line asks for."""
     if plans is None:
         return cfg
-    told = cfg.finetune.model_copy(update={"plans": plans.value})
-    return cfg.model_copy(update={"finetune": told}).read_from(cfg.path)
+    settings = cfg.finetune.model_copy(update={"plans": plans.value})
+    return cfg.model_copy(update={"finetune": settings}).read_from(cfg.path)
 
 
 def train_chosen(job: Job, results: Results, quiet: bool) -> Results:
@@ -66,8 +66,8 @@ def table(
     """What replacing only the first depthwise separable convolution is worth."""
     cfg = with_options(load_config(config), seed=seed)
     if steps is not None:
-        told = cfg.finetune.model_validate({**cfg.finetune.model_dump(), "steps": steps})
-        cfg = cfg.model_copy(update={"finetune": told}).read_from(cfg.path)
+        settings = cfg.finetune.model_validate({**cfg.finetune.model_dump(), "steps": steps})
+        cfg = cfg.model_copy(update={"finetune": settings}).read_from(cfg.path)
     bars = progress(quiet)
     job = open_job(cfg, out_dir or Path("runs") / cfg.path.stem, bars)
     note_run(job)

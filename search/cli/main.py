@@ -63,9 +63,10 @@ def main() -> None:
     except Exception as error:
         from rewriter import RewriteError
         from search.config.schema import ConfigError
+        from search.engines import EngineError
         from search.run_dir.files import RunError
 
-        if not isinstance(error, ConfigError | RewriteError | RunError):
+        if not isinstance(error, ConfigError | EngineError | RewriteError | RunError):
             raise
         code = refused(str(error), error)
     if code == INTERRUPTED:
@@ -232,6 +233,14 @@ def export(
             metavar="FILE", help="Trained weights of the plan's architecture (quantfix.rewrite)."
         ),
     ] = None,
+    to: Annotated[
+        str,
+        typer.Option(
+            "--to",
+            metavar="onnx,tflite,openvino,trt",
+            help="Int8 files in these forms too, each run and measured.",
+        ),
+    ] = "",
     quiet: Quiet = False,
 ) -> None:
     """The chosen network: int8 ONNX, float source and weights, ranges, and what changed.
@@ -242,7 +251,7 @@ def export(
     """
     from search.cli import commands
 
-    commands.export(folder, pick, out_dir, compared, untrained, weights, quiet)
+    commands.export(folder, pick, out_dir, compared, untrained, weights, quiet, to)
 
 
 @app.command()

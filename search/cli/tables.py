@@ -9,6 +9,7 @@ from torch import fx
 
 from rewriter import Plan, cost
 from rewriter.rules import Site
+from search.export.forms import Written
 from search.report.rows import (
     finetuned_rows,
     front_rows,
@@ -19,7 +20,7 @@ from search.report.rows import (
     score_rows,
 )
 from search.results import Results
-from search.scoring.evaluator import extra_macs
+from search.scoring.added_macs import extra_macs
 from search.sensitivity.run import Sensitivity
 
 
@@ -58,6 +59,25 @@ def finetuned_table(results: Results) -> Table:
     found = next(iter(results.finetuned.values()))
     how = f"loss {found.recipe['loss']}, quantization {found.recipe['quantization']}"
     return _rich_table(f"Fine-tuned: {how}", *finetuned_rows(results))
+
+
+def forms_table(written: Sequence[Written], metric: str) -> Table:
+    """Int8 files in several forms for the terminal."""
+    columns = ["file", "target", "run by", metric, "damage", "MB", "ms", "findings"]
+    rows = [
+        [
+            w.file.name,
+            w.target,
+            f"{w.engine} {w.score.engine_version}",
+            percent(w.score.metric),
+            "" if w.score.damage is None else f"{w.score.damage:.4g}",
+            f"{w.size / 1e6:.2f}",
+            f"{w.latency_ms:.3g}",
+            str(len(w.findings)),
+        ]
+        for w in written
+    ]
+    return _rich_table("Files for other runtimes, each run as written", columns, rows)
 
 
 def _rich_table(title: str, names: Sequence[str], rows: Sequence[Sequence[str]]) -> Table:

@@ -44,7 +44,7 @@ SEED = 0  # of the shipped weights
 SIDE = 96
 STRIDE = 8
 SMALLEST, LARGEST = 18, 52  # sides of a digit in pixels
-MOST = 4  # digits in a scene
+MAX_DIGITS = 4  # digits in a scene
 OVERLAP = 0.1
 SCENES = 1500  # for training; CALIBRATION of them calibrate
 EVALUATION = 200
@@ -225,7 +225,7 @@ def _scene(x: Tensor, y: Tensor, generator: np.random.Generator) -> tuple[Tensor
     pixels = torch.from_numpy(generator.normal(0.1, 0.06, (1, SIDE, SIDE))).float()
     boxes: list[list[float]] = []
     labels: list[int] = []
-    for _ in range(int(generator.integers(1, MOST + 1))):
+    for _ in range(int(generator.integers(1, MAX_DIGITS + 1))):
         side = int(generator.integers(SMALLEST, LARGEST + 1))
         left, top = (int(v) for v in generator.integers(0, SIDE - side + 1, 2))
         box = [left, top, left + side, top + side]

@@ -19,7 +19,9 @@ from search.data.overlap import mark
 
 IN_MEMORY = 2 << 30  # bytes; more inputs than that are decoded again for each plan
 BATCH = 32
-ENOUGH = 300  # with fewer samples than these none is held back unless the config says so
+MIN_HELD_BACK_SAMPLES = (
+    300  # with fewer samples than these none is held back unless the config says so
+)
 HELD_BACK = 1 / 3
 Tick = Callable[[int, int], None]
 
@@ -113,7 +115,7 @@ def chosen_on(count: int, fraction: float | None = None) -> int:
         fraction: Share that is held back. None: a third of them where they are enough.
     """
     if fraction is None:
-        fraction = HELD_BACK if count >= ENOUGH else 0.0
+        fraction = HELD_BACK if count >= MIN_HELD_BACK_SAMPLES else 0.0
     return max(1, count - round(fraction * count))
 
 

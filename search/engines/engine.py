@@ -6,7 +6,7 @@ runtime is imported when it is first used, since most are optional.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, Protocol, runtime_checkable
 
 from torch import Tensor
@@ -33,7 +33,9 @@ class Engine(Protocol):
         scores: Targets whose candidates it scores unless the config names another engine.
         ships: Targets whose networks are deployed on it: it confirms what was chosen.
         form: What ``export --to`` calls its files; "": it has none.
+        target: The target of its file, where the run's own is none that it takes.
         file: Name of its exported file.
+        stand_in: Name of the engine that runs its file here where it cannot; "": none can.
         on_device: Whether it runs on the device of the run (torch's) rather than on the CPU.
     """
 
@@ -42,7 +44,9 @@ class Engine(Protocol):
     scores: frozenset[str]
     ships: frozenset[str]
     form: str
+    target: str
     file: str
+    stand_in: str
     on_device: bool
 
     def version(self) -> str:
@@ -67,6 +71,12 @@ class Engine(Protocol):
 
     def lint(self, quantized: Quantized, model: Any) -> Sequence[Finding]:
         """What to know of an emitted model before it is deployed."""
+        ...
+
+    def values(
+        self, quantized: Quantized, names: Sequence[str], x: Tensor
+    ) -> Mapping[str, Tensor]:
+        """The int8 values of nodes as this engine computes them, dequantized, in torch's layout."""
         ...
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import onnx
@@ -27,11 +27,14 @@ class OnnxSession:
 
 class OnnxRuntime:
     name = "onnxruntime"
-    takes = None
+    # not tflite: a layer kept in float would be quantized by this runtime after all
+    takes = frozenset({"onnxruntime", "openvino", "per_tensor", "qnn", "tensorrt"})
     scores = frozenset({"onnxruntime", "per_tensor", "openvino"})
     ships = frozenset({"onnxruntime", "per_tensor"})
     form = "onnx"
+    target = "onnxruntime"
     file = "model_int8.onnx"
+    stand_in = ""
     on_device = False
 
     def version(self) -> str:
@@ -49,6 +52,12 @@ class OnnxRuntime:
 
     def lint(self, quantized: Quantized, model: bytes) -> Sequence[Finding]:
         return lint(quantized, onnx.load_from_string(model))
+
+    def values(
+        self, quantized: Quantized, names: Sequence[str], x: Tensor
+    ) -> Mapping[str, Tensor]:
+        found = OnnxSession(to_onnx(quantized, names), 1).run(x)
+        return dict(zip(names, found[-len(names) :], strict=True))
 
     def read_back(self, quantized: Quantized, model: bytes) -> ReadBack:
         _, found = opened(quantized, onnx.load_from_string(model), threads=1)

@@ -4,16 +4,27 @@ from __future__ import annotations
 
 import difflib
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
+from torch import Tensor, fx
+
+from rewriter import QuantizeError, quantize
+from rewriter.graph import copy_graph
+from rewriter.int8 import QuantScheme
 from search.engines.engine import Engine
+from search.engines.litert import LiteRT
 from search.engines.onnxruntime import OnnxRuntime
+from search.engines.openvino import OpenVINO
 from search.engines.simulation import Simulation
+from search.engines.tensorrt import TensorRT
 
 log = logging.getLogger(__name__)
 
 ENGINES: list[Engine] = [
+    LiteRT(),
     OnnxRuntime(),
+    OpenVINO(),
+    TensorRT(),
     Simulation(),
 ]
 
@@ -54,12 +65,33 @@ def check_engines(names: Sequence[str], target: str) -> None:
             raise EngineError(f"engine: {engine.name} does not run target {target} (runs: {can})")
 
 
-def scoring_engine(target: str, wanted: Sequence[str] = ()) -> Engine:
+def refusal(engine: Engine, gm: fx.GraphModule, scheme: QuantScheme, x: Tensor) -> str:
+    """Why an engine cannot write a network; "" where it can. It is tried, on one input.
+
+    Args:
+        engine: Any.
+        gm: Canonical graph; it is not touched.
+        scheme: The target.
+        x: (n, ...) a few inputs.
+    """
+    try:
+        engine.emit(quantize(copy_graph(gm), scheme, [x]))
+    except QuantizeError as cause:
+        return str(cause)
+    return ""
+
+
+def scoring_engine(
+    target: str,
+    wanted: Sequence[str] = (),
+    refuses: Callable[[Engine], str] = lambda engine: "",
+) -> Engine:
     """What scores the candidates of a target: the first that can run here.
 
     Args:
         target: The int8 target.
         wanted: Names, best first; empty: those that score the target by default.
+        refuses: Why an engine cannot run this network; asked where there is another one to take.
 
     Raises:
         EngineError: a name is unknown, or none can run here.
@@ -68,13 +100,17 @@ def scoring_engine(target: str, wanted: Sequence[str] = ()) -> Engine:
         asked = [engine_named(name) for name in wanted]
     else:
         asked = [e for e in ENGINES if target in e.scores] or [engine_named("simulate")]
-    return _first_that_runs(asked, target)
+    return _first_that_runs(asked, target, refuses)
 
 
-def _first_that_runs(asked: Sequence[Engine], target: str) -> Engine:
+def _first_that_runs(
+    asked: Sequence[Engine], target: str, refuses: Callable[[Engine], str]
+) -> Engine:
     reasons: list[str] = []
     for engine in asked:
         reason = engine.missing()
+        if not reason and engine is not asked[-1]:
+            reason = refuses(engine)
         if not reason:
             if reasons:
                 log.warning("%s: scored by %s instead", "; ".join(reasons), engine.name)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -10,6 +10,7 @@ from torch import Tensor, fx
 from torch.utils import _pytree as pytree
 
 from rewriter import Quantized, simulate
+from rewriter.graph import walk
 from rewriter.int8 import Finding
 
 
@@ -31,7 +32,9 @@ class Simulation:
     scores = frozenset({"tflite", "tensorrt", "qnn"})
     ships = frozenset[str]()
     form = ""
+    target = ""
     file = ""
+    stand_in = ""
     on_device = True
 
     def version(self) -> str:
@@ -50,3 +53,9 @@ class Simulation:
     def lint(self, quantized: Quantized, model: Any) -> Sequence[Finding]:
         del quantized, model
         return ()
+
+    def values(
+        self, quantized: Quantized, names: Sequence[str], x: Tensor
+    ) -> Mapping[str, Tensor]:
+        found = walk(simulate(quantized, kernels=True), (x,))
+        return {n.name: value for n, value in found if n.name in names}

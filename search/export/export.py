@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import types
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -19,29 +19,30 @@ from rewriter.assemble import Assembled
 from rewriter.errors import RewriteError
 from rewriter.export import Source, construct, source_of
 from rewriter.fitting import FitReport
-from rewriter.graph import layer_name, layers, module_of
+from rewriter.graph import facts, layer_name, layers, module_of
+from rewriter.int8 import int8_values, isolated
 from rewriter.int8.onnx import (
     Comparison,
     Finding,
     compare,
     first_departure,
-    lint,
-    to_onnx,
 )
 from rewriter.plan import rule_named
 from rewriter.storage import replacing
 from search.engines import engine_named
+from search.export.forms import Written, engine_of_target, write_form
 from search.run_dir.files import write_json
 from search.run_dir.scores import Score
 from search.scoring.evaluator import RewriteEvaluator
 
 COMPARED = 4  # inputs on which simulation and runtime are compared value by value
+_SHOWN = {"onnxruntime": "ONNX Runtime", "litert": "LiteRT", "openvino": "OpenVINO"}
 TOLERANCE = 1e-4  # of the largest output: another order of additions moves the last bits
 
 
 @dataclass(frozen=True)
 class Exported:
-    """What was written, and what the int8 file measured in ONNX Runtime."""
+    """What was written, and what the int8 file measured."""
 
     folder: Path
     files: tuple[Path, ...]
@@ -60,7 +61,7 @@ def export(
 ) -> Exported:
     """Write a plan's network into a folder.
 
-    ``model_int8.onnx`` is what ships; ``model.py`` and ``model.safetensors`` are the rewritten
+    ``model_int8.onnx`` (``.tflite`` for that target) is what ships; ``model.py`` and ``model.safetensors`` are the rewritten
     float network; ``ranges.json`` holds every scale; ``CHANGES.md`` says what changed and what
     exactly this file measured.
 
@@ -83,27 +84,35 @@ def export(
     source = source_of(quantized.gm, name, title)
     _check(source, quantized.gm, evaluator.calibration[0][:2])
 
-    files = [
-        folder / n
-        for n in ("model_int8.onnx", "model.py", "model.safetensors", "ranges.json", "CHANGES.md")
-    ]
-    model = to_onnx(quantized)
-    findings = tuple(lint(quantized, model))
-    with replacing(files[0], "wb") as file:
-        file.write(model.SerializeToString())
-    onnx.checker.check_model(str(files[0]))
-    with replacing(files[1]) as file:
+    files = [folder / n for n in ("model.py", "model.safetensors", "ranges.json", "CHANGES.md")]
+    written = write_form(evaluator, quantized, engine_of_target(evaluator.scheme.name), folder)
+    if written.file.suffix == ".onnx":
+        onnx.checker.check_model(str(written.file))
+    files[:0] = [written.file, written.card]
+    findings = written.findings
+    with replacing(files[2]) as file:
         file.write(source.text)
-    with replacing(files[2], "wb") as file:
+    with replacing(files[3], "wb") as file:
         file.write(safetensors.torch.save(dict(source.state)))
-    write_json(files[3], ranges(quantized))
-    score = measure_file(evaluator, plan, files[0])
-    with replacing(files[4]) as file:
-        file.write(changes(evaluator, plan, assembled, source, score, searched))
+    write_json(files[4], ranges(quantized))
+    found = written.score
+    score = replace(
+        evaluator(plan),
+        metric=found.metric,
+        interval=found.interval,
+        original=found.original,
+        damage=found.damage,
+        samples=found.samples,
+        engine=found.engine,
+        engine_version=found.engine_version,
+        latency_ms=written.latency_ms,
+    )
+    with replacing(files[5]) as file:
+        file.write(changes(evaluator, plan, assembled, source, score, searched, written.file.name))
         file.write(linted(findings))
     if not compared:
         return Exported(folder, tuple(files), score, findings, quantized=quantized)
-    rows = compare(quantized, evaluator.calibration[0][:COMPARED], threads=evaluator.threads)
+    rows = _compared(evaluator, quantized, written)
     files.append(folder / "comparison.json")
     # no difference at all is an infinite ratio, which JSON cannot hold
     values = [{**asdict(r), "sqnr_db": r.sqnr_db if r.differs else None} for r in rows]
@@ -111,6 +120,19 @@ def export(
     return Exported(
         folder, tuple(files), score, findings, first_departure(rows, quantized), quantized
     )
+
+
+def _compared(
+    evaluator: RewriteEvaluator, quantized: Quantized, written: Written
+) -> list[Comparison]:
+    """Simulation and runtime, value by value: on the whole network, or each operation on the runtime's own inputs."""
+    inputs = evaluator.calibration[0][:COMPARED]
+    engine = engine_named(written.engine)
+    if written.file.suffix == ".onnx":
+        return compare(quantized, inputs, threads=evaluator.threads)
+    names = int8_values(quantized)
+    rows = isolated(quantized, inputs, engine.values(quantized, names, inputs), fixed_point=False)
+    return [Comparison(r.node, r.layer, r.sqnr_db, r.differs, r.largest) for r in rows]
 
 
 def linted(findings: Sequence[Finding]) -> str:
@@ -121,20 +143,11 @@ def linted(findings: Sequence[Finding]) -> str:
     return "\n".join(["", "## Before deployment", "", *rows, ""])
 
 
-def measure_file(evaluator: RewriteEvaluator, plan: Plan, file: Path) -> Score:
-    """Score an int8 file as it lies on disk, on the kernels of ONNX Runtime."""
-    engine = engine_named("onnxruntime")
-    session = engine.open(file, evaluator.threads, evaluator.device)
-    found = [session.run(x) for x in evaluator.samples.batches()]
-    outputs = [torch.cat(parts) for parts in zip(*found, strict=True)]
-    return evaluator.score_outputs(plan, outputs, engine)
-
-
 def ranges(quantized: Quantized) -> dict[str, Any]:
     """Range, scale and zero point of every int8 value, and all weight scales, by node name."""
     values: dict[str, Any] = {}
     for node in quantized.gm.graph.nodes:
-        note = node.meta["int8"]
+        note = facts.INT8.of(node)
         if note.output is None or note.range_of not in quantized.calibration.values:
             continue
         low, high = quantized.calibration.values[note.range_of]
@@ -168,6 +181,7 @@ def changes(
     source: Source,
     score: Score,
     searched: Score | None,
+    name: str = "model_int8.onnx",
 ) -> str:
     """The text of ``CHANGES.md``."""
     gm = assembled.quantized.gm
@@ -180,7 +194,7 @@ def changes(
         lines += ["", "All weights were then trained end to end (fine-tuned, or given as a file)."]
     lines += ["", "## Layers", "", *_difference(evaluator.gm, gm), "", "## Measured", ""]
     lines += [
-        f"`model_int8.onnx`, this file, in ONNX Runtime on {score.samples} samples:",
+        f"`{name}`, this file, on {_SHOWN.get(score.engine, score.engine)} with {score.samples} samples:",
         "",
         "| | MACs | " + evaluator.task.metric + " | 95 % interval | damage |",
         "|---|---|---|---|---|",
@@ -245,8 +259,8 @@ def _difference(before: fx.GraphModule, after: fx.GraphModule) -> list[str]:
 
 
 def _shown(gm: fx.GraphModule, node: fx.Node) -> str:
-    made = node.meta.get("rewritten_by")
-    where = "  (in float)" if node.meta.get("keep_float") else f"  ({made})" if made else ""
+    made = facts.REWRITTEN_BY.get(node)
+    where = "  (in float)" if facts.KEEP_FLOAT.get(node) else f"  ({made})" if made else ""
     return f"{node.name}: {construct(module_of(gm, node))}{where}"
 
 

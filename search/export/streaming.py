@@ -12,6 +12,7 @@ from torch import Tensor
 from rewriter import Plan, Quantized, trace
 from rewriter.errors import RewriteError
 from rewriter.export import State, first_output_only, run_stream, streaming_int8
+from rewriter.graph import facts
 from rewriter.int8.onnx import Session, to_onnx
 from rewriter.storage import replacing
 from search.job import Job
@@ -48,7 +49,7 @@ def export_stream(
         )
     gm = trace(job.model(), calibration[:2, :chunk])
     first_output_only(gm)
-    gm.meta["fidelity"] = job.gm.meta.get("fidelity")
+    facts.FIDELITY.put(gm, facts.FIDELITY.get(job.gm))
     stream = streaming_int8(quantized, plan, job.gm, gm)
     assert stream.quantized is not None
     model = to_onnx(stream.quantized)

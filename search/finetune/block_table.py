@@ -108,14 +108,14 @@ def first_separable(gm: fx.GraphModule) -> Step:
 
 
 def make_table(
-    job: Job, progress: Progress = silent, told: Callable[[Table], None] = lambda table: None
+    job: Job, progress: Progress = silent, on_row: Callable[[Table], None] = lambda table: None
 ) -> Table:
     """Score every row; those known from an earlier call are not made again.
 
     Args:
         job: The run; its config's ``finetune`` section is the recipe of both trainings.
         progress: Shows each training.
-        told: Called after each row with the table so far.
+        on_row: Called after each row with the table so far.
     """
     step = first_separable(job.gm)
     empty, replaced = Plan(()), Plan((step,))
@@ -127,7 +127,7 @@ def make_table(
         row = Row(name, score, loss, control)
         table = replace(table, rows=(*table.rows, row))
         write_table(job, table)
-        told(table)
+        on_row(table)
 
     add("as it is", job.evaluator.score(empty, "whole"))
     first = job.evaluator.score(replaced, "whole")

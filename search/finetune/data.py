@@ -18,7 +18,7 @@ from search.data.images import Samples
 from search.data.user_code import call_factory
 
 IN_MEMORY = 1 << 30  # bytes of inputs that are decoded once
-LEAST, JUDGES = 4, 512
+MIN_INPUTS, JUDGES = 4, 512
 SEEN = 8  # samples that stand for a data set in its digest
 
 
@@ -86,8 +86,10 @@ def pool_of(cfg: Config, data: Data) -> Pool:
     if not (hasattr(dataset, "__len__") and hasattr(dataset, "__getitem__")):
         kind = type(dataset).__name__
         raise ConfigError(f"{name}: no map-style data set (len() and []): {kind}")
-    if len(dataset) < LEAST:
-        raise ConfigError(f"{name}: at least {LEAST} inputs are needed to train: {len(dataset)}")
+    if len(dataset) < MIN_INPUTS:
+        raise ConfigError(
+            f"{name}: at least {MIN_INPUTS} inputs are needed to train: {len(dataset)}"
+        )
     first = next(batches(Subset(dataset, [0]), 1))  # pyright: ignore[reportArgumentType]
     if options.loss == "labels" and not isinstance(first, tuple):
         raise ConfigError(

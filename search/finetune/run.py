@@ -44,8 +44,8 @@ class Finetuner:
 
     def __post_init__(self) -> None:
         cfg = self.job.cfg
-        told = cfg.model_copy(update={"finetune": self.options}).read_from(cfg.path)
-        self.pool = pool_of(told, self.job.data)
+        configured = cfg.model_copy(update={"finetune": self.options}).read_from(cfg.path)
+        self.pool = pool_of(configured, self.job.data)
         self.job.evaluator.reference()  # computed once for both
         records = Records(self.job.folder, trained_records(self.job.records, self.pool.digest))
         self.evaluator = self.job.evaluator.made_by(lambda plan: self.network(plan)[0], records)
@@ -64,7 +64,7 @@ class Finetuner:
     def network(
         self, plan: Plan, tick: Tick = lambda done, total: None
     ) -> tuple[Assembled, Trained]:
-        """A plan's network, trained; a training that was killed is gone on with."""
+        """A plan's network, trained; resumes interrupted training."""
         if plan in self._made:
             return self._made[plan]
         job, store = self.job, self.job.folder / "fits"
@@ -145,14 +145,14 @@ class Finetuned:
 
     def to_dict(self) -> dict[str, Any]:
         """``finetuned`` of a point in ``front.json``."""
-        told = {key: self.recipe.get(key) for key in ("loss", "quantization")}
+        described = {key: self.recipe.get(key) for key in ("loss", "quantization")}
         control = None
         if self.control is not None:
             control = {"plan": self.control.after.plan, **self.control.to_dict()}
             control.pop("control")
         return {
             **_measured(self.after),
-            **told,
+            **described,
             **self.trained,
             "before": _measured(self.before),
             "control": control,
@@ -217,17 +217,17 @@ def read_finetuned(
         facts: What ``run.json`` says.
         before: Scores of plans that were not trained, on all images.
     """
-    told: dict[str, Any] | None = facts.get("finetune")
-    if told is None:
+    noted: dict[str, Any] | None = facts.get("finetune")
+    if noted is None:
         return {}
-    kept = Records(records.folder, trained_records(records, told["digest"]))
+    kept = Records(records.folder, trained_records(records, noted["digest"]))
 
     def found(plan: str | None, control: Finetuned | None = None) -> Finetuned | None:
         score = None if plan is None else kept.get(plan)
         if plan is None or score is None or plan not in before:
             return None
-        trained = told["trained"].get(plan, {})
-        return Finetuned(before[plan], score, told["options"], trained, control)
+        trained = noted["trained"].get(plan, {})
+        return Finetuned(before[plan], score, noted["options"], trained, control)
 
-    rows = {plan: found(plan, found(control)) for plan, control in told["plans"].items()}
+    rows = {plan: found(plan, found(control)) for plan, control in noted["plans"].items()}
     return {plan: row for plan, row in rows.items() if row is not None}

@@ -41,7 +41,7 @@ log = logging.getLogger(__name__)
 
 WARM_UP = 0.05  # share of the steps in which the rate rises
 BETAS, EPS = (0.9, 0.99), 1e-10
-LEAST = 1e-2  # of a channel's scale relative to its tensor's
+MIN_CHANNEL_SCALE = 1e-2  # of a channel's scale relative to its tensor's
 # what torch.load raises where a file is no checkpoint
 DAMAGED = (
     pickle.UnpicklingError,
@@ -275,7 +275,7 @@ def _scale(name: str, weight: Tensor) -> Tensor:
     if weight.ndim < 2:
         return torch.full_like(weight, max(whole, SMALLEST))
     rows = weight.square().mean(list(range(1, weight.ndim)), keepdim=True).sqrt()
-    return rows.clamp_min(max(LEAST * whole, 1e-12))
+    return rows.clamp_min(max(MIN_CHANNEL_SCALE * whole, 1e-12))
 
 
 def _schedule(step: int, steps: int) -> float:

@@ -13,7 +13,7 @@ from search.run_dir.scores import Samples, Score
 
 # Of the damage: what any two points differ by if nothing but noise is between them.
 NOISE = 1.1
-LEAST = 3  # places that are thinned alike
+MIN_PLACES = 3  # places that are thinned alike
 
 
 def controls(scores: Sequence[Score]) -> list[dict[str, Any]]:
@@ -31,7 +31,7 @@ def controls(scores: Sequence[Score]) -> list[dict[str, Any]]:
         if len({s.rule for s in steps}) != 1 or len(steps) < most[steps[0].rule]:
             continue
         scales = rule_named(steps[0].rule).scales
-        if not scales and len(steps) < LEAST:
+        if not scales and len(steps) < MIN_PLACES:
             continue
         found.append(
             {

@@ -31,6 +31,13 @@ class Measured(_Part):
     damage: float | None
 
 
+class Deployed(_Part):
+    """A plan on a runtime that ships it."""
+
+    int8: float | None
+    damage: float | None
+
+
 class StepEntry(_Part):
     """One step of a plan: the difference of two scored plans, of which one has this step more."""
 
@@ -74,6 +81,10 @@ class Point(_Part):
     )
     confirmation: Measured | None = Field(
         None, description="on the samples held back, once confirmed"
+    )
+    confirmed: dict[str, Deployed] = Field(
+        default_factory=dict,
+        description="by engine: what the runtimes that ship the target measured, on all samples",
     )
     finetuned: dict[str, Any] | None = Field(
         None, description="what training made of it, if it was trained"
@@ -131,6 +142,7 @@ class FrontFile(_Part):
     hypervolume_reference: tuple[float, float]
     plans_scored: int
     plans_failed: int
+    failures: dict[str, int]
     plans_stopped: int = Field(description="given up early, clearly not on the front")
 
 

@@ -10,7 +10,7 @@ from torch import fx
 
 from rewriter import Plan, Step, cost
 from rewriter.errors import RewriteError
-from rewriter.graph import layer_name, layers
+from rewriter.graph import facts, layer_name, layers
 from rewriter.int8 import is_decoding
 from rewriter.int8.onnx import ReadBack
 from rewriter.plan import rewrite, rule_named
@@ -169,4 +169,4 @@ def _weighted(gm: fx.GraphModule) -> list[fx.Node]:
 
 
 def _in_float(node: fx.Node) -> bool:
-    return bool(node.meta.get("keep_float"))
+    return bool(facts.KEEP_FLOAT.get(node))

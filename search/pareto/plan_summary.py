@@ -6,6 +6,7 @@ from rewriter.plan import Plan
 
 # By a rule's name without numbers; {n} places, {numbers} of the rule's names.
 _SAID = {
+    "drop_dead_channels": "dead channels dropped at {n} place{s}",
     "thin_channels": "{n} layer{s} thinned",
     "lower_resolution": "images at {numbers} % of their side",
     "drop_block": "{n} block{s} dropped",

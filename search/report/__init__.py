@@ -115,8 +115,13 @@ def _stale(results: Results, exhibits: Mapping[str, Any] | None) -> str:
 
 
 def _failures(results: Results) -> str:
-    rows = [[s.plan, s.error] for s in results.scores if s.error is not None]
-    return table(["plan", "error"], rows) if rows else ""
+    lost = [s for s in results.scores if s.error is not None]
+    if not lost:
+        return ""
+    counted = ", ".join(f"{kind} {n}" for kind, n in results.failures().items())
+    rows = [[s.plan, s.error, s.traceback or ""] for s in lost]
+    said = f"{len(lost)} of {len(results.scores)} plans failed, by kind: {counted}."
+    return paragraph(said) + table(["plan", "error", "traceback"], rows)
 
 
 def _repeat(results: Results) -> str:

@@ -9,14 +9,14 @@ from search.run_dir.scores import Score
 
 # Layers that are named, and kinds of operators.
 NAMED = 4
-LEAST_SHARE = 0.95  # where a run was noted before the config could say it
+DEFAULT_INT8_SHARE = 0.95  # where a run was noted before the config could say it
 
 
 def wanted_share(results: Results) -> float:
     """The share of the MACs that should run on int8 kernels."""
     options: Mapping[str, object] = results.facts.get("options") or {}
-    value = options.get("min_int8_share", LEAST_SHARE)
-    return float(value) if isinstance(value, (int, float)) else LEAST_SHARE
+    value = options.get("min_int8_share", DEFAULT_INT8_SHARE)
+    return float(value) if isinstance(value, (int, float)) else DEFAULT_INT8_SHARE
 
 
 def file_warnings(results: Results) -> list[str]:

@@ -93,6 +93,7 @@ TEXT_COLUMNS = (
     "causes",
     "answers",
     "error",
+    "traceback",
     "after",
     "what happened",
     "classes and scores",

@@ -9,7 +9,7 @@ from typing import Any
 from search.report.page import Section, folded, paragraph, table
 
 WIDTH, HEIGHT, LEFT, TOP, BOTTOM = 420, 170, 64, 10, 150
-MOST = 170  # channels that fit side by side; of more the widest and an even choice of the others are drawn
+MAX_CHANNELS = 170  # channels that fit side by side; of more the widest and an even choice of the others are drawn
 SIDES = {"weights": "weights", "reads": "what it reads", "writes": "what it writes"}
 ROWS = 12
 
@@ -130,11 +130,11 @@ def _picked(tensor: Mapping[str, Any]) -> list[int]:
     """The channels that are drawn, the widest first."""
     widths = _widths(tensor)
     order = sorted(range(len(widths)), key=lambda c: -widths[c])
-    if len(order) <= MOST:
+    if len(order) <= MAX_CHANNELS:
         return order
-    rest = order[MOST // 4 :]
-    count = MOST - MOST // 4
-    return order[: MOST // 4] + [rest[i * len(rest) // count] for i in range(count)]
+    rest = order[MAX_CHANNELS // 4 :]
+    count = MAX_CHANNELS - MAX_CHANNELS // 4
+    return order[: MAX_CHANNELS // 4] + [rest[i * len(rest) // count] for i in range(count)]
 
 
 def _spreads(entry: Mapping[str, Any]) -> list[str]:

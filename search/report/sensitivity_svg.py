@@ -11,7 +11,7 @@ from search.report.cause_style import LOOKS, look
 from search.run_dir.files import read_json
 
 # The layers that are drawn; a bar too short to see says nothing.
-MOST = 24
+MAX_LAYERS = 24
 WIDTH, LABEL, RIGHT = 860, 250, 90
 ROW, BAR = 22, 14
 CURVE = 200
@@ -36,7 +36,7 @@ def sensitivity_svg(content: Mapping[str, Any]) -> str:
     Args:
         content: that of sensitivity.json.
     """
-    rows = [r for r in content["layers"] if r["damage"] > 0][:MOST]
+    rows = [r for r in content["layers"] if r["damage"] > 0][:MAX_LAYERS]
     curve = content["curve"]
     named = [_cause(r) for r in rows]
     legend = [c for c in [*LOOKS, ""] if c in named]

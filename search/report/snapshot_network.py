@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from rewriter import Quantized
-from rewriter.graph import kind_of, layer_name, layers, module_of
+from rewriter.graph import facts, kind_of, layer_name, layers, module_of
 from rewriter.int8 import annotation
 
 PARTS = 4  # of a layer that was split, whose ranges are shown
@@ -33,8 +33,8 @@ def layer_list(gm: fx.GraphModule) -> list[dict[str, Any]]:
                 "layer": layer_name(node) if node in weighted else "",
                 "kind": kind_of(gm, node),
                 "size": _size(module_of(gm, node)) if node in weighted else "",
-                "made_by": str(node.meta.get("rewritten_by") or ""),
-                "in_float": bool(node.meta.get("keep_float")),
+                "made_by": str(facts.REWRITTEN_BY.get(node) or ""),
+                "in_float": bool(facts.KEEP_FLOAT.get(node)),
             }
         )
     return found
@@ -54,7 +54,7 @@ def channel_ranges(quantized: Quantized, node: str, layer: str) -> dict[str, lis
     weighted = layers(quantized.gm)
     parts = [n for n in weighted if n.name == node or layer_name(n) == layer]
     if not parts:
-        made = {n: str(n.meta.get("rewritten_by", "")).partition("@")[2] for n in weighted}
+        made = {n: str(facts.REWRITTEN_BY.get(n, "")).partition("@")[2] for n in weighted}
         parts = [n for n in weighted if made[n] == node]
     found: dict[str, list[dict[str, Any]]] = {"weights": [], "reads": [], "writes": []}
     if not parts:  # no layer: a value, which is there as long as no step replaced it

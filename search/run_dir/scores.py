@@ -59,6 +59,8 @@ class Score:
         stopped: Whether the plan was given up after so many samples, because it was clear that it
             is not on the front. Its numbers are no substitute for those on all of them.
         error: Why the plan could not be scored; all measured fields are then None.
+        error_kind: The class of what went wrong, such as ``PlanError``.
+        traceback: Where it went wrong: a file in the run directory.
         limit_s: Seconds after which it was given up, where it failed because it took longer.
     """
 
@@ -78,12 +80,15 @@ class Score:
     engine: str = ""
     engine_version: str = ""
     int8_share: float | None = None
-    float_ops: dict[str, int] | None = None
-    float_reasons: dict[str, str] | None = None
+    # scores are keys of what is worked out from them
+    float_ops: dict[str, int] | None = field(default=None, hash=False)
+    float_reasons: dict[str, str] | None = field(default=None, hash=False)
     samples: int = 0
     seconds: float = 0.0
     stopped: bool = False
     error: str | None = None
+    error_kind: str | None = None
+    traceback: str | None = None
     limit_s: float | None = None
 
     def to_dict(self) -> dict[str, Any]:
@@ -136,7 +141,7 @@ class Baseline:
     damage: float | None
     interval: tuple[float, float] | None = None
     int8_share: float | None = None
-    float_ops: dict[str, int] | None = None
+    float_ops: dict[str, int] | None = field(default=None, hash=False)
 
 
 @dataclass

@@ -23,7 +23,7 @@ from rewriter.storage import Store
 from search.data.evaluation_set import SampleSet, Tick, check_outputs
 from search.engines import OnnxRuntime, engine_named, read_back
 from search.pareto.limits import size_of, with_file
-from search.run_dir.scores import Samples, Score
+from search.run_dir.scores import Records, Samples, Score
 from search.scoring.failure import CandidateError, blamed, failed
 from search.scoring.measure import Measure, Part, Runner, latency
 from search.scoring.racing import Race
@@ -55,6 +55,7 @@ class Bench:
         task: The metric; the damage is that of ``gm``.
         calibration: Unlabelled inputs, (n, ...) each.
         samples: What the plans are compared on.
+        records: Where scores are kept; their folder keeps what went wrong too.
         engine: Name of what runs the int8 networks, one of ``search.engines.ENGINES``.
         device: Where torch runs; the kernels always run on the CPU.
         store: Where fitted weights are kept.
@@ -71,6 +72,7 @@ class Bench:
     task: Task
     calibration: Sequence[Tensor]
     samples: SampleSet
+    records: Records
     engine: str = "onnxruntime"
     device: str = "cpu"
     store: Store | None = None
@@ -123,7 +125,10 @@ class Bench:
                 return [_finished(*stopped, start)]
             in_float = self._in_float(plan, gm, parts[-1][1])
         except CandidateError as failure:
-            return [_finished(s, None, start) for s in failed(known, failure.cause, parts)]
+            return [
+                _finished(s, None, start)
+                for s in failed(known, failure.cause, parts, self.records.folder)
+            ]
         found: list[tuple[Score, Samples | None]] = []
         for first, last in parts:
             score, samples = self.measured.compare([o[first:last] for o in outputs], (first, last))

@@ -12,22 +12,18 @@ from dataclasses import dataclass, replace
 from functools import partial
 from typing import Literal
 
-from torch import Tensor, fx
-
-from rewriter import Plan, Step, cost
+from rewriter import Plan, cost
 from rewriter.assemble import Assembled, prepare
 from rewriter.errors import RewriteError
-from rewriter.plan import rewrite, rule_named
 from search.data.evaluation_set import Tick
-from search.engines import Engine
 from search.run_dir.scores import Baseline, Confirmations, Records, Samples, Score
-from search.scoring.bench import Bench, filled
+from search.scoring.bench import Bench
 from search.scoring.child_process import LateError, LostError, apart
 from search.scoring.failure import failed, to_be_tried_again
 from search.scoring.measure import Part
 from search.scoring.racing import Race
 
-__all__ = ["RewriteEvaluator", "Tick", "extra_macs"]
+__all__ = ["RewriteEvaluator", "Tick"]
 
 log = logging.getLogger(__name__)
 
@@ -37,7 +33,6 @@ class RewriteEvaluator(Bench):
     """Scores plans of one network; it never changes: `dataclasses.replace` gives one with other settings.
 
     Attributes:
-        records: Where scores are kept.
         confirmations: Where scores of chosen plans on all samples are kept, and how many of the
             samples choose. None: all samples choose, and none confirm.
         race: When a plan is given up early; None: never.
@@ -46,7 +41,6 @@ class RewriteEvaluator(Bench):
         plain: What scores the network as it is, where this one's networks are made otherwise.
     """
 
-    records: Records
     confirmations: Confirmations | None = None
     race: Race | None = None
     limit_s: float | None = None
@@ -121,7 +115,7 @@ class RewriteEvaluator(Bench):
         except LostError as cause:
             late = self.limit_s if isinstance(cause, LateError) else None
             known = self.unscored(plan, cost(self.gm).macs, late)
-            return [(score, None) for score in failed(known, cause, parts)]
+            return [(score, None) for score in failed(known, cause, parts, self.records.folder)]
 
     def _lacking(self, score: Score) -> bool:
         """Whether a score has no time where one is asked for, or failed for want of time that there is now."""
@@ -138,14 +132,6 @@ class RewriteEvaluator(Bench):
             race=None,
             limit_s=None,
             plain=self.plain or self,
-        )
-
-    def score_outputs(self, plan: Plan, outputs: list[Tensor], engine: Engine) -> Score:
-        """Score outputs over all samples computed elsewhere, such as by a file that is to ship."""
-        known = self(plan)
-        measured, _ = self.measured.compare(outputs, (0, self.samples.count))
-        return replace(
-            filled(measured, known), engine=engine.name, engine_version=engine.version()
         )
 
     def baseline(self) -> Baseline:
@@ -166,28 +152,3 @@ class RewriteEvaluator(Bench):
             score.int8_share,
             score.float_ops,
         )
-
-
-def extra_macs(gm: fx.GraphModule, plans: Sequence[Plan], before: int) -> dict[str, int]:
-    """MACs that each plan adds to those ``before``, by its text; plans that do not apply are left out."""
-    found: dict[str, int] = {}
-    for plan in plans:
-        if all(rule_named(step.rule).free for step in plan.steps):
-            found[str(plan)] = 0
-            continue
-        known = [_added(gm, step) for step in plan.steps] if len(plan.steps) == 1 else [None]
-        if known[0] is not None:
-            found[str(plan)] = known[0]
-            continue
-        try:
-            found[str(plan)] = cost(rewrite(gm, plan)).macs - before
-        except RewriteError as cause:
-            log.warning("plan %r: %s", str(plan), cause)
-    return found
-
-
-def _added(gm: fx.GraphModule, step: Step) -> int | None:
-    """MACs of a single step, where its rule knows them without a rewrite."""
-    rule = rule_named(step.rule)
-    site = rule.site_at(gm, step.anchor) if rule.stage == "thin" else None
-    return None if site is None or site.blocked else rule.added_macs(gm, site)

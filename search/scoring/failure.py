@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import errno
+import traceback
 from collections.abc import Generator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
+from pathlib import Path
 
 from rewriter.errors import RewriteError
+from rewriter.storage import short
 from search.run_dir.scores import Score
 from search.scoring.measure import Part
 
+FOLDER = "failures"
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
@@ -33,14 +37,30 @@ def blamed() -> Generator[None]:
         raise CandidateError(cause) from cause
 
 
-def failed(known: Score, cause: BaseException, parts: Sequence[Part]) -> list[Score]:
-    """A score with the reason for each part."""
+def failed(known: Score, cause: BaseException, parts: Sequence[Part], folder: Path) -> list[Score]:
+    """A score with the reason for each part; the traceback is kept in the run directory."""
+    where = keep_traceback(folder, known.plan, cause)
     text = " ".join(str(cause).split())[:500]
     kind = "" if isinstance(cause, RewriteError) else f"{type(cause).__name__}: "
     return [
-        replace(known, samples=stop - start, error=(kind + text).rstrip(": "))
+        replace(
+            known,
+            samples=stop - start,
+            error=(kind + text).rstrip(": "),
+            error_kind=type(cause).__name__,
+            traceback=where,
+        )
         for start, stop in parts
     ]
+
+
+def keep_traceback(folder: Path, plan: str, cause: BaseException) -> str:
+    """Write where a plan failed to a file of its own; return its path inside the run directory."""
+    name = f"{FOLDER}/{short(plan)[:16]}.txt"
+    (folder / FOLDER).mkdir(parents=True, exist_ok=True)
+    text = "".join(traceback.format_exception(cause))
+    (folder / name).write_text(f"plan: {plan or '(the network as it is)'}\n\n{text}")
+    return name
 
 
 def to_be_tried_again(score: Score, limit_s: float | None) -> bool:

@@ -21,7 +21,7 @@ from search.run_dir.scores import Array, Samples, Score
 
 # Up to some three looks at each of a handful of rivals: Bonferroni's share of 5 % is about 0.3 %.
 SURE = 3.0
-LEAST = 64  # samples in the first block
+FIRST_BLOCK = 64  # samples in the first block
 WORTH_IT = 4  # blocks of that size; with fewer samples nothing is stopped
 
 
@@ -39,7 +39,7 @@ class Race:
     """
 
     rivals: Callable[[], Sequence[tuple[Score, Samples]]]
-    least: int = LEAST
+    least: int = FIRST_BLOCK
     objective: str = "metric"
     higher_is_better: bool = True
     spared: Callable[[Plan], bool] = lambda plan: False

@@ -1,4 +1,4 @@
-"""Write and run the file of plain int8 before anything is searched: what cannot ship is said at once."""
+"""What the file of plain int8 does, before anything is searched."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def trial(
         session = engine.open(model, 1, "cpu")
         for few in (batch[:1], batch[:3]):
             session.run(few)
-    except Exception as cause:  # each kind of fault has a class of its own there
+    except Exception as cause:  # each kind of fault has a class of its own in a runtime
         text = " ".join(str(cause).split())[:200]
         raise ConfigError(
             f"model: {engine.name} refuses the int8 file: {text}; {WAY_OUT}"

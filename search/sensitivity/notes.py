@@ -8,8 +8,8 @@ from typing import Any
 from rewriter.sensitivity import THRESHOLDS
 
 # A value with less than this share of the whole damage is not worth a sentence.
-SHARE = 0.1
-MOST = 5
+NOTED_SHARE = 0.1
+MAX_VALUES = 5
 
 
 def remarks(content: Mapping[str, Any]) -> list[str]:
@@ -18,9 +18,9 @@ def remarks(content: Mapping[str, Any]) -> list[str]:
     harmful = [
         v
         for v in content.get("values", ())
-        if whole and v["damage"] is not None and v["damage"] >= SHARE * whole
+        if whole and v["damage"] is not None and v["damage"] >= NOTED_SHARE * whole
     ]
-    return [_value(v, whole) for v in harmful[:MOST]] + [
+    return [_value(v, whole) for v in harmful[:MAX_VALUES]] + [
         _interaction(x) for x in content.get("interaction", ()) if x["disagrees"]
     ]
 

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from rewriter.graph import copy_graph, layers
+from rewriter.graph import copy_graph, facts, layers
 from rewriter.plan import Plan
 from rewriter.sensitivity import analyze as analyze_layers
 from rewriter.sensitivity import float_gains
@@ -21,15 +21,15 @@ from search.run_dir.files import RunError, read_json, write_json
 from search.run_dir.scores import Baseline
 from search.run_dir.validation import checked
 from search.scoring.evaluator import RewriteEvaluator, Tick
-from search.sensitivity.notes import SHARE, remarks
+from search.sensitivity.notes import NOTED_SHARE, remarks
 
 log = logging.getLogger(__name__)
 
 # Samples on which layers are measured: the order is settled long before. With --exact, all of them.
-ENOUGH = 256
+MAX_SAMPLES = 256
 FEW = 128  # for what each worker of a search does anew: more is not worth its time
 # Of the damage of plain int8: what does less is not shown as harmful.
-LEAST = 0.01
+HARMFUL_SHARE = 0.01
 
 
 @dataclass(frozen=True)
@@ -86,11 +86,11 @@ class Sensitivity:
 
     def counts(self, damage: float) -> bool:
         """Whether a damage is more than a hundredth of that of plain int8: less is not what hurts."""
-        return damage > LEAST * (self.whole or 0.0)
+        return damage > HARMFUL_SHARE * (self.whole or 0.0)
 
     def uncharged(self) -> list[Value]:
         """Values that hurt and that no layer reads (an activation or an output does), so that none is charged."""
-        least = SHARE * (self.whole or 0.0)
+        least = NOTED_SHARE * (self.whole or 0.0)
         return [v for v in self.values if not v.feeds and v.damage > 0 and v.damage >= least]
 
     def damage_by_node(self) -> dict[str, float]:
@@ -115,7 +115,7 @@ def analyze(
     """
     baseline = evaluator.baseline()
     count = evaluator.samples.count
-    inputs = _first_inputs(evaluator, count if exact else min(count, ENOUGH))
+    inputs = _first_inputs(evaluator, count if exact else min(count, MAX_SAMPLES))
     targets = evaluator.samples.targets
     metric = None if targets is None else _per_sample(evaluator)
     found = analyze_layers(
@@ -127,7 +127,7 @@ def analyze(
         metric=metric,
         metric_name=evaluator.task.metric,
         higher_is_better=evaluator.task.higher_is_better,
-        fidelity=evaluator.gm.meta.get("fidelity"),
+        fidelity=facts.FIDELITY.get(evaluator.gm),
         exact=exact,
         seed=evaluator.seed,
         journal=folder / "sensitivity.jsonl",
@@ -142,7 +142,7 @@ def analyze(
         "samples": count,
         "layer_samples": max(len(inputs) if exact else 0, *(r.samples for r in found.layers)),
         "engine": "simulate",
-        "opaque": [asdict(part) for part in evaluator.gm.meta["opaque"]],
+        "opaque": [asdict(part) for part in facts.OPAQUE.of(evaluator.gm)],
         "exact": exact,
         "fingerprint": evaluator.records.fingerprint,
     }

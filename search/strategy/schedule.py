@@ -34,14 +34,14 @@ from search.strategy.space import (
 # What to score next, given all scores so far by plan.
 Worth = Callable[[Mapping[str, Score]], Sequence[Plan]]
 
-LEAST_LEFT = 0.02  # no step is trusted to take away more than 98 % of the damage
+MIN_LEFT = 0.02  # no step is trusted to take away more than 98 % of the damage
 # A rule that left more than this times the damage, at each of so many places, is asked at no more
 # places: those that were asked are the most harmful ones, where it has most to gain.
 HARM, STRIKES = 1.5, 2
 BETWEEN = 2  # single answers from one reference to the next
 TOGETHER = 6  # single answers after which the best of those known are tried together
 # Of a layer in float, of the damage that is left: less is within what a screening is wrong by.
-LEAST_SHARE = 0.02
+MIN_FLOAT_GAIN = 0.02
 
 
 Scores = Mapping[str, Score]
@@ -119,8 +119,8 @@ class Schedule:
     _shares: dict[Plan, dict[Step, float]] = field(
         default_factory=dict[Plan, dict[Step, float]], init=False, repr=False, compare=False
     )
-    _ladders: list[tuple[tuple[Score, ...], tuple[Rung, ...] | Plan]] = field(
-        default_factory=list["tuple[tuple[Score, ...], tuple[Rung, ...] | Plan]"],
+    _ladders: dict[tuple[object, ...], tuple[Rung, ...] | Plan] = field(
+        default_factory=dict[tuple[object, ...], "tuple[Rung, ...] | Plan"],
         init=False,
         repr=False,
         compare=False,
@@ -251,10 +251,11 @@ class Schedule:
 
     def _climbed(self, scores: Scores) -> tuple[Rung, ...] | Plan:
         """The ladder as far as it is scored; every phase asks for that of the same scores."""
-        key = tuple(scores.values())
-        if not self._ladders or self._ladders[0][0] != key:
-            self._ladders[:] = [(key, rungs(self.gm, scores, self._splits))]
-        return self._ladders[0][1]
+        key = tuple((s.plan, s.damage, s.metric) for s in scores.values())
+        if key not in self._ladders:
+            self._ladders.clear()
+            self._ladders[key] = rungs(self.gm, scores, self._splits)
+        return self._ladders[key]
 
     def _rung(self, scores: Scores) -> Basis | None:
         """The best rung of the ladder; None while it is not known, or where its damage is none or infinite."""
@@ -276,7 +277,7 @@ class Schedule:
 
     def _in_float(self, rung: Basis) -> list[Plan]:
         share = self._shares_of(rung)
-        floats = {step: _gain(1 - s) for step, s in share.items() if s >= LEAST_SHARE}
+        floats = {step: _gain(1 - s) for step, s in share.items() if s >= MIN_FLOAT_GAIN}
         return self._on_top(rung.plan, self._best_of(floats, rung.damage))
 
     def _shares_of(self, rung: Basis) -> dict[Step, float]:
@@ -333,7 +334,7 @@ class Schedule:
 
 def _gain(left: float) -> float:
     """What a step takes off the logarithm of the damage, of which it leaves such a share."""
-    return -math.log(max(left, LEAST_LEFT))
+    return -math.log(max(left, MIN_LEFT))
 
 
 def _least(plans: Sequence[Plan], scores: Mapping[str, Score]) -> tuple[Plan, float]:

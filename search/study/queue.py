@@ -1,6 +1,6 @@
-"""Taking a plan out of the study's queue: one that this worker put there, or one that a user did.
+"""Take a plan out of the study's queue: one that this worker put there, or one that a user enqueued.
 
-A user's entry is what Optuna's ``study.enqueue_trial`` leaves: choices of some slots, and no plan.
+A user's entry is what Optuna's ``study.enqueue_trial`` leaves: choices for some slots, and no plan.
 """
 
 from __future__ import annotations
@@ -20,21 +20,21 @@ log = logging.getLogger(__name__)
 
 
 def keeping(space: Space) -> BaseSampler:
-    """Leaves every slot as it is for which an entry of the queue says nothing."""
+    """A sampler that leaves every slot unchanged which an entry of the queue does not fix."""
     return PartialFixedSampler(dict.fromkeys(space.choices, KEEP), RandomSampler(seed=0))
 
 
 def is_users(trial: FrozenTrial) -> bool:
-    """Whether an entry of the queue is a user's."""
-    return "plan" not in trial.user_attrs and bool(wish_of(trial))
+    """Whether a user, not a worker, enqueued this trial."""
+    return "plan" not in trial.user_attrs and bool(enqueued_choices(trial))
 
 
-def wish_of(trial: FrozenTrial) -> dict[str, Any]:
+def enqueued_choices(trial: FrozenTrial) -> dict[str, Any]:
     """The choices that an entry of the queue asks for, by slot."""
     return dict(trial.system_attrs.get("fixed_params", {}))
 
 
-def are_wishes(trials: Sequence[FrozenTrial]) -> bool:
+def user_entries_wait(trials: Sequence[FrozenTrial]) -> bool:
     """Whether a user has enqueued something that no worker has taken yet."""
     return any(t.state == TrialState.WAITING and is_users(t) for t in trials)
 
@@ -57,7 +57,7 @@ def claim(
     trial = study.ask()
     # A faster worker can take all that we saw waiting; Optuna then makes a trial of its own, which
     # asks for nothing. What that worker left in exchange for ours waits now.
-    while "plan" not in trial.user_attrs and not wish_of(_frozen(study, trial)):
+    while "plan" not in trial.user_attrs and not enqueued_choices(_frozen(study, trial)):
         study.tell(trial, state=TrialState.FAIL)
         if plan is None:
             return None
@@ -79,28 +79,31 @@ def give_back(study: optuna.Study, number: int) -> None:
     """End a trial that was not scored; what a user had enqueued goes back to the queue."""
     trial = study.get_trials(deepcopy=False)[number]
     if "enqueued" in trial.user_attrs:
-        study.enqueue_trial(wish_of(trial))
+        study.enqueue_trial(enqueued_choices(trial))
     study.tell(number, state=TrialState.FAIL)
 
 
 def _accept(study: optuna.Study, trial: Trial, space: Space) -> bool:
-    """Write the plan of a user's entry into its trial; an impossible one ends it, and is said."""
-    wish = wish_of(_frozen(study, trial))
-    for slot, rule in wish.items():
+    """Write the plan of a user's entry into its trial.
+
+    An infeasible request fails the trial and is logged; the result is then False.
+    """
+    wanted = enqueued_choices(_frozen(study, trial))
+    for slot, rule in wanted.items():
         if rule not in space.choices.get(slot, ()):
             known = ", ".join(space.choices.get(slot, ())) or "no such choice in this search"
             log.warning("trial %d: enqueued %s=%s: %s", trial.number, slot, rule, known)
             study.tell(trial, state=TrialState.FAIL)
             return False
-    plan = space.plan(wish)
-    left = [f"{s}={r}" for s, r in wish.items() if r != KEEP and space.choice(plan)[s] == KEEP]  # type: ignore[index]
+    plan = space.plan(wanted)
+    left = [f"{s}={r}" for s, r in wanted.items() if r != KEEP and space.choice(plan)[s] == KEEP]  # type: ignore[index]
     if left:
         log.warning(
             "trial %d: left out, above the limits or not together with the rest: %s",
             trial.number,
             ", ".join(left),
         )
-    trial.set_user_attr("enqueued", True)  # asked for again where this worker dies
+    trial.set_user_attr("enqueued", True)  # enqueued again if this worker dies
     trial.set_user_attr("plan", str(plan))
     return True
 

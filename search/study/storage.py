@@ -22,7 +22,7 @@ from optuna.trial import FrozenTrial, TrialState
 from sqlalchemy.exc import SQLAlchemyError
 
 from search.run_dir.files import REMEDY, RunError, append, mend
-from search.study.queue import give_back, is_users, wish_of
+from search.study.queue import enqueued_choices, give_back, is_users
 
 log = logging.getLogger(__name__)
 
@@ -132,7 +132,7 @@ def recover(study: optuna.Study, folder: Path, me: str, elsewhere_s: float | Non
     if living <= {me} and not elsewhere:
         while not all(map(is_users, queue := waiting())):
             if is_users(queue[0]):  # to the end of the queue
-                study.enqueue_trial(wish_of(queue[0]))
+                study.enqueue_trial(enqueued_choices(queue[0]))
             study.tell(study.ask(), state=TrialState.FAIL)
 
 

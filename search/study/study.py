@@ -28,7 +28,7 @@ from search.run_dir.scores import Records, Score
 from search.strategy.schedule import Worth
 from search.strategy.space import Space
 from search.strategy.tpe import Direction, propose
-from search.study.queue import are_wishes, claim, give_back, keeping
+from search.study.queue import claim, give_back, keeping, user_entries_wait
 from search.study.storage import recover, working
 
 log = logging.getLogger(__name__)
@@ -111,7 +111,7 @@ def search(
     worth: Worth,
     settings: Settings,
     storage: BaseStorage,
-    told: Callable[[Score, int], None] = lambda score, count: None,
+    on_score: Callable[[Score, int], None] = lambda score, count: None,
     enough: Callable[[Score], bool] = lambda score: False,
 ) -> Outcome:
     """Score plans until budget, time or space is used up; the same call again goes on.
@@ -124,7 +124,7 @@ def search(
         worth: What to try first.
         settings: Budget, seed and objective.
         storage: Where the study is; workers that share it share the search.
-        told: Called after each plan with its score and the number of plans scored in all.
+        on_score: Called after each plan with its score and the number of plans scored in all.
         enough: Says of a score, of whatever worker, that no other plan needs to be scored.
     """
     began = time.monotonic()
@@ -163,7 +163,7 @@ def search(
             # one from elsewhere, must not change which plan comes next.
             scores = {s.plan: s for s in records.scores() if s.plan in ended}
             plan: Plan | None = None
-            if not are_wishes(trials):
+            if not user_entries_wait(trials):
                 waiting = [Plan.parse(text) for text in again if text not in claimed]
                 plan = next(iter(waiting), None) or _next(
                     space, worth, scores, trials, claimed | set(ended), settings, seed
@@ -173,7 +173,7 @@ def search(
             tried = _try(study, plan, evaluate, records, space, settings, worker)
             if tried is not None:
                 score, counts = tried
-                told(score, count + counts)
+                on_score(score, count + counts)
 
 
 def _next(

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 
 from search.config.schema import load_config
-from search.job import Job, Told, open_job
+from search.job import Job, OnScore, open_job
 from search.run import Goal, run_search, sensitivity_of, with_options
 from search.study.study import Outcome
 
@@ -71,7 +71,7 @@ def work(
     options: Mapping[str, Any],
     storage: str | None = None,
     threads: int | None = None,
-    told: Told = lambda score, count: None,
+    on_score: OnScore = lambda score, count: None,
     goal: Goal | None = None,
 ) -> Outcome:
     """Be one more worker of a run whose analysis is done; ends with the process that started it.
@@ -82,7 +82,7 @@ def work(
         options: Of the run, in the place of the config's ``search``.
         storage: URL of a shared Optuna storage; None: a journal in the run directory.
         threads: To compute with; None: ``OMP_NUM_THREADS``, else one for each core.
-        told: Called after each plan.
+        on_score: Called after each plan.
         goal: See `run_search`.
     """
     parent = multiprocessing.parent_process()
@@ -92,7 +92,7 @@ def work(
         torch.set_num_threads(threads)
     cfg = with_options(load_config(path), **options)
     job = open_job(cfg, folder, threads=threads)
-    return run_search(job, sensitivity_of(job), storage, told, goal)
+    return run_search(job, sensitivity_of(job), storage, on_score, goal)
 
 
 def _end_with(parent: BaseProcess) -> None:

@@ -100,6 +100,41 @@ def engines(name: str, scheme: str, count: int = COUNT) -> dict[str, dict[str, f
     return rows
 
 
+# Runtimes besides ONNX Runtime, by the target that they are measured on.
+RUNTIMES = {"tflite": "litert", "openvino": "openvino"}
+EXACT = 2  # images on which every operation is compared on the runtime's own inputs
+
+
+def runtime(name: str, scheme: str, count: int = COUNT) -> dict[str, dict[str, Any]]:
+    """The figures of one network on the runtime of a target: end to end, and operation by operation."""
+    from rewriter.int8 import int8_values, isolated
+    from search.engines import engine_named
+
+    model, task, calibration, inputs, targets = load(name, count)
+    gm = trace(model, calibration[:2])
+    quantized = quantize(gm, target(scheme), calibration.split(16))
+    engine = engine_named(RUNTIMES[scheme])
+    session = engine.open(engine.emit(quantized), 2, "cpu")
+    parts = [session.run(x) for x in inputs.split(16)]
+    floats = _torch(gm, inputs)
+    # XNNPACK and OpenVINO requantize by floats
+    simulation = _torch(simulate(quantized, kernels=True, fixed_point=False), inputs)
+    found = [torch.cat(column) for column in zip(*parts, strict=True)]
+    rows: dict[str, dict[str, Any]] = {}
+    for label, outputs in (("simulation", simulation), (engine.name, found)):
+        rows[label] = {
+            "metric": round(float(task.score(outputs, targets)), 4),
+            "damage": round(float(task.damage(floats, outputs).mean()), 4),
+        }
+    names, x = int8_values(quantized), inputs[:EXACT]
+    compared = isolated(quantized, x, engine.values(quantized, names, x), fixed_point=False)
+    differ = [r for r in compared if r.differs > 0.001]
+    rows[engine.name]["values"] = len(compared)
+    rows[engine.name]["values that differ"] = len(differ)
+    rows[engine.name]["kinds that differ"] = sorted({r.kind for r in differ})
+    return rows
+
+
 def sqnr_db(reference: list[Tensor], found: list[Tensor]) -> float:
     """Energy of the reference over that of the difference, 200 dB where there is none."""
     energy = sum(float(r.double().square().sum()) for r in reference)
@@ -127,5 +162,8 @@ def _runtime(session: Session, inputs: Tensor) -> list[Tensor]:
 
 
 if __name__ == "__main__":
-    measured = {n: {t: engines(n, t) for t in TARGETS} for n in NETWORKS}
+    measured = {
+        n: {t: engines(n, t) for t in TARGETS} | {t: runtime(n, t) for t in RUNTIMES}
+        for n in NETWORKS
+    }
     sys.stdout.write(yaml.safe_dump(measured, sort_keys=False))

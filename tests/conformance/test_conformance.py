@@ -11,7 +11,8 @@ from pathlib import Path
 import pytest
 import yaml
 
-from tests.conformance.measure import NETWORKS, TARGETS, engines, load
+from search.engines import engine_named
+from tests.conformance.measure import NETWORKS, RUNTIMES, TARGETS, engines, load, runtime
 
 REFERENCE = yaml.safe_load((Path(__file__).parent / "reference.yaml").read_text())
 CASES = [(n, t) for n in NETWORKS for t in TARGETS]
@@ -35,6 +36,20 @@ def test_engines_agree_and_match_the_reference(assets: Path, network: str, schem
     if "same_top1" in kernels:
         assert kernels["same_top1"] == 1.0
         assert written["same_top1"] >= 0.9
+
+
+@pytest.mark.parametrize(("network", "scheme"), [(n, t) for n in NETWORKS for t in RUNTIMES])
+def test_runtimes_match_the_reference(assets: Path, network: str, scheme: str) -> None:
+    """One row for each runtime and network; kernels are chosen by timing, and differ between processors."""
+    del assets
+    if engine_named(RUNTIMES[scheme]).missing():
+        pytest.skip(engine_named(RUNTIMES[scheme]).missing())
+    found, expected = runtime(network, scheme), REFERENCE[network][scheme]
+    for engine, row in expected.items():
+        assert found[engine]["metric"] == pytest.approx(row["metric"], abs=0.02), engine
+        assert found[engine]["damage"] == pytest.approx(row["damage"], rel=0.15, abs=0.004), engine
+    name = RUNTIMES[scheme]
+    assert found[name]["values"] == expected[name]["values"]
 
 
 def test_a_wrong_range_is_caught(assets: Path) -> None:

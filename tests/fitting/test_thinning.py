@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from rewriter import Plan, PlanError, QuantizeError, profile, rewrite, target, trace
-from rewriter.damage import damage
+from rewriter.damage import fidelity_of
 from rewriter.fitting import thinning
 from rewriter.fitting.brain_surgeon import Moments, Problem, Rounding, remove, solve
 from rewriter.fitting.fit import fit
@@ -149,7 +149,7 @@ def test_a_fit_in_order_is_closer_than_without(gate: bool) -> None:
     assert [r.step for r in fits.reports] == [str(s) for s in PLAN.steps]
     x = torch.randn(64, *SHAPE, generator=torch.Generator().manual_seed(9))
     found = {
-        name: float(damage([new(x)], [gm(x)]).mean())
+        name: float(fidelity_of(gm, data).damage([new(x)], [gm(x)]).mean())
         for name, new in (
             ("fitted", rewrite(gm, PLAN, fits.weights)),
             ("not fitted", rewrite(gm, PLAN)),
@@ -221,7 +221,7 @@ def test_the_table_ranks_places_as_measuring_them_does(tmp_path: Path) -> None:
     for step in table:
         plan = Plan((step,))
         new = rewrite(gm, plan, fit(gm, plan, data, SCHEME).weights)
-        measured[step] = float(damage([new(x)], [gm(x)]).mean())
+        measured[step] = float(fidelity_of(gm, data).damage([new(x)], [gm(x)]).mean())
         assert table[step].macs > 0
     ranked = sorted(table, key=lambda s: table[s].damage)
     assert measured[ranked[0]] < measured[ranked[-1]]

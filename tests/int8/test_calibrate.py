@@ -25,7 +25,8 @@ from rewriter.int8.calibrate import (
     least_error_range,
     value_range,
 )
-from rewriter.int8.scheme import QuantSpec, dequantized_weight, target
+from rewriter.int8.integer_grid import dequantized_weight
+from rewriter.int8.scheme import QuantSpec, target
 from rewriter.tracing.trace import trace
 from tests.int8 import oracle
 from tests.networks import SIZE, network, randomise

@@ -12,17 +12,8 @@ from hypothesis import strategies as st
 from torch import nn
 
 from rewriter.errors import QuantizeError
-from rewriter.int8.scheme import (
-    TARGETS,
-    QuantSpec,
-    channel_axis,
-    dequantized_weight,
-    fake_quantize,
-    on_axis,
-    quantize_weight,
-    target,
-    weight_scale,
-)
+from rewriter.int8.integer_grid import dequantized_weight, fake_quantize, on_axis, quantize_weight
+from rewriter.int8.scheme import TARGETS, QuantSpec, channel_axis, target, weight_scale
 from tests.int8 import oracle
 
 UINT8, INT8 = QuantSpec(), QuantSpec(signed=True)
@@ -191,8 +182,8 @@ def test_targets_say_what_they_are() -> None:
     assert ort.weights.ch_axis == 0
     assert ort.linear_weights.ch_axis is None
     assert target("per_tensor").weights.ch_axis is None
-    assert target("tensorrt").activations.qmin == -127
-    assert target("tflite").shared_at == {"cat", "pool"}
+    assert target("tensorrt").activations.qmin == -128
+    assert target("tflite").shared_at == {"cat", "pool", "resize"}
     assert target("qnn").wide == QuantSpec(bits=16)
     assert all(s.wide is None for name, s in TARGETS.items() if name != "qnn")
     assert nn.SiLU in target("tensorrt").fuses

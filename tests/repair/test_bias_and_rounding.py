@@ -6,6 +6,7 @@ from torch import Tensor, fx, nn
 
 from rewriter import profile, quantize, simulate, target, trace
 from rewriter.graph.lookup import layers, module_of
+from rewriter.int8.calibrate import input_scale
 from rewriter.int8.simulate import Quantized
 from rewriter.repair import bias_and_rounding as module
 from rewriter.repair.bias_and_rounding import refine
@@ -182,3 +183,22 @@ def test_what_a_range_cuts_off_on_purpose_is_not_made_good(repairs: frozenset[st
             module_of(g, n).bias for g, n in ((usual.gm, before), (clipped.gm, after))
         )
         torch.testing.assert_close(found, expected, rtol=0, atol=0.02)
+
+
+@pytest.mark.parametrize("name", ["per_tensor", "onnxruntime"])
+def test_rounded_weights_leave_room_for_the_int32_bias(name: str) -> None:
+    """Weights a thousand million times smaller than the bias: their own best step would overflow it."""
+    model = uneven()
+    with torch.no_grad():
+        model.pw.weight *= 1e-8
+        model.pw.bias.copy_(torch.linspace(3.0, 9.0, 8))
+    x = check.inputs(SHAPE, 24).float()
+    gm = trace(model, x[:2])
+    profile(gm, [x])
+    found = refine(quantize(gm, target(name), x.split(12)), batches(), frozenset({"rounding"}))
+    node = next(n for n in layers(found.gm) if n.name == "pw")
+    step = input_scale(found.gm, node, found.calibration.values)
+    assert step is not None
+    bias = module_of(found.gm, node).bias.detach().double().abs()
+    whole = bias / (step * found.calibration.weights["pw"].double())
+    assert float(whole.max()) <= 2.0**30 * 1.01

@@ -4,13 +4,11 @@ import itertools
 
 import pytest
 import torch
-import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 from rewriter.repair.weight_rounding import (
     MomentSums,
     best_scale,
-    patches,
     reproducing,
     round_weights,
 )
@@ -131,49 +129,6 @@ def test_chance_in_the_inputs_leaves_the_weights_alone() -> None:
     assert torch.equal(reproducing(w, few), w)
 
 
-@pytest.mark.parametrize(
-    "layer",
-    [
-        nn.Conv2d(4, 6, (3, 2), stride=(2, 1), padding=(1, 0), dilation=(1, 2)),
-        nn.Conv2d(4, 8, 3, groups=4, padding=1, padding_mode="reflect"),
-        nn.Conv2d(6, 4, 3, groups=2, padding="same"),
-        nn.Conv2d(4, 5, 1, stride=2, bias=False),
-        nn.Conv1d(4, 6, 3, padding=2, stride=2),
-        nn.Linear(7, 3),
-    ],
-)
-def test_patches_times_weights_are_the_layers_outputs(layer: nn.Module) -> None:
-    shapes = {
-        nn.Conv2d: (3, layer.weight.shape[1] * getattr(layer, "groups", 1), 9, 11),
-        nn.Conv1d: (3, 4, 13),
-        nn.Linear: (3, 5, 7),
-    }
-    x = torch.randn(shapes[type(layer)], generator=torch.Generator().manual_seed(1))
-    (found,) = patches(layer, (x,), samples=3)
-    groups = getattr(layer, "groups", 1)
-    weight = layer.weight.detach().flatten(1).unflatten(0, (groups, -1))
-    made = (weight @ found).flatten(0, 1)  # (O, positions), in no particular order
-    with torch.no_grad():
-        expected = layer(x)
-    if layer.bias is not None:
-        made = made + layer.bias.detach()[:, None]
-    expected = (
-        expected.flatten(0, -2).T
-        if isinstance(layer, nn.Linear)
-        else expected.transpose(0, 1).flatten(1)
-    )
-    torch.testing.assert_close(made.sort(1).values, expected.sort(1).values, rtol=1e-4, atol=1e-5)
-
-
-def test_patches_of_a_large_image_are_a_sample_of_the_same_places() -> None:
-    layer = nn.Conv2d(8, 8, 5, padding=2)
-    x = torch.randn(2, 8, 60, 60, generator=torch.Generator().manual_seed(1))
-    a, b = patches(layer, (x, x + 1), samples=100_000, seed=4)
-    assert a.shape[2] < 2 * 60 * 60
-    inside = a.ne(0)  # the border is padded with zero, not with one
-    torch.testing.assert_close(b[inside], a[inside] + 1)
-
-
 def test_a_clipped_scale_wins_where_an_outlier_does_not_matter() -> None:
     w = torch.rand(1, 1, 32, generator=torch.Generator().manual_seed(1)).double() * 2 - 1
     w[..., 0] = 1.6
@@ -191,10 +146,3 @@ def test_one_scale_is_chosen_for_all_where_it_is_shared() -> None:
     largest = (w.abs().amax() / 7).expand(2, 3, 1)
     found = best_scale(w, largest, h, -7, 7, shared=True)
     assert len(found.unique()) == 1
-
-
-def test_unfold_agrees_with_torch() -> None:
-    layer = nn.Conv2d(3, 4, 3, padding=1, bias=False)
-    x = torch.randn(1, 3, 5, 6, generator=torch.Generator().manual_seed(1))
-    (found,) = patches(layer, (x,), samples=1)
-    torch.testing.assert_close(found, F.unfold(x, 3, padding=1))

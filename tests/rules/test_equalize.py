@@ -294,3 +294,33 @@ def test_operators_that_shift_are_not_taken_for_homogeneous() -> None:
             return self.b(operator.add(self.a(x), 1.0))
 
     check.refuses(RULE, Shift(), "add", SHAPE)
+
+
+@pytest.mark.parametrize("bias", [-1.0, 0.0])
+def test_dead_channels_do_not_drift(bias: float) -> None:
+    """Nothing that a dead channel costs holds its scale: filters stay below the layer's largest."""
+    torch.manual_seed(0)
+    model = nn.Sequential(
+        nn.Conv2d(3, 8, 3),
+        nn.ReLU(),
+        nn.Conv2d(8, 8, 3, groups=8),
+        nn.ReLU(),
+        nn.Conv2d(8, 8, 1),
+        nn.ReLU(),
+        nn.Conv2d(8, 4, 1),
+    ).eval()
+    with torch.no_grad():
+        for i in (0, 2, 4):
+            model[i].weight[5] = 1e-6 * torch.randn_like(model[i].weight[5])
+            model[i].bias[5] = bias
+    largest = [float(m.weight.detach().abs().max()) for m in model if isinstance(m, nn.Conv2d)]
+    x = torch.randn(8, 3, 12, 12)
+    for name in ("per_tensor", "onnxruntime"):
+        gm = trace(model, x[:2])
+        profile(gm, [x])
+        weigh(gm, [x])
+        made = rewrite(gm, Plan.parse("equalize@model"), facts={"scheme": target(name)})
+        found = [float(module_of(made, n).weight.detach().abs().max()) for n in layers(made)]
+        assert all(a < 50 * b for a, b in zip(found, largest, strict=True)), (found, largest)
+        with torch.no_grad():
+            torch.testing.assert_close(made(x), model(x), rtol=1e-4, atol=1e-5)

@@ -106,7 +106,12 @@ def test_the_search_goes_on_past_plans_that_fail_in_every_way(
     assert bad
     assert all("NaN" in s["error"] for s in bad)
     front = load(out / "front.json")
-    assert front["plans_failed"] == sum(s["error"] is not None for s in known.values())
+    lost = [s for s in known.values() if s["error"] is not None]
+    assert front["plans_failed"] == len(lost) == sum(front["failures"].values())
+    assert front["failures"]["RewriteError"] == len(bad)
+    assert len({s["traceback"] for s in lost}) == len(lost)
+    assert all((out / s["traceback"]).is_file() for s in lost)
+    assert "plans failed, by kind: " in (out / "report.html").read_text()
     assert all(known[p["plan"]]["error"] is None for p in front["points"])
 
 

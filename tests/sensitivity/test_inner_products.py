@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from rewriter.graph.ops import clip_bounds
+from rewriter.int8.integer_grid import round_to_int8
 from rewriter.int8.scheme import target
 from rewriter.sensitivity import inner_products as products
 from rewriter.sensitivity.inner_products import (
@@ -15,7 +16,7 @@ from rewriter.sensitivity.inner_products import (
     rounding_dot,
     weight_dot,
 )
-from rewriter.sensitivity.shared_prefix import round_to_int8, with_weight
+from rewriter.sensitivity.shared_prefix import with_weight
 
 
 def value(*shape: int, seed: int = 0, last: bool = False) -> Tensor:

@@ -10,17 +10,11 @@ from torch import Tensor, nn
 
 from rewriter.damage import Fidelity, declared, measure_fidelity
 from rewriter.graph.lookup import layers, module_of, outputs
+from rewriter.int8.integer_grid import round_to_int8
 from rewriter.int8.scheme import target
 from rewriter.int8.simulate import Quantized, quantize
 from rewriter.sensitivity.screen import Candidate, Screener, Screening
-from rewriter.sensitivity.shared_prefix import (
-    Forks,
-    State,
-    int8_variant,
-    only,
-    round_to_int8,
-    rounded_weight,
-)
+from rewriter.sensitivity.shared_prefix import Forks, State, int8_variant, only, rounded_weight
 from rewriter.tracing.trace import trace
 from tests.networks import randomise
 

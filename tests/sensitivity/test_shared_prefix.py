@@ -11,10 +11,11 @@ from torch import Tensor, fx, nn
 
 from rewriter.graph.edit import copy_graph
 from rewriter.graph.lookup import find, layers
-from rewriter.int8.scheme import QuantSpec, fake_quantize, target
+from rewriter.int8.integer_grid import fake_quantize, round_to_int8
+from rewriter.int8.scheme import QuantSpec, target
 from rewriter.int8.simulate import Quantized, QuantizedLayer, quantize, simulate, switches
 from rewriter.sensitivity.error_terms import parts_of
-from rewriter.sensitivity.shared_prefix import Forks, int8_variant, keeping, only, round_to_int8
+from rewriter.sensitivity.shared_prefix import Forks, int8_variant, keeping, only
 from rewriter.tracing.trace import trace
 from tests.networks import SIZE, network, randomise
 

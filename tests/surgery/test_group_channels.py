@@ -8,6 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from rewriter.graph.axes import channel_axes
 from rewriter.graph.channel_ranges import channel_range, profile, width
 from rewriter.graph.interpret import walk
 from rewriter.surgery.group_channels import group_by_range, rounding_error
@@ -20,13 +21,15 @@ def test_profile_against_all_values_at_once(seed: int) -> None:
     gm = trace(network(seed), torch.randn(2, *SIZE))
     batches = [torch.randn(2, *SIZE), torch.randn(3, *SIZE) * 3]
     profile(gm, batches)
+    axes = channel_axes(gm)
     with torch.no_grad():
         values = [dict(walk(gm, (b,))) for b in batches]
     for node in gm.graph.nodes:
         tensors = [v[node] for v in values if node in v]
         if not tensors or tensors[0].ndim < 2:
             continue
-        channels = torch.cat([t.transpose(0, 1).flatten(1) for t in tensors], 1)
+        axis = axes.get(node, 1)
+        channels = torch.cat([t.movedim(axis, 0).flatten(1) for t in tensors], 1)
         low, high = node.meta["channel_range"]
         assert torch.equal(low, channels.amin(1)), node.name
         assert torch.equal(high, channels.amax(1)), node.name

@@ -5,6 +5,7 @@ from rewriter.int8.onnx.export import float_onnx, to_onnx
 from rewriter.int8.onnx.lint import Finding, lint
 from rewriter.int8.onnx.readback import FloatLayer, ReadBack, by_annotation, opened
 from rewriter.int8.onnx.session import Session
+from rewriter.int8.onnx.tensorrt import tensorrt_faults
 
 __all__ = [
     "Comparison",
@@ -18,5 +19,6 @@ __all__ = [
     "float_onnx",
     "lint",
     "opened",
+    "tensorrt_faults",
     "to_onnx",
 ]

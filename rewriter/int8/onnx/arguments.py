@@ -6,6 +6,7 @@ from typing import Any
 
 from torch import fx
 
+from rewriter.graph import facts
 from rewriter.int8.onnx.builder import Emission, UnsupportedError
 
 
@@ -23,7 +24,7 @@ def first(node: fx.Node) -> fx.Node:
 
 def rank(node: fx.Node) -> int:
     """The number of dimensions of a node's value, which must be one tensor."""
-    shape = node.meta.get("shape")
+    shape = facts.SHAPE.get(node)
     if not isinstance(shape, tuple) or (shape and not isinstance(shape[0], int)):
         raise UnsupportedError(f"{node.name} is not one tensor")
     return len(shape)

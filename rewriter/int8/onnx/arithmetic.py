@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import fx
 
+from rewriter.graph import facts
 from rewriter.int8.annotate import with_number
 from rewriter.int8.onnx.arguments import argument, axes, first, rank
 from rewriter.int8.onnx.builder import Emission, UnsupportedError, Value
@@ -20,7 +21,7 @@ def _example(value: Any) -> Any:
     """What torch's type promotion needs to know of an operand."""
     if not isinstance(value, fx.Node):
         return value
-    dtype = value.meta.get("dtype")
+    dtype = facts.DTYPE.get(value)
     return 1 if dtype is None else torch.empty((1,) * rank(value), dtype=dtype)
 
 
@@ -35,7 +36,7 @@ def _operands(e: Emission, node: fx.Node, *operands: Any, real: bool = False) ->
     for o in operands:
         if isinstance(o, fx.Node):
             x = e.read(o, node)
-            yield x if o.meta.get("dtype", torch.int64) is dtype else e.cast(x, dtype)
+            yield x if facts.DTYPE.get(o, torch.int64) is dtype else e.cast(x, dtype)
         elif isinstance(o, (bool, int, float)):
             yield e.scalar(o, dtype)
         else:
@@ -85,7 +86,7 @@ def _by_number(e: Emission, node: fx.Node) -> tuple[str, str] | None:
 
 def _logical(kind: str) -> Emitter:
     def emit(e: Emission, node: fx.Node) -> Value:
-        if any(n.meta.get("dtype") is not torch.bool for n in node.all_input_nodes):
+        if any(facts.DTYPE.get(n) is not torch.bool for n in node.all_input_nodes):
             raise UnsupportedError("a logical operation on numbers")
         return e.op(kind, *_operands(e, node, *node.args))
 
@@ -149,13 +150,13 @@ def _attention(e: Emission, node: fx.Node) -> Value:
     if argument(node, 5, "is_causal", False) or node.kwargs.get("enable_gqa"):
         raise UnsupportedError("causal or grouped attention")
     q, k, v = _operands(e, node, *node.args[:3])
-    width = first(node).meta["shape"][-1]
+    width = facts.SHAPE.of(first(node))[-1]
     scale: Any = node.kwargs.get("scale") or 1 / math.sqrt(width)
     last = rank(first(node)) - 1
     turned = e.op("Transpose", k, perm=[*range(last - 1), last, last - 1])
     scores = e.op("Mul", e.op("MatMul", q, turned), e.scalar(scale))
     if mask is not None:
-        if mask.meta.get("dtype") is not torch.float32:
+        if facts.DTYPE.get(mask) is not torch.float32:
             raise UnsupportedError("attention mask that is not float32")
         scores = e.op("Add", scores, e.read(mask, node))
     return e.op("MatMul", e.op("Softmax", scores, axis=-1), v)
@@ -164,15 +165,15 @@ def _attention(e: Emission, node: fx.Node) -> Value:
 def _floor_division(e: Emission, node: fx.Node) -> Value:
     a, b = _operands(e, node, *node.args[:2])
     quotient = e.op("Div", a, b)
-    whole = all("dtype" not in n.meta for n in node.all_input_nodes)  # sizes: not negative
+    whole = all(not facts.DTYPE.known(n) for n in node.all_input_nodes)  # sizes: not negative
     return quotient if whole else e.op("Floor", quotient)
 
 
 def _cast(e: Emission, node: fx.Node) -> Value:
-    x, dtype = e.read(first(node), node), node.meta.get("dtype")
+    x, dtype = e.read(first(node), node), facts.DTYPE.get(node)
     if dtype is None:
         raise UnsupportedError("conversion of a number")
-    return x if dtype is first(node).meta.get("dtype") else e.cast(x, dtype)
+    return x if dtype is facts.DTYPE.get(first(node)) else e.cast(x, dtype)
 
 
 # ------------------------------------------------------------------------------------ reductions

@@ -20,11 +20,10 @@ import numpy as np
 import onnx
 import torch
 from onnx import helper, numpy_helper
-from torch import Tensor, fx, nn
+from torch import Tensor, fx
 
 from rewriter.errors import QuantizeError
-from rewriter.graph.lookup import is_call, module_of
-from rewriter.int8.annotate import Annotation, annotation, moves_values
+from rewriter.int8.annotate import Annotation, annotation, moves_values, operation_of
 from rewriter.int8.scheme import QuantSpec
 from rewriter.int8.simulate import Quantized
 
@@ -33,8 +32,6 @@ OPSET = 20
 # Where QuantizeLinear takes 16 bits before opset 21.
 CONTRIB = "com.microsoft"
 STEPS = 257  # of 16 bits in one of 8: 65535 / 255
-# Scale and zero point that QNN asks of these in uint16 (get_qnn_qdq_config sets them).
-_FIXED = {nn.Sigmoid: (2.0**-16, 0), nn.Tanh: (2.0**-15, 2**15)}
 IR_VERSION = 10
 
 # One tensor name, or as many as a node makes tensors, nested as torch nests them.
@@ -262,9 +259,11 @@ class Emission:
         return self._widened[source]
 
     def _written_wide(self, source: fx.Node) -> tuple[str, str]:
-        if is_call(self.gm, source, *_FIXED):
-            kind = type(module_of(self.gm, source))
-            return self._pair_of(f"{kind.__name__}.wide", *_FIXED[kind], np.uint16)
+        assert self.quantized is not None
+        operation = operation_of(self.gm, source)
+        fixed = self.quantized.scheme.fixed(operation, bits=16)
+        if fixed is not None:
+            return self._pair_of(f"{operation}.wide", *fixed, np.uint16)
         return self._wide_constants(source)
 
     def _wide_constants(self, source: fx.Node) -> tuple[str, str]:
@@ -295,6 +294,14 @@ class Emission:
         dq = helper.make_node("DequantizeLinear", [quantized, *params], [read], read, **domain)
         self.nodes.extend((q, dq))
         return read
+
+    def rounded_to(self, value: str, params: tuple[float, int], node: fx.Node) -> str:
+        """``value`` through an int8 form inside the operation of ``node``, with a scale and zero point of its own."""
+        spec = self.note(node).output
+        if spec is None:
+            return value
+        pair = self._pair_of(f"{node.name}.gate", *params, integer_type(spec))
+        return self._through(value, pair, f"{node.name}.gate")
 
     def value_params(self, source: fx.Node) -> tuple[float, int, QuantSpec]:
         """Scale, zero point and spec of the int8 form of a value.

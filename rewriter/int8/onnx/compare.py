@@ -12,17 +12,17 @@ from torch import Tensor
 from rewriter.graph.interpret import walk
 from rewriter.graph.lookup import layer_name
 from rewriter.int8.annotate import annotation
+from rewriter.int8.integer_grid import fake_quantize
 from rewriter.int8.onnx.export import to_onnx
 from rewriter.int8.onnx.session import Session
-from rewriter.int8.scheme import fake_quantize
 from rewriter.int8.simulate import Quantized, simulate
 
 # A value departs where more than this share of its elements lies more than half a step apart.
-SHARE = 1e-3
+DEPARTING_SHARE = 1e-3
 # ONNX Runtime's CPU kernels compute in float32 what reads or writes 16 bits. The last bits move such small steps by one,
 # then values of 8 bits behind them where they are next to a tie, and each of these is many steps of 16 bits further on.
 APART = {8: 0.5, 16: 1.5}  # steps
-SHARE_WIDE = {8: 0.02, 16: 0.2}  # by the bits of the value
+DEPARTING_SHARE_INT16 = {8: 0.02, 16: 0.2}  # by the bits of the value
 
 
 @dataclass(frozen=True)
@@ -94,7 +94,7 @@ def first_departure(rows: list[Comparison], quantized: Quantized) -> Comparison 
     """
     outputs = {n.name: annotation(n).output for n in quantized.gm.graph.nodes}
     bits = {name: spec.bits for name, spec in outputs.items() if spec is not None}
-    most = SHARE_WIDE if 16 in bits.values() else {8: SHARE}
+    most = DEPARTING_SHARE_INT16 if 16 in bits.values() else {8: DEPARTING_SHARE}
     return next((r for r in rows if r.differs > most[bits[r.node]]), None)
 
 

@@ -12,6 +12,7 @@ import torch
 from onnx import numpy_helper
 from torch import fx
 
+from rewriter.graph import facts
 from rewriter.int8.onnx.arguments import argument, axes, first, numbers, pad, rank
 from rewriter.int8.onnx.builder import Emission, UnsupportedError, Value
 from rewriter.int8.onnx.modules import channel_shuffle
@@ -38,7 +39,7 @@ def _flatten(e: Emission, node: fx.Node) -> Value:
     x = e.read(source, node)
     if start == 1 and stop == dims - 1:
         return e.op("Flatten", x, axis=1)
-    shape = source.meta["shape"]
+    shape = facts.SHAPE.of(source)
     middle = -1 if start == 0 else math.prod(shape[start : stop + 1])
     return e.op("Reshape", x, e.ints([*[0] * start, middle, *shape[stop + 1 :]]))
 
@@ -76,7 +77,7 @@ def _channel_shuffle(e: Emission, node: fx.Node) -> Value:
 
 def _squeeze(e: Emission, node: fx.Node) -> Value:
     source, dims = first(node), argument(node, 1, "dim")
-    shape = source.meta["shape"]
+    shape = facts.SHAPE.of(source)
     if dims is None:
         raise UnsupportedError("squeeze without a dimension, which may be the batch")
     ones = [a for a in axes(node, dims) if shape[a] == 1]
@@ -116,7 +117,7 @@ def _joined(e: Emission, node: fx.Node) -> tuple[list[fx.Node], list[str], int]:
     if not isinstance(values, (tuple, list)) or not all(isinstance(v, fx.Node) for v in values):
         raise UnsupportedError("joining something that is no list of tensors")
     sources: list[fx.Node] = list(values)
-    if len({v.meta.get("dtype") for v in sources}) != 1:
+    if len({facts.DTYPE.get(v) for v in sources}) != 1:
         raise UnsupportedError("joining tensors of several types")
     return sources, [e.read(v, node) for v in sources], dim
 
@@ -143,12 +144,12 @@ def _parts(e: Emission, node: fx.Node, dim: int, sizes: list[int]) -> tuple[str,
 def _split(e: Emission, node: fx.Node) -> Value:
     """``chunk``, ``split`` and ``tensor_split`` along a dimension that is not the batch."""
     dim = argument(node, 2, "dim", 0) % rank(first(node))
-    return _parts(e, node, dim, [shape[dim] for shape in node.meta["shape"]])
+    return _parts(e, node, dim, [shape[dim] for shape in facts.SHAPE.of(node)])
 
 
 def _unbind(e: Emission, node: fx.Node) -> Value:
     dim = argument(node, 1, "dim", 0) % rank(first(node))
-    parts = _parts(e, node, dim, [1] * len(node.meta["shape"]))
+    parts = _parts(e, node, dim, [1] * len(facts.SHAPE.of(node)))
     return tuple(e.op("Squeeze", p, e.ints([dim])) for p in parts)
 
 
@@ -197,10 +198,10 @@ def _index(e: Emission, x: str, steps: list[Any]) -> str:
             place += 1
         elif isinstance(step, int) and not isinstance(step, bool):
             picks.append((axis, step))
-        elif isinstance(step, fx.Node) and step.meta.get("dtype") is torch.int64:
+        elif isinstance(step, fx.Node) and facts.DTYPE.get(step) is torch.int64:
             if sum(isinstance(s, fx.Node) for s in steps) > 1 or picks:
                 raise UnsupportedError("several index tensors")
-            if step.meta["shape"] and len(step.meta["shape"]) > 1:
+            if facts.SHAPE.of(step) and len(facts.SHAPE.of(step)) > 1:
                 raise UnsupportedError("an index tensor with several dimensions")
             x = e.op("Gather", x, e.read(step), axis=axis)
             place += 1
@@ -250,7 +251,7 @@ def _filled(value: float | None, start: int) -> Emitter:
         sizes: Any = given[0] if len(given) == 1 else given
         if not isinstance(fill, (int, float)):
             raise UnsupportedError("a fill value that is computed")
-        array = torch.tensor([fill], dtype=node.meta["dtype"]).numpy()
+        array = torch.tensor([fill], dtype=facts.DTYPE.of(node)).numpy()
         shape = e.ints(list(sizes) if isinstance(sizes, (tuple, list)) else [sizes])
         return e.op("ConstantOfShape", shape, value=numpy_helper.from_array(array))
 

@@ -17,6 +17,7 @@ from onnx import helper
 from torch import fx, nn
 
 from rewriter.errors import QuantizeError
+from rewriter.graph import facts
 from rewriter.graph.lookup import find, is_call, module_of, outputs
 from rewriter.int8.onnx.arithmetic import ARITHMETIC, Emitter
 from rewriter.int8.onnx.builder import (
@@ -69,8 +70,8 @@ def _emit(
         for node in gm.graph.nodes:
             e.place = node.name
             if node.op == "placeholder":
-                shape = ["batch", *node.meta["shape"][1:]]
-                kind = onnx_type(node.meta["dtype"])
+                shape = ["batch", *facts.SHAPE.of(node)[1:]]
+                kind = onnx_type(facts.DTYPE.of(node))
                 inputs.append(helper.make_tensor_value_info(node.name, kind, shape))
                 e.values[node] = node.name
             elif node.op != "output":
@@ -150,15 +151,15 @@ def _returned(e: Emission, exposed: list[fx.Node]) -> list[onnx.ValueInfoProto]:
         if name in taken:
             name = e.op("Identity", name)
         taken.add(name)
-        kind = onnx_type(node.meta["dtype"])
+        kind = onnx_type(facts.DTYPE.of(node))
         returned.append(helper.make_tensor_value_info(name, kind, _dimensions(node)))
     return returned
 
 
 def _dimensions(node: fx.Node) -> list[str | int | None]:
     """Sizes; a first one that is not 1 for a batch of 1 holds the batch and more."""
-    first, *rest = node.meta["shape"] or (None,)
-    if not node.meta["shape"]:
+    first, *rest = facts.SHAPE.of(node) or (None,)
+    if not facts.SHAPE.of(node):
         return []
     return ["batch" if first == 1 else None, *rest]
 

@@ -16,14 +16,14 @@ import torch
 from torch import Tensor, fx, nn
 
 from rewriter.errors import QuantizeError
+from rewriter.graph import facts
 from rewriter.graph.lookup import module_of
 from rewriter.graph.ops import clip_bounds, row_of
+from rewriter.int8.integer_grid import LARGEST_BIAS, bias_steps, quantize_weight
 from rewriter.int8.onnx.arguments import source_of
 from rewriter.int8.onnx.builder import Emission, UnsupportedError, Value
 from rewriter.int8.onnx.clips import clip_is_free
-from rewriter.int8.scheme import channel_axis, quantize_weight
-
-_INT32 = 2**31 - 1
+from rewriter.int8.scheme import channel_axis
 
 
 def weight_and_bias(
@@ -72,14 +72,15 @@ def stored(
     source = node.args[0]
     if bias is None:
         return w, ""
-    if not isinstance(source, fx.Node) or source.name not in e.note(node).reads:
+    reads_int8 = isinstance(source, fx.Node) and source.name in e.note(node).reads
+    if not reads_int8 or e.note(node).float_bias:
         return w, e.constant(bias, "bias")
     step = scale * torch.tensor(e.value_params(source)[0], dtype=torch.float32)
-    steps = torch.round(bias.detach().double() / step.double())
-    if float(steps.abs().max()) > _INT32:
+    steps = bias_steps(bias, step)
+    if float(steps.abs().max()) > LARGEST_BIAS:
         raise QuantizeError(
             f"{node.name}: bias: {float(steps.abs().max()):.3g} steps of input scale x weight "
-            f"scale, an int32 holds {_INT32}; a dead channel needs a larger weight scale"
+            f"scale, an int32 holds {LARGEST_BIAS}; a dead channel needs a larger weight scale"
         )
     b = e.op(
         "DequantizeLinear",
@@ -138,7 +139,7 @@ def _phased(e: Emission, node: fx.Node, m: Any) -> Value:
     bias = None if m.bias is None else m.bias.detach().repeat_interleave(many)
     w, b = stored(e, node, phases(m), bias, scales, 0 if scale.ndim else None)
     begin, end, crops = [], [], []
-    sizes, outs = source.meta["shape"][2:], node.meta["shape"][2:]
+    sizes, outs = facts.SHAPE.of(source)[2:], facts.SHAPE.of(node)[2:]
     for size, out, kernel, pad in zip(sizes, outs, m.kernel_size, m.padding, strict=True):
         taps, first = math.ceil(kernel / stride), pad // stride
         count = (pad + out - 1) // stride + 1 - first  # positions of the convolution

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import platform
 from collections.abc import Iterator
 from pathlib import Path
@@ -9,8 +10,9 @@ from typing import Any
 
 import onnx
 import torch
-from torch import fx
+from torch import Tensor, fx, nn
 
+from rewriter.graph import facts
 from rewriter.graph.lookup import layers, module_of
 from rewriter.int8.annotate import annotation
 from rewriter.int8.findings import Finding
@@ -18,7 +20,9 @@ from rewriter.int8.scheme import channel_axis, weight_scale
 from rewriter.int8.simulate import Quantized
 
 # A tensor that keeps fewer than this share of the levels after a concatenation lost two bits.
-LEAST_SHARE = 0.25
+KEPT_LEVELS = 0.25
+# A weight scale this many times too coarse has cost a bit; rounded weights alone shift it by a few percent.
+COARSE = 2.0
 _CLIPS = ("Relu", "Clip")
 _FLOAT_ONLY = {
     "ConvTranspose": "ONNX Runtime has no int8 kernel for transposed convolutions on CPU"
@@ -75,14 +79,36 @@ def _bias_overflows(quantized: Quantized) -> Iterator[Finding]:
         used = quantized.calibration.weights[node.name]
         axis = channel_axis(layer, spec) if used.ndim else None
         ratio = (used / weight_scale(layer.weight, spec, axis)).reshape(-1)
-        count = int((ratio > 1 + 1e-4).sum())
+        felt = ratio >= COARSE
+        if felt.any() and axis is not None and not isinstance(layer, nn.ConvTranspose2d):
+            felt &= _reach(quantized, node, layer) >= _half_step(quantized, node)
+        count = int(felt.sum())
         if layer.bias is not None and count:
+            ratio = ratio[felt]
             yield Finding(
                 "bias_overflow",
                 node.name,
-                f"{count} of {len(ratio)} weight scales are up to {float(ratio.max()):.3g} times "
+                f"{count} of {len(felt)} weight scales are up to {float(ratio.max()):.3g} times "
                 "coarser than their weights need, or the bias would not fit int32",
             )
+
+
+def _reach(quantized: Quantized, node: fx.Node, layer: Any) -> Tensor:
+    """(C_out,) how far the inputs can move each output at most; a channel that they hardly move is its bias."""
+    (source,) = node.all_input_nodes
+    owner = annotation(source).range_of
+    low, high = quantized.calibration.values.get(owner, (-math.inf, math.inf))
+    return layer.weight.detach().abs().flatten(1).sum(1) * max(-low, high)
+
+
+def _half_step(quantized: Quantized, node: fx.Node) -> float:
+    """Half a step of the int8 value that a layer's result becomes; 0 where it stays in float."""
+    after = node
+    while annotation(after).output is None:
+        if len(after.users) != 1 or next(iter(after.users)).op == "output":
+            return 0.0
+        (after,) = after.users
+    return quantized.value_params(after)[0] / 2
 
 
 def _merged_ranges(quantized: Quantized) -> Iterator[Finding]:
@@ -102,9 +128,9 @@ def _merged_ranges(quantized: Quantized) -> Iterator[Finding]:
                 part = _width(values[owner])
             else:
                 continue
-            if part < LEAST_SHARE * whole:
+            if part < KEPT_LEVELS * whole:
                 levels = round(255 * part / whole)
-                split = source.meta.get("rewritten_by", "")
+                split = facts.REWRITTEN_BY.get(source, "")
                 undone = f"; it undoes {split}" if split.startswith("split") else ""
                 yield Finding(
                     "merged_range",
@@ -171,7 +197,7 @@ def _float_layers(quantized: Quantized, view: _View) -> Iterator[Finding]:
 
 
 def _why_float(node: fx.Node, made: onnx.NodeProto, view: _View) -> str:
-    if node.meta.get("keep_float"):
+    if facts.KEEP_FLOAT.get(node):
         return "kept in float, as asked"
     if view.made_by(made.input[1]) != "DequantizeLinear":
         return "its weight is float"

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import fx, nn
 
+from rewriter.graph import facts
 from rewriter.int8.onnx.arguments import pad, source_of
 from rewriter.int8.onnx.builder import Emission, UnsupportedError, Value
 from rewriter.int8.onnx.layers import transposed_convolution, weight_and_bias
@@ -64,7 +65,7 @@ def _padding(m: Any) -> tuple[list[int], list[int]]:
 
 def _linear(e: Emission, node: fx.Node, m: Any) -> Value:
     x = e.read(source_of(node), node)
-    if len(source_of(node).meta["shape"]) == 2:
+    if len(facts.SHAPE.of(source_of(node))) == 2:
         w, b = weight_and_bias(e, node, m, m.weight)
         return e.op("Gemm", *([x, w, b] if b else [x, w]), transB=1)
     w, b = weight_and_bias(e, node, m, m.weight, transposed=True)
@@ -117,7 +118,8 @@ def _clip(low: Callable[[Any], float], high: Callable[[Any], float]) -> Emitter:
 
 def _silu(e: Emission, node: fx.Node, m: nn.SiLU) -> Value:
     x = e.read(source_of(node), node)
-    return e.op("Mul", x, e.op("Sigmoid", x))
+    gate, inner = e.op("Sigmoid", x), e.note(node).inner
+    return e.op("Mul", x, gate if inner is None else e.rounded_to(gate, inner, node))
 
 
 def _hardswish(e: Emission, node: fx.Node, m: nn.Hardswish) -> Value:
@@ -129,7 +131,7 @@ def _prelu(e: Emission, node: fx.Node, m: nn.PReLU) -> Value:
     slope = m.weight.detach()
     if slope.numel() == 1:  # which has an int8 kernel
         return e.op("LeakyRelu", e.read(source_of(node), node), alpha=float(slope))
-    slope = slope.view(-1, *[1] * (len(source_of(node).meta["shape"]) - 2))
+    slope = slope.view(-1, *[1] * (len(facts.SHAPE.of(source_of(node))) - 2))
     return e.op("PRelu", e.read(source_of(node), node), e.constant(slope, "slope"))
 
 
@@ -144,7 +146,7 @@ def _softplus(e: Emission, node: fx.Node, m: nn.Softplus) -> Value:
 def _softmax(e: Emission, node: fx.Node, m: nn.Softmax) -> Value:
     dim = m.dim
     if dim is None:  # torch's own rule for a missing dimension
-        dim = 0 if len(node.meta["shape"]) in (0, 1, 3) else 1
+        dim = 0 if len(facts.SHAPE.of(node)) in (0, 1, 3) else 1
     return e.op("Softmax", e.read(source_of(node), node), axis=dim)
 
 
@@ -153,7 +155,7 @@ def _softmax(e: Emission, node: fx.Node, m: nn.Softmax) -> Value:
 
 def _zero_pad(e: Emission, node: fx.Node, m: nn.ZeroPad2d) -> Value:
     left, right, top, bottom = m.padding
-    rest = [0] * (len(node.meta["shape"]) - 2)
+    rest = [0] * (len(facts.SHAPE.of(node)) - 2)
     return pad(e, e.read(source_of(node), node), [*rest, top, left, *rest, bottom, right])
 
 
@@ -164,7 +166,7 @@ def _pixel_shuffle(e: Emission, node: fx.Node, m: nn.PixelShuffle) -> Value:
 
 def channel_shuffle(e: Emission, node: fx.Node, x: str, groups: int) -> str:
     """Channels (groups, C / groups) -> (C / groups, groups)."""
-    channels, *places = node.meta["shape"][1:]
+    channels, *places = facts.SHAPE.of(node)[1:]
     parts = e.op("Reshape", x, e.ints([0, groups, channels // groups, *places]))
     swapped = e.op("Transpose", parts, perm=[0, 2, 1, *range(3, 3 + len(places))])
     return e.op("Reshape", swapped, e.ints([0, channels, *places]))

@@ -21,6 +21,7 @@ from torch import Tensor, fx, nn
 from torch.utils import _pytree as pytree
 
 from rewriter.errors import QuantizeError
+from rewriter.graph import facts
 from rewriter.graph.interpret import without_fast_path
 from rewriter.graph.lookup import layer_name, module_of
 from rewriter.int8.onnx.builder import OPSET, Emission, Value
@@ -94,14 +95,14 @@ def emit_opaque(e: Emission, node: fx.Node, reason: str) -> Value:
     part = _Part(e.gm, node) if form is None else _Function(form[0])
     inputs: list[Any] = []
     for source in sources:
-        shape, dtype = source.meta.get("shape"), source.meta.get("dtype")
+        shape, dtype = facts.SHAPE.get(source), facts.DTYPE.get(source)
         if dtype is None or shape is None:
             raise QuantizeError(
                 f"{_what(e.gm, node)}: cannot be written to ONNX: it reads {source.name}, "
                 f"which is a size that depends on the batch ({reason})"
             )
         inputs.append(torch.zeros(shape, dtype=dtype))
-    shapes, structure = pytree.tree_flatten(node.meta["shape"], is_leaf=_is_shape)
+    shapes, structure = pytree.tree_flatten(facts.SHAPE.of(node), is_leaf=_is_shape)
     tensors = sum(shape is not None for shape in shapes)  # an output may be no tensor
     try:
         exported = _exported(part, tuple(inputs))
@@ -122,7 +123,7 @@ def _what(gm: fx.GraphModule, node: fx.Node) -> str:
     """An operation by the user's name for it and its kind."""
     if node.op == "call_module":
         return f"{layer_name(node)} ({type(module_of(gm, node)).__name__})"
-    owner = list((node.meta.get("nn_module_stack") or {}).values())
+    owner = list((facts.MODULE_STACK.get(node) or {}).values())
     inside = f" in {owner[-1][0]}" if owner and owner[-1][0] else ""
     return f"{getattr(node.target, '__name__', node.target)}{inside}"
 

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
+from rewriter.graph import facts
 from rewriter.graph.lookup import module_of
 
 F = nn.functional
@@ -54,7 +55,7 @@ def _separable(resize: Callable[[Tensor, int], Tensor], node: fx.Node) -> Form:
         node: what resizes (N, C, H, W).
     """
     source = node.all_input_nodes[0]
-    height, width = source.meta["shape"][2:]
+    height, width = facts.SHAPE.of(source)[2:]
     rows = resize(torch.eye(height)[None, None], 2)[0, 0]  # (H', H)
     columns = resize(torch.eye(width)[None, None], 3)[0, 0]  # (W, W')
     return lambda x: rows @ x @ columns, [source]
@@ -68,7 +69,10 @@ def _interpolate(node: fx.Node) -> Form | None:
 
 def _resized(node: fx.Node, given: dict[str, Any]) -> Form | None:
     source = node.all_input_nodes[0]
-    if given.get("mode") not in ("bilinear", "bicubic", "area") or len(source.meta["shape"]) != 4:
+    if (
+        given.get("mode") not in ("bilinear", "bicubic", "area")
+        or len(facts.SHAPE.of(source)) != 4
+    ):
         return None
     rest = {k: v for k, v in given.items() if k not in ("input", "size", "scale_factor")}
 
@@ -79,7 +83,7 @@ def _resized(node: fx.Node, given: dict[str, Any]) -> Form | None:
             factor = factor[axis - 2] if isinstance(factor, (tuple, list)) else factor
             sizes["scale_factor"] = (factor, 1.0) if axis == 2 else (1.0, factor)
         else:
-            target = node.meta["shape"][axis]
+            target = facts.SHAPE.of(node)[axis]
             sizes["size"] = (target, x.shape[3]) if axis == 2 else (x.shape[2], target)
         return F.interpolate(x, **sizes, **rest)
 
@@ -95,7 +99,7 @@ def _average(module: Any, node: fx.Node) -> Form:
     del module
 
     def resize(x: Tensor, axis: int) -> Tensor:
-        target = node.meta["shape"][axis]
+        target = facts.SHAPE.of(node)[axis]
         size = (target, x.shape[3]) if axis == 2 else (x.shape[2], target)
         return F.adaptive_avg_pool2d(x, size)
 
@@ -106,7 +110,7 @@ def _maximum(module: nn.AdaptiveMaxPool2d, node: fx.Node) -> Form | None:
     if module.return_indices:
         return None
     (source,) = node.all_input_nodes
-    before, after = source.meta["shape"], node.meta["shape"]
+    before, after = facts.SHAPE.of(source), facts.SHAPE.of(node)
 
     def pool(x: Tensor) -> Tensor:
         for axis in (2, 3):
@@ -171,9 +175,9 @@ def _computed_kernel(node: fx.Node) -> Form | None:
         return None
     if given["bias"] is not None or isinstance(given["padding"], str):
         return None
-    (outs, inner, *kernel), channels = weight.meta["shape"], x.meta["shape"][1]
+    (outs, inner, *kernel), channels = facts.SHAPE.of(weight), facts.SHAPE.of(x)[1]
     out = outs * inner // channels  # of one group
-    height, width = node.meta["shape"][2:]
+    height, width = facts.SHAPE.of(node)[2:]
     taps = inner * kernel[0] * kernel[1]
     settings = {k: _pair(given[k]) for k in ("dilation", "padding", "stride")}
 
@@ -218,7 +222,7 @@ def _deformed(node: fx.Node) -> Form | None:
         given = _given(node, names, bias=None, stride=1, padding=0, dilation=1, mask=None)
         mask = given["mask"]
     weight, bias = given["weight"], given["bias"]
-    convolve = _deformable(node, given, weight.meta["shape"])
+    convolve = _deformable(node, given, facts.SHAPE.of(weight))
 
     def apply(*values: Tensor) -> Tensor:
         rest = list(values[3:])
@@ -246,10 +250,10 @@ def _deformable(
 
     Source: Dai et al., 2017 (arXiv:1703.06211); the mask: Zhu et al., 2019 (arXiv:1811.11168).
     """
-    channels, height, width = given["input"].meta["shape"][1:]
+    channels, height, width = facts.SHAPE.of(given["input"])[1:]
     outs, inner, *kernel = shape
-    taps, (rows, columns) = kernel[0] * kernel[1], node.meta["shape"][2:]
-    parts = given["offset"].meta["shape"][1] // (2 * taps)
+    taps, (rows, columns) = kernel[0] * kernel[1], facts.SHAPE.of(node)[2:]
+    parts = facts.SHAPE.of(given["offset"])[1] // (2 * taps)
     stride, padding, dilation = (_pair(given[k]) for k in ("stride", "padding", "dilation"))
     down, right = (
         torch.arange(n)[None, :] * s - p + torch.arange(k)[:, None] * d  # (k, n)

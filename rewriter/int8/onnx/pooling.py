@@ -9,6 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor, fx, nn
 
+from rewriter.graph import facts
 from rewriter.int8.onnx.arguments import pad, source_of
 from rewriter.int8.onnx.builder import Emission, UnsupportedError, Value
 
@@ -24,7 +25,7 @@ def _windows(node: fx.Node, m: Any) -> tuple[list[int], ...]:
     dilation = _pair(getattr(m, "dilation", 1))
     end: list[int] = []
     for i in range(2):
-        size, out = source_of(node).meta["shape"][-2 + i], node.meta["shape"][-2 + i]
+        size, out = facts.SHAPE.of(source_of(node))[-2 + i], facts.SHAPE.of(node)[-2 + i]
         reach = (out - 1) * stride[i] + dilation[i] * (kernel[i] - 1) + 1
         end.append(max(reach - size - padding[i], padding[i] if not m.ceil_mode else 0))
     return list(kernel), list(stride), list(padding), end
@@ -67,7 +68,7 @@ def average_pool(e: Emission, node: fx.Node, m: nn.AvgPool2d) -> Value:
 
 def adaptive_pool(e: Emission, node: fx.Node, m: Any) -> Value:
     x, average = e.read(source_of(node), node), isinstance(m, nn.AdaptiveAvgPool2d)
-    sizes, outs = source_of(node).meta["shape"][-2:], node.meta["shape"][-2:]
+    sizes, outs = facts.SHAPE.of(source_of(node))[-2:], facts.SHAPE.of(node)[-2:]
     if average and tuple(outs) == (1, 1):
         return e.op("GlobalAveragePool", x)
     if all(s % o == 0 for s, o in zip(sizes, outs, strict=True)):
@@ -101,7 +102,7 @@ def upsample(e: Emission, node: fx.Node, m: nn.Upsample) -> Value:
     mode = m.mode
     if mode != "bicubic" and mode not in _RESIZE_MODES:
         raise UnsupportedError(f"resizing by {mode}")
-    sizes, outs = source_of(node).meta["shape"][2:], node.meta["shape"][2:]
+    sizes, outs = facts.SHAPE.of(source_of(node))[2:], facts.SHAPE.of(node)[2:]
     attributes: dict[str, Any] = {"mode": _RESIZE_MODES.get(mode, "cubic")}
     if mode == "nearest":
         attributes |= {"coordinate_transformation_mode": "asymmetric", "nearest_mode": "floor"}
@@ -119,6 +120,8 @@ def upsample(e: Emission, node: fx.Node, m: nn.Upsample) -> Value:
         factors = [o / s for s, o in zip(sizes, outs, strict=True)]
     else:
         factors = [_factor(s, o) for s, o in zip(sizes, outs, strict=True)]
+    if mode in ("nearest", "nearest-exact") and any(f != int(f) for f in factors):
+        return _picked(e, node, m, x)
     if mode == "bicubic" and min(factors) < 1:
         return _resize_by_products(e, node, m, x)
     scales = e.constant(np.array([1, 1, *factors], dtype=np.float32), "scales")
@@ -137,9 +140,22 @@ def _factor(size: int, out: int) -> float:
     return float(factor)
 
 
+def _picked(e: Emission, node: fx.Node, m: nn.Upsample, x: str) -> Value:
+    """The nearest rows, then the nearest columns: where a runtime rounds a quotient, it picks others than torch here and there."""
+    sizes, outs = source_of(node).meta["shape"][2:], node.meta["shape"][2:]
+    if len(sizes) != 2:
+        raise UnsupportedError("resizing of other than two dimensions to the nearest value")
+    for axis in range(2):
+        index = _resizing(sizes[axis], outs[axis], m, axis).argmax(1)
+        x = e.op("Gather", x, e.constant(index, "index"), axis=2 + axis)
+        if axis == 0:
+            x = e.rounded(x, node)  # each of the two is one operation on int8 values
+    return x
+
+
 def _resize_by_products(e: Emission, node: fx.Node, m: nn.Upsample, x: str) -> Value:
     """A resize is linear in rows and in columns: two matrix products, where ONNX Runtime's kernel does not shrink."""
-    sizes, outs = source_of(node).meta["shape"][2:], node.meta["shape"][2:]
+    sizes, outs = facts.SHAPE.of(source_of(node))[2:], facts.SHAPE.of(node)[2:]
     if len(sizes) != 2:
         raise UnsupportedError("cubic resizing of other than two dimensions")
     rows, columns = (_resizing(sizes[i], outs[i], m, i) for i in range(2))

@@ -16,6 +16,7 @@ from pathlib import Path
 import onnx
 from torch import fx
 
+from rewriter.graph import facts
 from rewriter.graph.cost import node_macs
 from rewriter.graph.lookup import layer_name, layers
 from rewriter.int8.annotate import annotation, moves_values
@@ -126,7 +127,7 @@ def by_annotation(quantized: Quantized) -> ReadBack:
     others: Counter[str] = Counter()
     for node in gm.graph.nodes:
         note = annotation(node)
-        if node.op in ("placeholder", "get_attr", "output") or node.meta.get("dtype") is None:
+        if node.op in ("placeholder", "get_attr", "output") or facts.DTYPE.get(node) is None:
             continue
         if note.weight is not None and note.reads:
             in_int8.add(node.name)
@@ -134,7 +135,7 @@ def by_annotation(quantized: Quantized) -> ReadBack:
             note.reads or note.output is not None or moves_values(gm, node)
         ):
             others[_kind(gm, node)] += 1
-    kept = {n.name: "kept in float, as asked" for n in layers(gm) if n.meta.get("keep_float")}
+    kept = {n.name: "kept in float, as asked" for n in layers(gm) if facts.KEEP_FLOAT.get(n)}
     return _found(gm, in_int8, dict(others), kept)
 
 

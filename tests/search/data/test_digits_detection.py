@@ -19,7 +19,7 @@ def test_scenes_are_the_same_each_time_and_boxes_lie_inside() -> None:
         assert torch.equal(x, y)
         assert target["boxes"].min() >= 0
         assert target["boxes"].max() <= digits.SIDE
-        assert 1 <= len(target["labels"]) <= digits.MOST
+        assert 1 <= len(target["labels"]) <= digits.MAX_DIGITS
     other = digits.scenes(20, 6, seed=5)
     assert not torch.equal(a.evaluation[0][0], other.evaluation[0][0])
 

@@ -144,7 +144,7 @@ def test_an_interrupted_run_has_pictures_too(tmp_path: Path) -> None:
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt), reported(job, silent):
-        run_search(job, sensitivity, told=stop)
+        run_search(job, sensitivity, on_score=stop)
     assert told == 3
     stored = read_exhibits(job.folder, job.records.fingerprint)
     assert stored is not None and stored["plan"] == load_results(job.folder).best().plan

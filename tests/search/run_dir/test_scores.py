@@ -159,3 +159,10 @@ def test_the_fingerprint_depends_on_every_part_and_not_on_their_order() -> None:
     assert (
         len({fingerprint(PARTS | {name: "other"}) for name in PARTS} | {fingerprint(PARTS)}) == 6
     )
+
+
+def test_a_score_is_a_key_whatever_it_says_of_its_file() -> None:
+    """The schedule remembers the ladder of the scores that it has seen."""
+    a, b = (Score(plan="p", macs=1, float_ops={"Add": n}) for n in (1, 2))
+    assert a != b
+    assert len({a, b}) == 2

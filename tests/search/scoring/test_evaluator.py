@@ -16,7 +16,8 @@ from search.config.schema import ConfigError
 from search.data.evaluation_set import load_samples
 from search.engines import onnxruntime as onnxruntime_engine
 from search.run_dir.scores import Records
-from search.scoring.evaluator import RewriteEvaluator, extra_macs
+from search.scoring.added_macs import extra_macs
+from search.scoring.evaluator import RewriteEvaluator
 from search.tasks.classification import Classification
 from tests.search import small
 
@@ -139,6 +140,11 @@ def test_a_candidate_that_raises_is_recorded_and_does_not_end_the_search(
     assert score.error == "RuntimeError: planted: no kernel"
     assert score.metric is None
     assert evaluate.records.get("keep_float@dw_0") == score
+    assert score.error_kind == "RuntimeError"
+    assert score.traceback is not None
+    kept = (tmp_path / score.traceback).read_text()
+    assert kept.startswith("plan: keep_float@dw_0\n")
+    assert "in refuse" in kept  # where it was raised
 
 
 def test_a_plan_that_does_not_apply_is_recorded_with_the_reason(
@@ -147,6 +153,7 @@ def test_a_plan_that_does_not_apply_is_recorded_with_the_reason(
     score = make(network, tmp_path)(Plan.parse("keep_float@nowhere"))
     assert score.error is not None
     assert "no node is called 'nowhere'" in score.error
+    assert score.error_kind == "PlanError"
 
 
 def test_outputs_that_are_not_finite_are_a_failed_candidate(

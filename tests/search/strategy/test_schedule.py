@@ -11,10 +11,11 @@ import pytest
 
 from rewriter.ladder import Rung
 from rewriter.plan import Plan, Step
+from rewriter.rules import Site
 from search.run_dir.scores import Score
 from search.strategy import schedule as module
 from search.strategy.schedule import Schedule
-from search.strategy.space import Budget
+from search.strategy.space import Budget, make_space
 from tests.search import fake
 
 RUNG = Plan((Step("fuse_expand", "head"),))
@@ -217,3 +218,57 @@ def test_a_phase_of_ones_own_comes_where_it_is_listed() -> None:
     longer = Longer(known.gm, known.space, known.sensitivity, known.trials)
     scores = carried_out(longer, 4)
     assert list(scores)[2] == "keep_float@head" and len(scores) == 4
+
+
+def of_many_places() -> Schedule:
+    """Eight layers, each of which may be merged; the earlier the more harmful."""
+    names = [f"dw{i}" for i in range(8)]
+    damage = {name: 0.2 / (i + 1) for i, name in enumerate(names)}
+    sites = [Site(rule, (name,)) for name in names for rule in ("keep_float", "merge_separable")]
+    sites.append(Site("fuse_expand", ("head",)))
+    budget = Budget(macs=2 * fake.MACS, float_layers=1)
+    space = make_space(sites, damage, fake.price, fake.MACS, budget)
+    layers = [SimpleNamespace(node=n, layer=f"net.{n}", damage=d) for n, d in damage.items()]
+    ranked: Any = SimpleNamespace(layers=layers, damage_by_node=lambda: damage)
+    nothing: Any = None
+    return module.worth_trying(nothing, space, ranked, 60)
+
+
+def answers_of(found: Schedule, scores: dict[str, Score]) -> list[list[Plan]]:
+    basis = found._basis(scores)
+    assert basis is not None
+    return found._rounds(basis, scores)
+
+
+@pytest.mark.parametrize(("worse", "asked"), [(1.4, True), (1.6, False)])
+def test_a_rule_is_given_up_where_it_left_half_as_much_again_at_two_places(
+    worse: float, asked: bool
+) -> None:
+    """Both places are the ones that int8 harms most: it has less to gain at the others."""
+    found = of_many_places()
+    scores = scored(Plan(), RUNG, IN_FLOAT)
+    bottom = scores[str(IN_FLOAT)].damage
+    assert bottom is not None
+    merges = [p for few in answers_of(found, scores) for p in few if "merge_separable" in str(p)]
+    assert len(merges) > 2
+    tried = scores | scored(*merges[:2], damage=worse * bottom)
+    after = [p for few in answers_of(found, tried) for p in few]
+    assert (merges[2] in after) == asked
+
+
+def test_six_single_answers_come_before_the_first_try_of_the_best_together() -> None:
+    rounds = answers_of(of_many_places(), scored(Plan(), RUNG, IN_FLOAT))
+    assert len(rounds) > 1
+    assert {len(few) for few in rounds[:-1]} == {6}
+
+
+def test_one_reference_stands_before_each_two_answers() -> None:
+    answers = [Plan((Step("equalize", a),)) for a in "abcd"]
+    curve = [Plan((Step("keep_float", a),)) for a in "xyz"]
+    order = module._interleaved(answers, iter(curve))
+    assert order == [curve[0], *answers[:2], curve[1], *answers[2:]]
+
+
+def test_no_step_is_trusted_to_leave_less_than_a_fiftieth() -> None:
+    assert math.exp(-module._gain(0.3)) == pytest.approx(0.3)
+    assert math.exp(-module._gain(0.0)) == pytest.approx(0.02)

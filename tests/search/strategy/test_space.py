@@ -166,3 +166,13 @@ def test_a_space_of_hundreds_of_anchors_is_solved_at_once() -> None:
     front = predicted_front(space, gain, 100.0)
     assert front[0][1] > front[-1][1]
     assert all(space.plan(space.choice(p) or {}) == p for p, _ in front)
+
+
+@pytest.mark.parametrize(("harm", "kept"), [(0.005, False), (0.02, True)])
+def test_in_a_large_space_an_anchor_needs_a_hundredth_of_the_worst_harm(
+    harm: float, kept: bool
+) -> None:
+    sites = [Site("keep_float", (name,)) for name in "abcd"]
+    damage = {"a": 1.0, "b": 0.5, "c": harm, "d": 0.0}
+    space = make_space(sites, damage, fake.price, fake.MACS, limit=3)
+    assert list(space.choices) == (["a", "b", "c"] if kept else ["a", "b"])

@@ -57,17 +57,17 @@ def test_more_than_the_budget_waits_for_the_next_run(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("wish", "said"),
+    ("wanted", "said"),
     [
         ({"nowhere": "keep_float"}, "enqueued nowhere=keep_float: no such choice in this search"),
         ({DW1: "merge"}, f"enqueued {DW1}=merge: keep, "),
     ],
 )
 def test_an_impossible_one_is_said_and_the_search_goes_on(
-    tmp_path: Path, wish: dict[str, str], said: str, caplog: pytest.LogCaptureFixture
+    tmp_path: Path, wanted: dict[str, str], said: str, caplog: pytest.LogCaptureFixture
 ) -> None:
     run(tmp_path, trials=3)
-    study_of(tmp_path).enqueue_trial(wish)
+    study_of(tmp_path).enqueue_trial(wanted)
     with caplog.at_level(logging.WARNING):
         outcome, evaluate, _ = run(tmp_path, trials=5)
     assert said in caplog.text

@@ -24,12 +24,14 @@ def worth(scores: dict[str, Score]) -> list[Plan]:
     return first + [plan for plan, _ in predicted_front(space, fake.GAIN, fake.TOTAL)]
 
 
-def run(folder: Path, trials: int = 30, seed: int = 0, evaluate=None, budget=BUDGET, told=None):
+def run(
+    folder: Path, trials: int = 30, seed: int = 0, evaluate=None, budget=BUDGET, on_score=None
+):
     records = Records(folder, "f")
     evaluate = evaluate or fake.FakeEvaluator(records)
     evaluate.records = records
     settings = Settings(name="s", trials=trials, seed=seed)
-    extra = {} if told is None else {"told": told}
+    extra = {} if on_score is None else {"on_score": on_score}
     outcome = search(
         evaluate,
         records,
