@@ -14,6 +14,7 @@ from quantfix._result import Point
 from rewriter import Plan, profile, trace
 from rewriter.assemble import rewritten
 from rewriter.export import trainable
+from rewriter.graph import facts
 from search.data.datasets import Inputs, batches
 
 GUESSED = (3, 224, 224)  # what a network reads that does not say it
@@ -49,14 +50,14 @@ def rewrite(
     scheme = rewriter.target(target)
     if calibration is None:
         gm = trace(model, _noise(model))
-        gm.meta["scheme"] = scheme
+        facts.SCHEME.put(gm, scheme)
         made = rewriter.rewrite(gm, steps) if steps.steps else gm
         return trainable(made, batch_norm=keep_batch_norm)
     given: Any = dataset_of(calibration, "calibration")
     samples = Inputs(given) if isinstance(given[0], tuple | list) else given
     inputs = list(batches(samples, BATCH))[: MOST // BATCH]
     gm = trace(model, inputs[0][:2])
-    gm.meta["scheme"] = scheme
+    facts.SCHEME.put(gm, scheme)
     profile(gm, inputs)
     made = rewritten(gm, steps, scheme, inputs)
     return trainable(made, inputs, batch_norm=keep_batch_norm)

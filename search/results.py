@@ -116,8 +116,7 @@ class Results:
         """
         if which in ("best", "knee"):
             if not self.front.points:
-                again = f"quantfix run {self.facts['config']}"
-                raise RunError(f"{self.folder}: no plan is scored yet: {again}")
+                raise RunError(f"{self.folder}: no plan is scored yet")
             return self.best() if which == "best" else self.knee()
         if bound := re.fullmatch(r"macs\s*<=\s*(\d*\.?\d+)", which.strip()):
             return self._within(float(bound[1]))

@@ -19,12 +19,13 @@ from torch import Tensor, fx, nn
 from rewriter.assemble import repaired
 from rewriter.damage.fisher import weigh
 from rewriter.errors import RewriteError
+from rewriter.graph import facts
 from rewriter.graph.channel_ranges import profile
 from rewriter.graph.edit import copy_graph
 from rewriter.graph.lookup import is_call, module_of
 from rewriter.int8.scheme import QuantScheme
 from rewriter.int8.simulate import Quantized
-from rewriter.tracing.fold_affine import FOLDED, scaled_outputs
+from rewriter.tracing.fold_affine import scaled_outputs
 
 __all__ = ["SUFFIX", "retrained", "trainable"]
 
@@ -54,7 +55,7 @@ def trainable(
         found.add_submodule(name, _neutral(module, mean, var))
         with found.graph.inserting_after(node):
             new = found.graph.call_module(name, (node,))
-        new.meta = {k: node.meta[k] for k in ("shape", "dtype") if k in node.meta}
+        facts.keep(new, node, facts.SHAPE, facts.DTYPE)
         node.replace_all_uses_with(new, delete_user_cb=lambda user, new=new: user is not new)
     found.graph.lint()
     found.recompile()
@@ -104,10 +105,10 @@ def retrained(
         made.set_submodule(str(node.target), module.eval())
     for parameter in made.parameters():
         parameter.requires_grad_(False)
-    weighed = any("influence" in n.meta for n in made.graph.nodes)
+    weighed = any(facts.INFLUENCE.known(n) for n in made.graph.nodes)
     for node in made.graph.nodes:  # of the weights before
-        for key in ("influence", "weight_influence"):
-            node.meta.pop(key, None)
+        facts.INFLUENCE.drop(node)
+        facts.WEIGHT_INFLUENCE.drop(node)
     profile(made, batches)
     if weighed:
         weigh(made, batches)
@@ -118,11 +119,11 @@ def _normalized(gm: fx.GraphModule) -> list[fx.Node]:
     """Convolutions of two dimensions that get a batch norm: where the network had one, and where a rule has made them."""
     found: list[fx.Node] = []
     calls = [n for n in gm.graph.nodes if is_call(gm, n, nn.Conv2d, nn.ConvTranspose2d)]
-    had_any = any(n.meta.get(FOLDED) for n in calls)
+    had_any = any(facts.FOLDED.get(n) for n in calls)
     for node in calls:
         shared = sum(other.target == node.target for other in calls) > 1
-        made = had_any and "rewritten_by" in node.meta
-        if not shared and (node.meta.get(FOLDED) or made):
+        made = had_any and facts.REWRITTEN_BY.known(node)
+        if not shared and (facts.FOLDED.get(node) or made):
             found.append(node)
     return found
 

@@ -109,11 +109,13 @@ CHANNEL_RANGE: Fact[Ranges] = Fact(
 )
 """Smallest and largest calibration value of each channel, (C,) each."""
 INFLUENCE: Fact[Tensor] = Fact(
-    "influence", ("assemble", "damage", "surgery"), ("assemble", "fitting", "surgery")
+    "influence",
+    ("assemble", "damage", "export", "surgery"),
+    ("assemble", "export", "fitting", "surgery"),
 )
 """(C,) squared gradients of the damage, by channel of its value."""
 WEIGHT_INFLUENCE: Fact[Tensor] = Fact(
-    "weight_influence", ("assemble", "damage", "surgery"), ("surgery",)
+    "weight_influence", ("assemble", "damage", "export", "surgery"), ("surgery",)
 )
 """(C_out, C_in / groups) the same of the weights of a layer."""
 KEEP_FLOAT: Fact[bool] = Fact(
@@ -134,6 +136,8 @@ REWRITTEN_BY: Fact[str] = Fact(
     ("export", "fitting", "int8", "plan", "rules", "search", "sensitivity"),
 )
 """The step that made it."""
+FOLDED: Fact[bool] = Fact("folded_batch_norm", ("tracing",), ("export",))
+"""Whether a batch norm was behind it, which is folded into it now."""
 
 # ---- of a node while a network is traced
 GROUP: Fact[fx.Node] = Fact("group", ("tracing",), ("tracing",))

@@ -32,9 +32,6 @@ from rewriter.graph.ops import LAYER_TYPES, NORM_TYPES, types
 _HOMOGENEOUS = types(lambda row: row.homogeneous)
 _NEGATIONS = (operator.neg, torch.neg, torch.negative, "neg", "negative", "__neg__")
 
-FOLDED = "folded_batch_norm"
-"""Key of ``node.meta``: true for a layer that a batch norm was behind."""
-
 
 @dataclass(frozen=True)
 class Affine:
@@ -77,7 +74,7 @@ def fold_affines(gm: fx.GraphModule) -> None:
         normalized = any(is_call(gm, n, *NORM_TYPES) for n in nodes)
         if _into_layer_before(gm, affine, last) or _into_layers_behind(gm, affine, last):
             if normalized and is_call(gm, affine.source, *LAYER_TYPES):
-                affine.source.meta[FOLDED] = True
+                facts.FOLDED.put(affine.source, True)
             _bypass(last, affine.source)
         elif last in ahead:
             _stand_alone(gm, nodes, affine)

@@ -24,7 +24,7 @@ from rewriter.storage import Store
 from search.data.evaluation_set import SampleSet, Tick, check_outputs
 from search.engines import OnnxRuntime, engine_named, read_back
 from search.pareto.limits import size_of, with_file
-from search.run_dir.scores import Samples, Score
+from search.run_dir.scores import Records, Samples, Score
 from search.scoring.failure import CandidateError, blamed, failed
 from search.scoring.measure import Measure, Part, Runner, latency
 from search.scoring.racing import Race
@@ -56,6 +56,7 @@ class Bench:
         task: The metric; the damage is that of ``gm``.
         calibration: Unlabelled inputs, (n, ...) each.
         samples: What the plans are compared on.
+        records: Where scores are kept; their folder keeps what went wrong too.
         engine: Name of what runs the int8 networks, one of ``search.engines.ENGINES``.
         device: Where torch runs; the kernels always run on the CPU.
         store: Where fitted weights are kept.
@@ -72,6 +73,7 @@ class Bench:
     task: Task
     calibration: Sequence[Tensor]
     samples: SampleSet
+    records: Records
     engine: str = "onnxruntime"
     device: str = "cpu"
     store: Store | None = None

@@ -21,7 +21,7 @@ from rewriter.errors import RewriteError
 from search.data.evaluation_set import Tick
 from search.engines import Engine
 from search.run_dir.scores import Baseline, Confirmations, Records, Samples, Score
-from search.scoring.bench import Bench, filled
+from search.scoring.bench import Bench
 from search.scoring.child_process import LateError, LostError, apart
 from search.scoring.failure import failed, to_be_tried_again
 from search.scoring.measure import Part
@@ -37,7 +37,6 @@ class RewriteEvaluator(Bench):
     """Scores plans of one network; it never changes: `dataclasses.replace` gives one with other settings.
 
     Attributes:
-        records: Where scores are kept.
         confirmations: Where scores of chosen plans on all samples are kept, and how many of the
             samples choose. None: all samples choose, and none confirm.
         race: When a plan is given up early; None: never.
@@ -46,7 +45,6 @@ class RewriteEvaluator(Bench):
         plain: What scores the network as it is, where this one's networks are made otherwise.
     """
 
-    records: Records
     confirmations: Confirmations | None = None
     race: Race | None = None
     limit_s: float | None = None

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import errno
-import hashlib
 import traceback
 from collections.abc import Generator, Sequence
 from contextlib import contextmanager
@@ -11,6 +10,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from rewriter.errors import RewriteError
+from rewriter.storage import short
 from search.run_dir.scores import Score
 from search.scoring.measure import Part
 
@@ -58,7 +58,7 @@ def failed(
 
 def keep_traceback(folder: Path, plan: str, cause: BaseException) -> str:
     """Write where a plan failed to a file of its own; return its path inside the run directory."""
-    name = f"{FOLDER}/{hashlib.sha256(plan.encode()).hexdigest()[:16]}.txt"
+    name = f"{FOLDER}/{short(plan)[:16]}.txt"
     (folder / FOLDER).mkdir(parents=True, exist_ok=True)
     text = "".join(traceback.format_exception(cause))
     (folder / name).write_text(f"plan: {plan or '(the network as it is)'}\n\n{text}")
