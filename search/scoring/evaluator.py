@@ -13,13 +13,10 @@ from functools import partial
 from pathlib import Path
 from typing import Literal
 
-from torch import Tensor
-
 from rewriter import Plan, cost
 from rewriter.assemble import Assembled, prepare
 from rewriter.errors import RewriteError
 from search.data.evaluation_set import Tick
-from search.engines import Engine
 from search.run_dir.scores import Baseline, Confirmations, Records, Samples, Score
 from search.scoring.bench import Bench
 from search.scoring.child_process import LateError, LostError, apart
@@ -141,14 +138,6 @@ class RewriteEvaluator(Bench):
             race=None,
             limit_s=None,
             plain=self.plain or self,
-        )
-
-    def score_outputs(self, plan: Plan, outputs: list[Tensor], engine: Engine) -> Score:
-        """Score outputs over all samples computed elsewhere, such as by a file that is to ship."""
-        known = self(plan)
-        measured, _ = self.measured.compare(outputs, (0, self.samples.count))
-        return replace(
-            filled(measured, known), engine=engine.name, engine_version=engine.version()
         )
 
     def baseline(self) -> Baseline:
