@@ -275,7 +275,8 @@ def confirm_front(job: Job, progress: Progress = silent) -> None:
             confirm(searching(job), list(dict.fromkeys(["", *plans])), tick)
         results = load_results(job.folder)
     with progress("confirming on the runtime that ships"):
-        score_deployed(job.evaluator, job.folder, [results.empty(), *results.front.points])
+        shown = [s for s in (results.empty(), *results.front.points) if s is not None]
+        score_deployed(job.evaluator, job.folder, shown)
 
 
 def cheapest(job: Job, goal: Goal, max_macs: float) -> Score | None:

@@ -41,8 +41,15 @@ KINDS: tuple[str, ...] = get_args(Kind)
 # What a task says of all outputs at once: one class for each input; numbers that a decoder reads; a score for each position; and,
 # of the first output alone: classes of pixels, classes of steps (N, T, C), places, vectors, numbers.
 Purpose = Literal[
-    *("classes", "decoded", "scores", "unknown"),
-    *("pixels", "steps", "places", "vectors", "numbers"),
+    "classes",
+    "decoded",
+    "scores",
+    "unknown",
+    "pixels",
+    "steps",
+    "places",
+    "vectors",
+    "numbers",
 ]
 _FIRST: dict[str, Kind] = {
     "pixels": "logits",

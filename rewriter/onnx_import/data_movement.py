@@ -194,7 +194,8 @@ def pad(im: Importer, node: onnx.NodeProto) -> fx.Node:
     if mode != "constant":
         return im.call(F.pad, x, order, mode)
     if value == 0 and rank == 4 and len(order) <= 4 and min(order) >= 0:
-        return im.module(nn.ZeroPad2d(tuple(order + [0] * (4 - len(order)))), node, x)
+        sides: Any = tuple(order + [0] * (4 - len(order)))
+        return im.module(nn.ZeroPad2d(sides), node, x)
     return im.call(F.pad, x, order, mode, value)
 
 

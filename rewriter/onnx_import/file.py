@@ -178,7 +178,8 @@ def _run(
         halves = {i.name for i in session.get_inputs() if "float16" in i.type}
         inputs = {n: random.standard_normal(tuple(s)).astype(kinds[n]) for n, s in feed.items()}
         inputs |= {n: inputs[n].astype(np.float16) for n in halves}
-        return dict(zip(names, session.run(list(names), inputs), strict=True))
+        made: Any = session.run(list(names), inputs)
+        return dict(zip(names, made, strict=True))
     except Exception as error:
         first = next(iter(str(error).strip().splitlines()), type(error).__name__)
         raise TraceError(f"onnx: ONNX Runtime cannot run the file: {first}") from error

@@ -7,6 +7,7 @@ compared with ONNX Runtime on several inputs before anyone else sees it.
 
 from __future__ import annotations
 
+import importlib
 import math
 import re
 from collections import Counter
@@ -272,11 +273,8 @@ def import_onnx(
         TraceError: the file is no float ONNX model, has operators that are not supported (all are
             named), or what was imported does not compute what ONNX Runtime does.
     """
-    import rewriter.onnx_import.arithmetic
-    import rewriter.onnx_import.data_movement
-    import rewriter.onnx_import.layers
-    import rewriter.onnx_import.recurrent  # noqa: F401 - each registers its operators
-
+    for part in ("layers", "arithmetic", "data_movement", "recurrent"):
+        importlib.import_module(f"rewriter.onnx_import.{part}")  # each registers its operators
     model = read_file(path)
     shapes = input_shapes(model, sizes)
     _check_operators(model, path.name)

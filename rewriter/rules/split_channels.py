@@ -57,9 +57,8 @@ class SplitChannels(ComponentRule):
                 _scale_outputs(module_of(gm, node), half, bias_only=True)
         for node in (*component.entries, *component.inside):
             if facts.CHANNEL_RANGE.known(node):
-                facts.CHANNEL_RANGE.put(
-                    node, tuple(r * half.to(r) for r in facts.CHANNEL_RANGE.of(node))
-                )
+                low, high = facts.CHANNEL_RANGE.of(node)
+                facts.CHANNEL_RANGE.put(node, (low * half.to(low), high * half.to(high)))
 
     def _problem(self, gm: fx.GraphModule, component: Component) -> str:
         if component.blocked:

@@ -55,7 +55,7 @@ class SplitHead(RewriteRule):
     groups: int = 3
     contract: ClassVar[Contract] = "exact"
     free: ClassVar[bool] = True
-    stage: ClassVar[Literal["replace", "split"]] = "split"
+    stage: ClassVar[Literal["replace", "split", "thin", "resize"]] = "split"
 
     @property
     def name(self) -> str:  # type: ignore[override]
@@ -152,9 +152,8 @@ def split_layer(
             facts.LAYER.put(part, f"{facts.LAYER.get(node, node.target)}_group{i}")
             facts.SHAPE.put(part, _with_channels(facts.SHAPE.of(node), len(group)))
             if facts.CHANNEL_RANGE.known(node):
-                facts.CHANNEL_RANGE.put(
-                    part, tuple(r[group] for r in facts.CHANNEL_RANGE.of(node))
-                )
+                low, high = facts.CHANNEL_RANGE.of(node)
+                facts.CHANNEL_RANGE.put(part, (low[group], high[group]))
             mark(part, site)
             parts.append(part)
         joined = gm.graph.call_function(torch.cat, (parts, 1))

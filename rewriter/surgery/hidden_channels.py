@@ -337,7 +337,8 @@ def _keep_meta(node: fx.Node, kept: Tensor, axis: int, width: int) -> None:
             fact.drop(node)  # measured along another axis
             continue
         left = tuple(p[kept.to(p.device)] for p in parts)
-        fact.put(node, left if isinstance(known, tuple) else left[0])
+        shortened: Any = left if isinstance(known, tuple) else left[0]
+        fact.put(node, shortened)
 
 
 def _keep_read(node: fx.Node, columns: Tensor) -> None:

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
+from torch.fx.node import map_arg
 
 from rewriter.errors import TraceError
 
@@ -120,15 +121,15 @@ class _Program(nn.Module):
             elif node.op == "get_attr":
                 values[node] = getattr(self, self.names[str(node.target)])
             elif node.op == "output":
-                result = fx.node.map_arg(node.args[0], values.__getitem__)
+                result = map_arg(node.args[0], values.__getitem__)
                 return (
                     result[0] if isinstance(result, (tuple, list)) and len(result) == 1 else result
                 )
             elif _is_guard(node):
                 values[node] = None
             else:
-                args = fx.node.map_arg(node.args, values.__getitem__)
-                kwargs = fx.node.map_arg(node.kwargs, values.__getitem__)
+                args = map_arg(node.args, values.__getitem__)
+                kwargs = map_arg(node.kwargs, values.__getitem__)
                 values[node] = function_of(node.target)(*args, **kwargs)
         return None
 

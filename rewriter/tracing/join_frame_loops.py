@@ -255,7 +255,7 @@ def _hand_out(gm: fx.GraphModule, lane: Lane, readers: set[fx.Node]) -> None:
     """Give the readers of a lane their frames of the joined result."""
     joined, steps = lane[0], len(lane)
     batch, *shape = facts.SHAPE.of(joined)
-    dtype = facts.DTYPE.get(joined)
+    dtype = facts.DTYPE.get(joined, torch.float32)
     with gm.graph.inserting_after(joined):
         whole = gm.graph.call_method("reshape", (joined, -1, steps, *shape))
     facts.DTYPE.put(whole, dtype)

@@ -33,13 +33,15 @@ class Attention(nn.Module):
         self.num_heads, self.batch_first = source.num_heads, source.batch_first
         self.embed_dim, self.head_dim = source.embed_dim, source.head_dim
         width = source.embed_dim
-        if source.in_proj_weight is not None:
-            weights = source.in_proj_weight.detach().split(width)
+        joint: Any = source.in_proj_weight
+        if joint is not None:
+            weights = joint.detach().split(width)
         else:
             weights = (source.q_proj_weight, source.k_proj_weight, source.v_proj_weight)
         biases: Any = (None,) * 3
-        if source.in_proj_bias is not None:
-            biases = source.in_proj_bias.detach().split(width)
+        joint_bias: Any = source.in_proj_bias
+        if joint_bias is not None:
+            biases = joint_bias.detach().split(width)
         self.q_proj, self.k_proj, self.v_proj = map(_linear, weights, biases)
         self.out_proj = source.out_proj
 
@@ -85,7 +87,7 @@ def _plain(module: nn.Module) -> bool:
         and module.bias_k is None
         and module.bias_v is None
         and not module.add_zero_attn
-        and not (module._forward_hooks or module._forward_pre_hooks)
+        and not (vars(module)["_forward_hooks"] or vars(module)["_forward_pre_hooks"])
     )
 
 

@@ -154,7 +154,8 @@ def _normalized(gm: fx.GraphModule, node: fx.Node) -> tuple[fx.Node, list[int], 
     if len(node.args) != 2:
         return None
     dividing = node.target in (operator.truediv, torch.div)
-    for centered, root in (node.args, node.args[::-1])[: 1 if dividing else 2]:
+    pairs: Any = (node.args, node.args[::-1])
+    for centered, root in pairs[: 1 if dividing else 2]:
         if not _call(centered, operator.sub, torch.sub):
             continue
         inner = _under_root(gm, root, inverse=not dividing)

@@ -44,7 +44,7 @@ def trace(model: nn.Module, example: Tensor | tuple[Tensor, ...]) -> fx.GraphMod
     """
     examples = example if isinstance(example, tuple) else (example,)
     examples = tuple(e.detach().float().cpu() for e in examples)
-    names = tuple(getattr(model, k, ()) for k in ("input_names", "output_names"))
+    names: Any = tuple(getattr(model, k, ()) for k in ("input_names", "output_names"))
     model = _prepared_copy(model)
     reference = copy.deepcopy(model)  # the graph shares its modules with the model
     few, many = (tuple(batch_of(e, size) for e in examples) for size in BATCHES)

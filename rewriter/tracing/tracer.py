@@ -118,7 +118,8 @@ class Tracer(fx.Tracer):
             return True
         if type(m).__name__ == "DeformConv2d" and type(m).__module__.startswith("torchvision."):
             return True
-        hooked = m._forward_hooks or m._forward_pre_hooks  # what they compute is part of the graph
+        # what hooks compute is part of the graph
+        hooked = vars(m)["_forward_hooks"] or vars(m)["_forward_pre_hooks"]
         return (
             not hooked
             and type(m).__module__.startswith("torch.nn")

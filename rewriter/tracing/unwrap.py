@@ -71,7 +71,7 @@ def plain_weights(module: nn.Module) -> None:
     for key, hook in list(hooks.items()):
         if isinstance(hook, BasePruningMethod):
             hook.remove(module)  # type: ignore[no-untyped-call]
-            name: str = hook._tensor_name
+            name: str = vars(hook)["_tensor_name"]
         elif type(hook).__name__ in ("WeightNorm", "SpectralNorm"):
             with torch.no_grad():
                 hook(module, ())

@@ -196,8 +196,16 @@ class Config(Section):
     """
 
     task: Literal[
-        *("classification", "detection", "video", "custom"),
-        *("segmentation", "keypoints", "regression", "ocr", "embedding", "unlabelled"),
+        "classification",
+        "detection",
+        "video",
+        "custom",
+        "segmentation",
+        "keypoints",
+        "regression",
+        "ocr",
+        "embedding",
+        "unlabelled",
     ]
     task_args: dict[str, Any] = Field(default_factory=dict)
     model: ModelConfig

@@ -40,7 +40,10 @@ class Engine(Protocol):
     """
 
     name: str
-    takes: frozenset[str] | None
+
+    @property
+    def takes(self) -> frozenset[str] | None: ...
+
     scores: frozenset[str]
     ships: frozenset[str]
     form: str

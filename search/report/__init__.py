@@ -119,7 +119,7 @@ def _failures(results: Results) -> str:
     if not lost:
         return ""
     counted = ", ".join(f"{kind} {n}" for kind, n in results.failures().items())
-    rows = [[s.plan, s.error, s.traceback or ""] for s in lost]
+    rows = [[s.plan, s.error or "", s.traceback or ""] for s in lost]
     said = f"{len(lost)} of {len(results.scores)} plans failed, by kind: {counted}."
     return paragraph(said) + table(["plan", "error", "traceback"], rows)
 

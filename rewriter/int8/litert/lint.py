@@ -67,7 +67,7 @@ EDGE_TPU = frozenset(
 
 def operators(file: bytes) -> list[tuple[str, bool, str]]:
     """Each operator's name, whether it computes in int8, and the name of what it writes, in running order."""
-    model = schema.ModelT.InitFromPackedBuf(file, 0)
+    model: Any = schema.ModelT.InitFromPackedBuf(file, 0)
     graph: Any = model.subgraphs[0]
     found: list[tuple[str, bool, str]] = []
     for op in graph.operators:
@@ -113,7 +113,7 @@ def _edge_tpu(file: bytes) -> Iterator[Finding]:
             f"{name} ({len(nodes)} of them) is not among the operators of the Edge TPU compiler, which leaves all behind "
             "the first such one to the processor",
         )
-    model = schema.ModelT.InitFromPackedBuf(file, 0)
+    model: Any = schema.ModelT.InitFromPackedBuf(file, 0)
     deep = [t for t in model.subgraphs[0].tensors if t.shape is not None and len(t.shape) > 4]
     if deep:
         yield Finding(

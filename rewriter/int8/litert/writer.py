@@ -81,16 +81,16 @@ class Writer:
 
     def tensor(self, name: str, shape: Sequence[int], kind: str, grid: Grid | None = None) -> int:
         """A tensor that an operator writes, or an input; the number by which operators name it."""
-        made = schema.TensorT()
+        made: Any = schema.TensorT()
         made.name = self._unique(name)
         made.shape = np.array(shape, dtype=np.int32)
         made.type = _TYPES[kind]
         if grid is not None:
-            made.quantization = schema.QuantizationParametersT()
+            made.quantization = grids = _untyped(schema.QuantizationParametersT())
             scale = np.atleast_1d(grid.scale).astype(np.float32)
-            made.quantization.scale = scale
-            made.quantization.zeroPoint = np.full(len(scale), grid.zero_point, dtype=np.int64)
-            made.quantization.quantizedDimension = grid.axis or 0
+            grids.scale = scale
+            grids.zeroPoint = np.full(len(scale), grid.zero_point, dtype=np.int64)
+            grids.quantizedDimension = grid.axis or 0
         self._tensors.append(made)
         return len(self._tensors) - 1
 
@@ -98,7 +98,7 @@ class Writer:
         """A tensor whose values the file holds."""
         value = np.ascontiguousarray(value)
         index = self.tensor(name, value.shape, str(value.dtype), grid)
-        buffer = schema.BufferT()
+        buffer: Any = schema.BufferT()
         buffer.data = value.reshape(-1).view(np.uint8)
         self._buffers.append(buffer)
         self._tensors[index].buffer = len(self._buffers) - 1
@@ -108,7 +108,7 @@ class Writer:
         self, code: str, inputs: Sequence[int], outputs: Sequence[int], options: Any = None
     ) -> None:
         """Add one operator; -1 stands for an absent input."""
-        made = schema.OperatorT()
+        made: Any = schema.OperatorT()
         made.opcodeIndex = self._codes.setdefault(code, len(self._codes))
         made.inputs = np.array(inputs, dtype=np.int32)
         made.outputs = np.array(outputs, dtype=np.int32)
@@ -120,7 +120,7 @@ class Writer:
 
     def file(self, inputs: Sequence[int], outputs: Sequence[int], description: str) -> bytes:
         """The whole file."""
-        graph = schema.SubGraphT()
+        graph: Any = schema.SubGraphT()
         graph.tensors, graph.operators, graph.name = self._tensors, self._operators, "main"
         graph.inputs = np.array(inputs, dtype=np.int32)
         graph.outputs = np.array(outputs, dtype=np.int32)
@@ -157,3 +157,8 @@ def options(kind: str, **values: Any) -> Any:
         assert hasattr(made, name), f"{kind}: {name}"
         setattr(made, name, value)
     return made
+
+
+def _untyped(table: Any) -> Any:
+    """A table of the schema, whose generated classes declare lists where they take arrays too."""
+    return table

@@ -69,7 +69,7 @@ def stored(
         e.constant(torch.zeros(scale.shape, dtype=torch.int8), "weight_zero_point"),
         **attributes,
     )
-    source = node.args[0]
+    source: Any = node.args[0]
     if bias is None:
         return w, ""
     reads_int8 = isinstance(source, fx.Node) and source.name in e.note(node).reads

@@ -181,7 +181,7 @@ def _without_dump() -> Generator[None]:
 
     It asks whether the function below exists where it means to call it.
     """
-    place: Any = torch._C
+    place: Any = torch._C  # pyright: ignore[reportPrivateUsage]
     asked = place._jit_is_onnx_log_enabled
     place._jit_is_onnx_log_enabled = None
     try:

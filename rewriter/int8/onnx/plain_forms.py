@@ -157,7 +157,8 @@ def _bilinear(module: nn.Bilinear, node: fx.Node) -> Form:
     def apply(a: Tensor, b: Tensor) -> Tensor:
         left = a @ module.weight.permute(1, 0, 2).flatten(1)  # (..., O * J)
         made = (left.unflatten(-1, module.weight.shape[::2]) * b.unsqueeze(-2)).sum(-1)
-        return made if module.bias is None else made + module.bias
+        bias: Any = module.bias
+        return made if bias is None else made + bias
 
     return apply, _nodes(*node.args)
 
