@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -63,15 +64,19 @@ def rewrite(
     return trainable(made, inputs, batch_norm=keep_batch_norm)
 
 
-def load_onnx(path: str | Path) -> nn.Module:
+def load_onnx(path: str | Path, shape: Sequence[int] | None = None) -> nn.Module:
     """The float network in an ONNX file, as an ``nn.Module`` whose batch is free.
+
+    Args:
+        path: The file.
+        shape: Of an input without its batch, such as (3, 224, 224), where the file leaves it open.
 
     Raises:
         TraceError: it holds an operator that is not known, or is no float network.
     """
     from rewriter.onnx_import import import_onnx
 
-    return import_onnx(Path(path))
+    return import_onnx(Path(path), shape)
 
 
 def _noise(model: nn.Module) -> Tensor:

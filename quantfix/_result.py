@@ -7,7 +7,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from rewriter import Plan
 from search.config.schema import ConfigError
+from search.engines import EngineError
+from search.export.forms import checked_forms, export_forms
 from search.export.ship import ship
 from search.export.trained import architecture, with_weights
 from search.job import Job, Progress, silent
@@ -133,7 +136,7 @@ class Result:
         Args:
             folder: Made when missing; files of an earlier export are replaced.
             pick: Which plan, see `pick`. None: what `fix` chose, else the best.
-            to: Forms of the int8 file.
+            to: Forms of the int8 file: ``onnx``, ``tflite``, ``openvino``, ``trt``; each is run as it was written.
             weights: Trained weights of what `rewrite` returned for this plan: a safetensors file or a state dict.
 
         Returns:
@@ -143,14 +146,17 @@ class Result:
             ConfigError: an unknown form, or weights that do not fit.
             RewriteError: the plan cannot be carried out.
         """
-        unknown = [form for form in to if form != "onnx"]
-        if unknown or not to:
-            raise ConfigError(f"export: to: unknown form: {unknown or to}; known: onnx")
+        try:
+            wanted = checked_forms(tuple(to))
+        except EngineError as error:
+            raise ConfigError(str(error)) from error
         score = self._score(pick)
         job = self._job if weights is None else with_weights(self._job, score.plan, weights)
         with self._progress("writing and measuring the file") as tick:
             tick(0, 1)
             shipped = ship(job, score, Path(folder))
+            if set(wanted) - {"onnx"}:
+                export_forms(job.evaluator, Plan.parse(score.plan), Path(folder), wanted)
             tick(1, 1)
         return self._point(shipped.exported.score)
 

@@ -344,7 +344,7 @@ def open_run(folder: Path, parts: Mapping[str, str], about: Mapping[str, Any]) -
                 "choose another directory with --out, or remove this one"
             )
     elif folder.exists() and any(folder.iterdir()) and not (folder / "scores.jsonl").exists():
-        known = {"sensitivity.json", "fits"}
+        known = {"sensitivity.json", "fits", "config.yaml"}
         strange = sorted(
             p.name for p in folder.iterdir() if p.name not in known and not p.name.startswith(".")
         )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import partial
 from typing import Any
 
@@ -34,23 +35,34 @@ class Embedding(Custom):
         super().__init__(partial(measured, measure=measure))
         self.metric = measure
 
+    def score(self, outputs: Sequence[Tensor], targets: Any, index: Any = None) -> float:
+        """The measure of all samples, or of those that `index` lists; a sample is no pair with its own repeat."""
+        rows = torch.arange(len(targets)) if index is None else torch.as_tensor(index)
+        nested = self.unflatten([o[rows] for o in outputs] if index is not None else list(outputs))
+        kept = torch.as_tensor(targets)[rows]
+        return measured(nested, kept, self.metric, rows)
 
-def measured(outputs: Any, targets: Any, measure: str) -> float:
-    """The measure of all samples, as a fraction.
+
+def measured(outputs: Any, targets: Any, measure: str, rows: Tensor | None = None) -> float:
+    """The measure of all samples, as a fraction; equal `rows` are one sample, and no pair.
 
     Raises:
-        ConfigError: the outputs are no vectors, or no two samples have one identity.
+        ConfigError: the outputs are no vectors, or not as many as targets.
     """
     first = outputs[0] if isinstance(outputs, (tuple, list)) else outputs
     if not isinstance(first, Tensor) or first.ndim < 2:
         raise ConfigError(
             f"task embedding: the first output must be (n, D): {tuple(getattr(first, 'shape', ()))}"
         )
-    vectors = torch.nn.functional.normalize(first.flatten(1).double(), dim=1)
     identity = torch.as_tensor(targets).reshape(-1)
+    if len(identity) != len(first):
+        raise ConfigError(f"data: {len(first)} outputs for {len(identity)} targets")
+    vectors = torch.nn.functional.normalize(first.flatten(1).double(), dim=1).nan_to_num(0.0)
     cosine = (vectors @ vectors.T).cpu()
     same = identity[:, None] == identity[None]
-    pairs = torch.ones_like(same).triu(1)
+    rows = torch.arange(len(identity)) if rows is None else rows
+    other = rows[:, None] != rows[None]
+    pairs = other.triu(1)
     labels, scores = same[pairs].numpy(), cosine[pairs].numpy()
     if labels.all() or not labels.any():
         return float("nan")
@@ -59,7 +71,7 @@ def measured(outputs: Any, targets: Any, measure: str) -> float:
     if measure == "tar":
         limit = np.quantile(scores[~labels], 1 - FALSE_ACCEPTS)
         return float((scores[labels] > limit).mean())
-    nearest = cosine.fill_diagonal_(-2).argmax(1)
+    nearest = cosine.masked_fill(~other, -2).argmax(1)
     return float((identity[nearest] == identity).double().mean())
 
 

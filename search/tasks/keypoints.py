@@ -23,7 +23,7 @@ class Keypoints(PredictionTask):
 
     The prediction may be (n, 2 K), (n, K, 2), (n, K, 3) with scores, or heatmaps (n, K, h, w), of which the highest place
     is taken (so that targets are in pixels of the heatmap). Errors are relative to the larger side of the box around a
-    sample's labelled points.
+    sample's labelled points; a sample whose points span no box says nothing.
 
     Args:
         measure: ``pck``: share of points nearer than 5 % of that side; ``nme``: mean distance over it (lower is better);
@@ -47,12 +47,11 @@ class Keypoints(PredictionTask):
         )
 
     def _value(self, points: Tensor, target: Tensor) -> Tensor:
-        if target.ndim == 1:
-            target = target.reshape(-1, 2)
-        if target.shape[0] != points.shape[0] or target.shape[1] not in (2, 3):
-            raise ConfigError(
-                f"data: {len(points)} points for a target of shape {tuple(target.shape)}"
-            )
+        shape, count = tuple(target.shape), len(points)
+        if target.ndim == 1 and len(target) in (2 * count, 3 * count):
+            target = target.reshape(count, -1)
+        if target.ndim != 2 or len(target) != count or target.shape[1] not in (2, 3):
+            raise ConfigError(f"data: {count} points for a target of shape {shape}")
         seen = torch.isfinite(target).all(1) & (
             (target[:, 2] > 0) if target.shape[1] == 3 else True
         )
@@ -60,13 +59,15 @@ class Keypoints(PredictionTask):
             return torch.tensor(float("nan"), dtype=torch.float64)
         place = target[seen, :2]
         sides = place.amax(0) - place.amin(0)
-        size = float(sides.max().clamp_min(1e-9))
-        distance = (points[seen] - place).norm(dim=1)
+        size, area = float(sides.max()), float(sides.prod())
+        if size == 0 or (self.metric == "oks" and area == 0):
+            return torch.tensor(float("nan"), dtype=torch.float64)
+        # a point that is not finite is as wrong as can be, and does not pass for one without a label
+        distance = (points[seen] - place).norm(dim=1).nan_to_num(float("inf"), float("inf"))
         if self.metric == "pck":
             return (distance <= PCK_THRESHOLD * size).double().mean()
         if self.metric == "nme":
             return (distance / size).mean()
-        area = float((sides[0] * sides[1]).clamp_min(1e-9))
         return torch.exp(-distance.square() / (2 * area * OKS_CONSTANT**2)).mean()
 
 

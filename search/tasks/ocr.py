@@ -81,7 +81,12 @@ class Ocr(PredictionTask):
                     "task_args.alphabet: missing: targets are texts, and the classes' characters are not known"
                 )
             return target
-        numbers = [int(c) for c in torch.as_tensor(target).reshape(-1) if int(c) > 0]
+        try:
+            numbers = [int(c) for c in torch.as_tensor(target).reshape(-1) if int(c) > 0]
+        except (TypeError, ValueError, RuntimeError) as error:
+            raise ConfigError(
+                f"data: a target must be a text or class indices: {target!r:.60}"
+            ) from error
         return "".join(self._character(c) for c in numbers)
 
 
@@ -90,7 +95,11 @@ def make(cfg: Config) -> Ocr:
     alphabet = cfg.task_args.get("alphabet", "")
     if not isinstance(alphabet, str):
         raise ConfigError(f"task_args.alphabet: must be a text or a file: {alphabet!r:.40}")
-    file = cfg.resolve(alphabet) if alphabet and len(alphabet) < 256 else None
-    if file is not None and file.is_file():
+    try:
+        file = cfg.resolve(alphabet) if alphabet else None
+        found = file is not None and file.is_file()
+    except (OSError, RuntimeError, ValueError):  # too long for a name, or ~ and no user: a text
+        file, found = None, False
+    if file is not None and found:
         alphabet = "".join(line.rstrip("\n\r") or " " for line in file.open(encoding="utf-8"))
     return Ocr(alphabet, option(cfg, "measure", MEASURES), postprocess_of(cfg))

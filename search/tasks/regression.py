@@ -16,7 +16,7 @@ DELTA = 1.25
 
 
 class Regression(PredictionTask):
-    """A number, vector or map for each sample; targets of the same shape, entries that are not finite do not count.
+    """A number, vector or map for each sample; targets of the same shape (sides of 1 aside), entries that are not finite do not count.
 
     Args:
         measure: ``mae``; ``rmse`` of a sample; ``absrel``: mean of |error| / target over targets above 0; ``delta``: share of
@@ -41,7 +41,7 @@ class Regression(PredictionTask):
         return torch.stack([self._value(p, t.double()) for p, t in pairs])
 
     def _value(self, found: Tensor, target: Tensor) -> Tensor:
-        if found.numel() != target.numel():
+        if found.squeeze().shape != target.squeeze().shape:
             raise ConfigError(
                 f"data: a prediction of shape {tuple(found.shape)} for a target of {tuple(target.shape)}"
             )
@@ -52,7 +52,8 @@ class Regression(PredictionTask):
         found, target = found[used], target[used]
         if not len(target):
             return torch.tensor(float("nan"), dtype=torch.float64)
-        error = (found - target).abs()
+        # a prediction that is not finite is as wrong as can be, and does not pass for a target that says nothing
+        error = (found - target).abs().nan_to_num(float("inf"), float("inf"))
         if self.metric == "mae":
             return error.mean()
         if self.metric == "rmse":

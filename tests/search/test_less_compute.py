@@ -11,7 +11,7 @@ from torch.utils.data import TensorDataset
 
 from search.config.schema import SearchConfig
 from tests.search.cli.test_main import load, quantfix
-from tests.search.small import Splits, Unlabelled
+from tests.search.small import Splits, Unlabeled
 
 CONFIG = """
 task: classification
@@ -67,7 +67,7 @@ def images() -> Splits:
     )
     with torch.no_grad():
         y = wide()(x).argmax(1)
-    return Splits(Unlabelled(calibration), TensorDataset(x, y))
+    return Splits(Unlabeled(calibration), TensorDataset(x, y))
 
 
 @pytest.mark.slow

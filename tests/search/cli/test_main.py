@@ -264,7 +264,7 @@ def test_ctrl_c_says_what_to_type_to_go_on(
     def stop(*args: object, **named: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("search.cli.commands.run_search", stop)
+    monkeypatch.setattr("search.optimize.run_search", stop)
     assert quantfix(monkeypatch, "run", config, "--out", tmp_path / "out", "-q") == 130
     assert f"To go on: quantfix run {config} --out" in capsys.readouterr().err
     assert (tmp_path / "out" / "front.json").exists()

@@ -95,11 +95,12 @@ def test_the_config_cannot_be_changed(tmp_path: Path) -> None:
         (
             "classification",
             "clasification",
-            "run.yaml:1: task: should be 'classification', 'detection', 'video' or 'custom'; "
+            "run.yaml:1: task: should be 'classification', 'detection', 'video', 'custom', 'segmentation', "
+            "'keypoints', 'regression', 'ocr', 'embedding' or 'unlabelled'; "
             "is 'clasification'; did you mean classification?",
         ),
         ("zoo:net", "zoo.net", 'run.yaml:2: model.factory: must be "module:callable"; is'),
-        ("factory:", "timm: x, factory:", "model: needs one of timm, torchvision, factory"),
+        ("factory:", "timm: x, factory:", "model: needs one of timm, torchvision, onnx, exported, factory"),
         ("factory:", "weights: x, factory:", "run.yaml:2: model: weights go with timm"),
         ("npz: digits.npz, ", "", "run.yaml:3: data: needs one of factory, imagefolder, csv"),
         ("npz:", "digits: 32, npz:", "digits; found npz and digits"),
