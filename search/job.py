@@ -154,7 +154,10 @@ def load_network(cfg: Config, progress: Progress = silent, given: Given | None =
         said = None if cfg.outputs is None else declared(cfg.outputs)
         facts.FIDELITY.put(gm, measure_fidelity(gm, found, said, goal.purpose))
     except MeaningError as error:
-        raise ConfigError(f"{cfg.path.name}: {error}") from error
+        if cfg.outputs is not None:
+            raise ConfigError(f"{cfg.path.name}: {error}") from error
+        fact = f"output {str(error).removeprefix('outputs: ')}"
+        raise ConfigError(f"model: does not fit task {goal.name}: {fact}") from error
     engine = engine_of(cfg, gm, found[0][:2])
     file = trial(gm, target(cfg.target), found, engine)
     return Network(cfg, gm, data, goal, tuple(found), engine, file)

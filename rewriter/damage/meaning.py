@@ -297,7 +297,7 @@ def _classes(origin: Origin, *, assumed: bool) -> Meaning:
 
 
 def _first(node: fx.Node, origin: Origin, purpose: Purpose) -> Meaning:
-    shape, end = node.meta.get("shape", ()), _ending(origin)
+    shape, end = facts.SHAPE.get(node, ()), _ending(origin)
     kind = _FIRST[purpose]
     if purpose in ("pixels", "steps"):
         axis = 1 if purpose == "pixels" else len(shape) - 1

@@ -86,7 +86,6 @@ SHAPE: Fact[Any] = Fact(
         "fitting",
         "graph",
         "int8",
-        "plan",
         "repair",
         "rules",
         "search",
@@ -105,7 +104,7 @@ LAYER: Fact[str] = Fact("layer", ("rules", "tracing"), ("graph", "rules", "traci
 CHANNEL_RANGE: Fact[Ranges] = Fact(
     "channel_range",
     ("assemble", "graph", "plan", "rules", "sensitivity", "surgery"),
-    ("fitting", "graph", "plan", "rules", "sensitivity", "surgery"),
+    ("fitting", "graph", "rules", "sensitivity", "surgery"),
 )
 """Smallest and largest calibration value of each channel, (C,) each."""
 INFLUENCE: Fact[Tensor] = Fact(

@@ -13,6 +13,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from rewriter.int8.integer_grid import steps
+
 _LEFT = 20  # bits by which a sum shifts its inputs before it scales them
 
 
@@ -72,7 +74,7 @@ class FixedPointAdd(nn.Module):
     def forward(self, x: Tensor, y: Tensor) -> Tensor:
         total: Tensor | int = 0
         for value, step, factor in zip((x, y), self.steps, self.factors, strict=False):
-            whole = torch.round(value / step).long() << _LEFT
+            whole = steps(value, step).long() << _LEFT
             total = total + scaled(whole, torch.tensor(factor))
         q = scaled(torch.as_tensor(total), torch.tensor(self.factors[2]))
         return (q * self.out).to(x.dtype)
@@ -87,7 +89,7 @@ class FixedPointMultiply(nn.Module):
         self.steps, self.out, self.factor = (a, b), out, a * b / out
 
     def forward(self, x: Tensor, y: Tensor) -> Tensor:
-        whole = torch.round(x / self.steps[0]) * torch.round(y / self.steps[1])
+        whole = steps(x, self.steps[0]) * steps(y, self.steps[1])
         return (scaled(whole, torch.tensor(self.factor)) * self.out).to(x.dtype)
 
 
@@ -102,7 +104,7 @@ class FixedPointAverage(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         p, count = self.pool, self.count
-        whole = torch.round(x / self.scale)
+        whole = steps(x, self.scale)
         mean = functional.avg_pool2d(whole, p.kernel_size, p.stride, p.padding, p.ceil_mode, True)
         total = torch.round(mean * count).long() + self.zero_point * count
         half = torch.where(total > 0, count // 2, -(count // 2))

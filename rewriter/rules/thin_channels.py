@@ -131,7 +131,7 @@ def kept_counts(channels: int, unit: int) -> dict[int, int]:
     >>> kept_counts(32, 1)
     {75: 24, 50: 16}
     >>> kept_counts(10, 1)
-    {}
+    {75: 8}
     """
     multiple = _multiple(channels, unit)
     nearest: dict[int, int] = {}

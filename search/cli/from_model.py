@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import Any
 
@@ -49,13 +50,17 @@ def config_of_model(
     path = folder / "config.yaml"
     if images is None:
         if path.is_file():
+            if any(v is not None for v in (target, shape, mean, std)):
+                raise ConfigError(
+                    f"fix: --target, --shape, --mean and --std go with --images; {path} is there: edit it"
+                )
             return load_config(path)
         raise ConfigError(
             "fix: --images DIR: missing: a folder of images to calibrate and to judge on"
         )
     if not images.is_dir():
         raise ConfigError(f"fix: --images: no such folder: {images}")
-    sizes = [int(v) for v in _numbers(shape, "--shape")] if shape else None
+    sizes = _sizes(shape) if shape is not None else None
     try:
         found = file_sizes(model, sizes)
     except TraceError as error:
@@ -69,11 +74,11 @@ def config_of_model(
     data: dict[str, Any] = {"imagefolder": str(images.absolute())}
     data["size"] = height if height == width else [height, width]
     for name, given, otherwise in (("mean", mean, IMAGENET_MEAN), ("std", std, IMAGENET_STD)):
-        values = _numbers(given, f"--{name}") if given else list(otherwise)
-        if given and len(values) != channels:
+        values = list(otherwise) if given is None else _numbers(given, f"--{name}")
+        if given is not None and len(values) != channels:
             raise ConfigError(f"fix: --{name}: {len(values)} numbers for {channels} channels")
         data[name] = values if len(values) == channels else [sum(values) / len(values)]
-    if not (mean and std) and not quiet:
+    if (mean is None or std is None) and not quiet:
         say(
             f"pixels are normalized by mean {data['mean']}, std {data['std']}: assumed; --mean and --std say otherwise"
         )
@@ -90,14 +95,33 @@ def config_of_model(
         "search": {"trials": TRIALS},
     }
     folder.mkdir(parents=True, exist_ok=True)
+    before = path.read_bytes() if path.is_file() else None
     path.write_text(
         HEAD.format(model=model.name) + yaml.safe_dump(content, sort_keys=False), encoding="utf-8"
     )
-    return load_config(path)
-
-
-def _numbers(text: str | None, option: str) -> list[float]:
     try:
-        return [float(v) for v in str(text).split(",")]
+        return load_config(path)
+    except ConfigError:
+        # what is refused is not there for the next command to read
+        if before is None:
+            path.unlink()
+        else:
+            path.write_bytes(before)
+        raise
+
+
+def _sizes(text: str) -> list[int]:
+    values = _numbers(text, "--shape")
+    if any(v < 1 or v != int(v) for v in values):
+        raise ConfigError(f"fix: --shape: must be whole numbers above 0: {text}")
+    return [int(v) for v in values]
+
+
+def _numbers(text: str, option: str) -> list[float]:
+    try:
+        values = [float(v) for v in text.split(",")]
     except ValueError:
-        raise ConfigError(f"fix: {option}: must be numbers separated by commas: {text}") from None
+        values = []
+    if not values or not all(map(math.isfinite, values)):
+        raise ConfigError(f"fix: {option}: must be numbers separated by commas: {text}")
+    return values

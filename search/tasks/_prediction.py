@@ -45,8 +45,9 @@ class PredictionTask:
     def per_sample(self, outputs: Sequence[Tensor], targets: Any) -> Tensor | None:
         """(n,) value of each sample, whose mean is the metric; a sample that says nothing counts as the mean."""
         found = self.values(self.prediction(outputs), targets).double()
-        known = found[~found.isnan()]
-        return found.nan_to_num(float(known.mean()) if len(known) else float("nan"))
+        says = ~found.isnan()
+        # not by nan_to_num, which makes a finite number of an infinite error too
+        return torch.where(says, found, found[says].mean())
 
     def score(self, outputs: Sequence[Tensor], targets: Any, index: Any = None) -> float:
         """The mean value of all samples, or of those that `index` lists."""

@@ -39,8 +39,11 @@ class Embedding(Custom):
         """The measure of all samples, or of those that `index` lists; a sample is no pair with its own repeat."""
         rows = torch.arange(len(targets)) if index is None else torch.as_tensor(index)
         nested = self.unflatten([o[rows] for o in outputs] if index is not None else list(outputs))
-        kept = torch.as_tensor(targets)[rows]
-        return measured(nested, kept, self.metric, rows)
+        try:
+            identity = torch.as_tensor(targets)[rows]
+        except (TypeError, ValueError, RuntimeError) as error:
+            raise ConfigError(f"data: targets must be identities: {targets!r:.60}") from error
+        return measured(nested, identity, self.metric, rows)
 
 
 def measured(outputs: Any, targets: Any, measure: str, rows: Tensor | None = None) -> float:

@@ -101,5 +101,6 @@ def make(cfg: Config) -> Ocr:
     except (OSError, RuntimeError, ValueError):  # too long for a name, or ~ and no user: a text
         file, found = None, False
     if file is not None and found:
-        alphabet = "".join(line.rstrip("\n\r") or " " for line in file.open(encoding="utf-8"))
+        with file.open(encoding="utf-8") as lines:
+            alphabet = "".join(line.rstrip("\n\r") or " " for line in lines)
     return Ocr(alphabet, option(cfg, "measure", MEASURES), postprocess_of(cfg))

@@ -28,6 +28,9 @@ ROOT = Path(__file__).resolve().parents[2] / "rewriter"
 # what rounds whole numbers of something else than a stored tensor, or runs in numpy for speed
 ELSEWHERE = {
     "int8/integer_grid.py",
+    "int8/fixed_point.py",  # the mean of a kernel in fixed point
+    "int8/litert/activations.py",  # integers of a file, in numpy
+    "int8/litert/session.py",  # inputs of a file, in numpy
     "int8/simulate.py",  # a kernel's requantization and the fused additions of QLinearAdd
     "repair/weight_rounding.py",
     "repair/activation_ranges.py",

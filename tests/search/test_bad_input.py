@@ -63,7 +63,7 @@ KEYS = [
     ),
     Bad(
         "unknown engine",
-        ("engine: should be 'auto', 'onnxruntime' or 'simulate'",),
+        ("engine: unknown: 'ort' (known: litert, onnxruntime, ",),
         {"engine": "ort"},
     ),
     Bad(
@@ -79,7 +79,10 @@ KEYS = [
     ),
     Bad(
         "postprocess of no detector",
-        ("postprocess goes with task detection, not classification",),
+        (
+            "postprocess goes with task detection, segmentation, keypoints, regression, ocr, "
+            "not classification",
+        ),
         {"postprocess": {"factory": "wrong:Decode"}},
     ),
     Bad(
@@ -188,8 +191,13 @@ MODELS = [
     ),
     Bad(
         "size that depends on values",
-        ("output 0 has no row for each input",),
+        ("model: does not fit task classification: output 0: axis 1: the shape is (N, )",),
         model("chosen", "wrong:around"),
+    ),
+    Bad(
+        "one row for all inputs",
+        ("model: output 0 has no row for each input",),
+        model("pooled", "wrong:around"),
     ),
     Bad("no logits", ("classification needs logits (n, classes)",), model("maps", "wrong:around")),
     Bad(

@@ -26,6 +26,8 @@ class Around(nn.Module):
             return y * 2
         if self.kind == "maps":
             return x * y.mean()
+        if self.kind == "pooled":
+            return y.mean(0, keepdim=True)
         if self.kind == "log":
             return torch.log(y)
         return y[y > 0] if self.kind == "chosen" else y

@@ -58,7 +58,8 @@ def setup(
     model = randomise(make(), 1)
     x = torch.randn(10, 3, 13, 11, generator=torch.Generator().manual_seed(2))
     gm = trace(model, x[:2])
-    fidelity = measure_fidelity(gm, [x], declared([kind] * len(outputs(gm))))
+    kinds = [kind] * len(outputs(gm)) if isinstance(kind, str) else kind
+    fidelity = measure_fidelity(gm, [x], declared(kinds))
     return quantize(gm, target(name), [x]), fidelity, x
 
 

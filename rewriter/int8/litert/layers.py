@@ -15,7 +15,7 @@ from torch import Tensor, fx, nn
 
 from rewriter.errors import QuantizeError
 from rewriter.int8.annotate import annotation
-from rewriter.int8.integer_grid import quantize_weight
+from rewriter.int8.integer_grid import bias_steps, quantize_weight
 from rewriter.int8.litert.builder import (
     Emission,
     UnsupportedError,
@@ -124,7 +124,7 @@ def _weights(
     scales: Array = scale.numpy().astype(np.float32)
     w = e.w.constant(f"{e.place}.weight", q, Grid(scales, 0, axis if scale.ndim else None))
     step = scale * torch.tensor(e.params(source_of(node))[0], dtype=torch.float32)
-    steps = torch.round(zeros.double() / step.double())
+    steps = bias_steps(zeros, step)
     if float(steps.abs().max()) > _INT32:
         raise QuantizeError(
             f"{node.name}: bias: {float(steps.abs().max()):.3g} steps of input scale x weight scale, an int32 "

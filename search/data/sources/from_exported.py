@@ -57,7 +57,8 @@ def _refuse_objects(path: Path) -> None:
             f"model.exported: {path.name}: no archive of torch.export.save: {error}"
         ) from error
     for name in names:
-        if any(kind in name for kind in _OBJECTS):
+        # the first folder is called as the file was; torch finds a record whatever its case
+        if any(kind in name.partition("/")[2].lower() for kind in _OBJECTS):
             raise ConfigError(
                 f"model.exported: {path.name}: holds an object ({name}): refused, only tensors are read"
             )

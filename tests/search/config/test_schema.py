@@ -100,7 +100,11 @@ def test_the_config_cannot_be_changed(tmp_path: Path) -> None:
             "is 'clasification'; did you mean classification?",
         ),
         ("zoo:net", "zoo.net", 'run.yaml:2: model.factory: must be "module:callable"; is'),
-        ("factory:", "timm: x, factory:", "model: needs one of timm, torchvision, onnx, exported, factory"),
+        (
+            "factory:",
+            "timm: x, factory:",
+            "model: needs one of timm, torchvision, onnx, exported, factory",
+        ),
         ("factory:", "weights: x, factory:", "run.yaml:2: model: weights go with timm"),
         ("npz: digits.npz, ", "", "run.yaml:3: data: needs one of factory, imagefolder, csv"),
         ("npz:", "digits: 32, npz:", "digits; found npz and digits"),
