@@ -173,7 +173,7 @@ CONSTANT_OUTPUTS: Fact[dict[int, Any]] = Fact(
 """The outputs that are no tensors, by number."""
 CALIBRATION: Fact[Any] = Fact("calibration", ("search",), ("assemble", "sensitivity"))
 """How ranges are found: ``minmax``, ``percentile`` or ``mse``."""
-SCHEME: Fact[Any] = Fact("scheme", ("plan", "search"), ("rules",))
+SCHEME: Fact[Any] = Fact("scheme", ("plan", "quantfix", "search"), ("rules",))
 """The target, a ``rewriter.int8.QuantScheme``."""
 REPAIRS: Fact[frozenset[str]] = Fact("repairs", ("rules",), ("assemble", "rules"))
 """The repairs that steps of a plan asked for."""

@@ -44,7 +44,8 @@ def propagate_shapes(gm: fx.GraphModule) -> None:
             return value
 
     kind = next((p.dtype for p in gm.parameters() if p.is_floating_point()), torch.float32)
-    zeros = [torch.zeros(1, *shape, dtype=kind) for shape in facts.EXAMPLE.of(gm)]
+    device = device_of(gm)
+    zeros = [torch.zeros(1, *s, dtype=kind, device=device) for s in facts.EXAMPLE.of(gm)]
     with torch.no_grad():
         Shapes(gm).run(*zeros)
 

@@ -20,7 +20,7 @@ from rewriter.graph.axes import channel_axes
 from rewriter.graph.channel_ranges import channel_range
 from rewriter.graph.interpret import walk
 from rewriter.graph.lookup import module_of
-from rewriter.int8.annotate import annotation, moves_values
+from rewriter.int8.annotate import annotation, is_layer, moves_values
 from rewriter.int8.calibrate import input_scale
 from rewriter.int8.scheme import channel_axis, weight_scale
 from rewriter.int8.simulate import Quantized
@@ -96,7 +96,7 @@ def find_causes(
         inputs: (N, ...) a few inputs of the kind the network will see.
     """
     values = {v for n in harmful for v in (*_read(n), *_returned(quantized, screening, n))}
-    values |= {s for v in values for s in _sources(v)}
+    values |= {s for v in values for s in (*_sources(v), *_before(quantized, v))}
     usage = _usage(quantized, values, inputs)
     fidelity = fidelity_of(quantized.gm, [inputs])
     used = {v: useful_share(quantized, v, fidelity) for v in values if _stored(quantized, v)}
@@ -121,7 +121,8 @@ def _causes_of(
         found += _weight_causes(quantized, node, usage)
     if read >= SIDE * total:
         for value in _read(node):
-            found += _idle(value, used) or _value_causes(quantized, value, usage)
+            idle = [c for v in (value, *_before(quantized, value)) for c in _idle(v, used)]
+            found += idle or _value_causes(quantized, value, usage)
     if returned >= SIDE * total:
         for value in _returned(quantized, screening, node):
             found += _idle(value, used) or _output_causes([value], usage)
@@ -134,6 +135,13 @@ def _idle(value: fx.Node, used: Mapping[fx.Node, float]) -> list[Cause]:
     found: list[Cause] = []
     _name(found, "idle_range", used.get(value, 1.0), value.name)
     return found
+
+
+def _before(quantized: Quantized, value: fx.Node) -> list[fx.Node]:
+    """The values that an activation reads rounded, of which ``value`` is the result: no layer is charged with them."""
+    if value.op != "call_module" or is_layer(quantized.gm, value):
+        return []
+    return _read(value)
 
 
 def _strength(cause: Cause) -> float:

@@ -87,14 +87,14 @@ def test_a_layer_that_was_split_has_16_bits_as_a_whole() -> None:
 
 
 class Head(nn.Module):
-    """Two layers whose sum with a float is returned: the last is read in float."""
+    """A linear layer whose result is computed with in float: its kernel writes floats."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.a, self.b = nn.Conv2d(3, 6, 3), nn.Conv2d(6, 4, 1)
+        self.a, self.b = nn.Conv2d(3, 6, 3), nn.Linear(6, 4)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.b(self.a(x)) * 2.0
+        return torch.erf(self.b(self.a(x).mean((2, 3))))
 
 
 def test_refuses_a_value_that_is_read_in_float() -> None:

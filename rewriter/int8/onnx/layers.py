@@ -117,7 +117,11 @@ def _by_phases(e: Emission, node: fx.Node, m: Any) -> bool:
         return False
     plain = m.stride[0] == m.stride[1] and tuple(m.dilation) == (1, 1)
     reads = source_of(node).name in e.note(node).reads
-    return plain and reads and e.note(node).weight is not None and _owner(e, node) is not None
+    owner = _owner(e, node)
+    if not plain or not reads or e.note(node).weight is None or owner is None:
+        return False
+    # a reader in float would find the value rounded, since it is moved in int8
+    return all(owner.name in e.note(user).reads for user in owner.users)
 
 
 def _owner(e: Emission, node: fx.Node) -> fx.Node | None:
