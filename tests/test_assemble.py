@@ -189,7 +189,8 @@ def test_another_process_finds_what_one_has_stored(tmp_path: Path) -> None:
         words = [sys.executable, "-c", STORED.replace("FOLDER", repr(str(tmp_path)))]
         subprocess.run(words, check=True, env={**os.environ, "PYTHONHASHSEED": seed}, cwd=ROOT)
         files.append(set(tmp_path.rglob("*.safetensors")))
-    assert len(files[0]) == 3  # the fit, what was measured of the network, and the whole plan
+    # the fit, what was measured of the network, its ranges, each repaired layer, and the whole plan
+    assert len(files[0]) > 3
     assert files[0] == files[1] == files[2]
 
 

@@ -109,7 +109,7 @@ def test_the_first_rungs_bring_a_collapsed_detector_back() -> None:
     rungs: tuple[Rung, ...] = climb(
         gm, score, splits=exact_splits(gm, find_sites(gm), {reader: 1})
     )
-    assert rungs[0].damage > 0.1
+    assert rungs[0].damage > 0.05  # relative squared error, mean over the groups of the outputs
     assert rungs[2].kept
     assert rungs[2].damage < 0.1 * rungs[0].damage
 

@@ -85,7 +85,7 @@ def test_a_run_measures_what_the_record_says(file: Path, tmp_path: Path) -> None
     """Other processors round otherwise, by an image or two; a claim of points has to hold."""
     found = json.loads(file.read_text())
     job = open_job(load_config(ROOT / found["command"].split()[-1]), tmp_path, threads=1)
-    plain = job.evaluator(Plan(), whole=True)
+    plain = job.evaluator.score(Plan(), "whole")
     baseline = job.evaluator.baseline()
     assert plain.error is None
     assert baseline.float == pytest.approx(found["baseline"]["float"], abs=0.003)

@@ -335,7 +335,7 @@ def _stand_alone(gm: fx.GraphModule, nodes: list[fx.Node], affine: Affine) -> No
         _with(conv, scale.reshape(conv.weight.shape), shift)
         target = _place(gm, nodes, conv)
         last.op, last.target, last.args = "call_module", target, (affine.source,)
-        facts.LAYER.put(last, target)
+        facts.LAYER.put(last, facts.LAYER.get(last, target))
     else:
         return
     last.kwargs = {}
