@@ -180,7 +180,7 @@ def test_a_tutorial_can_be_followed(name: str, tmp_path: Path) -> None:
     for words in commands(path):
         if words[0] == "quantfix" and words[2].startswith("configs/"):
             continue  # shipped examples have tests of their own
-        program = {"quantfix": ["-m", "search.cli.main"], "python": []}[words[0]]
+        program = {"quantfix": ["-m", "search.cli"], "python": []}[words[0]]
         found = subprocess.run(
             [sys.executable, *program, *words[1:]],
             cwd=tmp_path, capture_output=True, text=True, timeout=800,

@@ -182,7 +182,7 @@ def test_a_run_killed_while_it_trains_goes_on_to_the_same_result(tmp_path: Path)
     words = [
         sys.executable,
         "-m",
-        "search.cli.main",
+        "search.cli",
         "run",
         config,
         "--finetune",
