@@ -4,7 +4,7 @@ Random weights with batch norm settled on random images; every network in a proc
 a CSV file; rows that are there already are kept unless named.
 
     python benchmarks/sweep.py benchmarks/data/sweep.csv              # all that are missing
-    python benchmarks/sweep.py /tmp/some.csv timm/resnet18 torchvision/swin_t
+    python benchmarks/sweep.py some.csv timm/resnet18 torchvision/swin_t
 """
 
 from __future__ import annotations
