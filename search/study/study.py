@@ -9,6 +9,7 @@ interrupted and resumed goes the way of one that was not.
 from __future__ import annotations
 
 import logging
+import threading
 import time
 import warnings
 from collections.abc import Callable, Generator, Mapping, Sequence
@@ -32,6 +33,9 @@ from search.study.queue import claim, give_back, keeping, user_entries_wait
 from search.study.storage import recover, working
 
 log = logging.getLogger(__name__)
+
+# The filters of warnings belong to the process: threads that change them at once undo each other's.
+_SETTING_UP = threading.Lock()
 
 Evaluator = Callable[[Plan], Score]
 """Plans worth trying before any search, best first, given the scores by plan text so far."""
@@ -130,7 +134,7 @@ def search(
     began = time.monotonic()
     judged: set[str] = set()
     with _quiet_optuna(), working(records.folder / "workers") as worker:
-        with warnings.catch_warnings():
+        with _SETTING_UP, warnings.catch_warnings():
             warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
             study = optuna.create_study(
                 study_name=settings.name,
