@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import functools
 from collections import defaultdict
 from pathlib import Path
 from types import SimpleNamespace
@@ -23,6 +24,7 @@ def package(path: Path) -> str:
     return parts[1] if parts[0] == "rewriter" else parts[0]
 
 
+@functools.cache
 def used() -> dict[str, tuple[set[str], set[str]]]:
     """By the name of a fact, the packages that write and that read it."""
     found: dict[str, tuple[set[str], set[str]]] = defaultdict(lambda: (set(), set()))

@@ -267,6 +267,7 @@ def test_a_wrong_scale_would_be_seen() -> None:
     assert not torch.allclose(gm(x), expected, rtol=1e-4)
 
 
+@pytest.mark.slow
 @settings(deadline=None, max_examples=15, derandomize=True)
 @given(networks.seeds)
 def test_random_networks_keep_their_function(seed: int) -> None:

@@ -58,6 +58,7 @@ def test_no_pixel_sits_on_a_rounding_tie_of_the_input() -> None:
     assert distance.min() > 2e-4  # of a step; float32 is a hundred times finer
 
 
+@pytest.mark.slow
 def test_training_is_fixed_by_its_seed_and_leaves_the_global_generator_alone() -> None:
     torch.manual_seed(5)
     before = torch.get_rng_state()

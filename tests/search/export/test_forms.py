@@ -46,6 +46,7 @@ def evaluator(folder: Path, name: str = "onnxruntime", engine: str = "onnxruntim
     )
 
 
+@pytest.mark.slow
 def test_every_form_is_written_run_and_described(tmp_path: Path) -> None:
     evaluate = evaluator(tmp_path / "run")
     written = export_forms(evaluate, Plan.parse("merge_separable@dw_0"), tmp_path, INSTALLED)

@@ -92,6 +92,7 @@ def test_the_same_call_again_does_only_what_is_missing(tmp_path: Path) -> None:
     assert (outcome.plans, len(evaluate.scored)) == (15, 3)
 
 
+@pytest.mark.slow
 def test_the_seed_decides_and_the_same_seed_repeats(tmp_path: Path) -> None:
     one, two, other = (
         run(tmp_path / n, seed=s)[1].scored for n, s in (("a", 1), ("b", 1), ("c", 2))
