@@ -160,7 +160,7 @@ def module(node: fx.Node) -> nn.Module:
     [
         pytest.param(Yolox, id="x", marks=pytest.mark.slow),
         pytest.param(lambda: Yolox(decode=True), id="xd", marks=pytest.mark.slow),
-        pytest.param(Yolov8, id="8"),
+        pytest.param(Yolov8, id="8", marks=pytest.mark.slow),
         pytest.param(Yolov5, id="5", marks=pytest.mark.slow),
     ],
 )
@@ -192,7 +192,7 @@ def test_a_whole_network_is_split_exactly_at_every_place(make: Callable[[], nn.M
     "make",
     [
         pytest.param(Yolox, id="x", marks=pytest.mark.slow),
-        pytest.param(Yolov8, id="8"),
+        pytest.param(Yolov8, id="8", marks=pytest.mark.slow),
         pytest.param(Yolov5, id="5", marks=pytest.mark.slow),
     ],
 )

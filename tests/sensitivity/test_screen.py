@@ -118,6 +118,7 @@ def test_screened_damage_comes_near_the_measured(kind: str, name: str) -> None:
     assert screening.predict([n.name for n in layers(q.gm)]) < 0.5 * screening.predict()
 
 
+@pytest.mark.slow
 def test_value_damage_is_that_of_rounding_one_value_for_all_its_readers() -> None:
     q, fidelity, x = setup(Small, "values")
     screening = screened(q, fidelity, x)
