@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -117,7 +118,7 @@ def test_the_front_of_random_plans_is_undominated_cheapest_first_and_never_empty
         for i in range(30)
     ]
     front = front_of(*entries)
-    points = [(s.macs, s.metric) for s in front.points]
+    points: list[Any] = [(s.macs, s.metric) for s in front.points]
     assert points
     assert points == sorted(points)
     assert set(points) == brute_force_pareto([p[0] for p in points], [p[1] for p in points])
