@@ -16,10 +16,10 @@ import argparse
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
-from torch.nn import functional
 
 from benchmarks.uneven_stem import images, train
 from rewriter import Plan, cost, find_sites, profile, target, trace
@@ -31,7 +31,6 @@ from rewriter.int8.onnx.export import to_onnx
 from rewriter.int8.onnx.session import Session
 from rewriter.ladder import best, climb, exact_splits
 from rewriter.sensitivity.analyze import analyze
-from rewriter.storage.cache import Store
 
 CALIBRATION = 128
 
@@ -43,7 +42,7 @@ class Scores:
         self, gm: fx.GraphModule, on: str, calibration: Tensor, x: Tensor, y: Tensor, store: Path
     ) -> None:
         self.gm, self.scheme, self.calibration = gm, target(on), calibration
-        self.x, self.y, self.store = x, y, Store(store)
+        self.x, self.y, self.store = x, y, store
         with torch.no_grad():
             self.reference = torch.cat([gm(part) for part in x.split(250)])
         self.float_level = self.level(self.reference)
@@ -143,7 +142,8 @@ def inverted(act: type[nn.Module], gate: type[nn.Module] | None, seed: int) -> n
         nn.Flatten(),
         nn.Linear(160, 10),
     )
-    uneven([net[0][1], *(m for b in net[1:4] for m in (b.expand[1], b.depth[1]))], seed)
+    blocks: Any = net
+    uneven([blocks[0][1], *(m for b in blocks[1:4] for m in (b.expand[1], b.depth[1]))], seed)
     return net
 
 
@@ -281,7 +281,7 @@ def plans(scores: Scores, given: argparse.Namespace) -> Iterator[tuple[str, Plan
     gm = scores.gm
     yield "plain int8", Plan()
     if given.ladder:
-        found = analyze(gm, scores.scheme, [scores.calibration])
+        found = analyze(gm, scores.scheme, [scores.calibration], scores.calibration)
         damage = {d.node: d.damage for d in found.layers}
         sites = [s for s in find_sites(gm) if given.new or s.rule not in given.without]
         rungs = climb(gm, scores, splits=exact_splits(gm, sites, damage))

@@ -61,7 +61,7 @@ def errors(found: list[Tensor], expected: list[Tensor], ending: str) -> list[flo
     axis = 1 if ending in ("bins", "weighted_sum") else 2
     parts: list[tuple[Tensor, Tensor]] = []
     for pair in zip(found, expected, strict=True):
-        sizes = [BOXES, pair[1].shape[axis] - BOXES] if pair is not None else []
+        sizes = [BOXES, pair[1].shape[axis] - BOXES]
         first = pair[1].ndim == 3 and pair[1].shape[axis] in (BOXES + CLASSES, BOXES + 1 + CLASSES)
         parts += zip(*(t.split(sizes, axis) for t in pair), strict=True) if first else [pair]
     return [float((a - b).square().mean() / b.square().mean()) for a, b in parts]

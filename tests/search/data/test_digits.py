@@ -156,9 +156,9 @@ def rounded(net: nn.Module, axis: int | None) -> nn.Module:
     net = copy.deepcopy(net)
     for module in list(net.modules()):
         if isinstance(module, nn.Sequential) and isinstance(module[0], nn.Conv2d):
-            norm = module[1]
-            assert isinstance(norm, nn.BatchNorm2d)
-            conv = fuse_conv_bn_eval(module[0], norm)
+            first, norm = module[0], module[1]
+            assert isinstance(first, nn.Conv2d) and isinstance(norm, nn.BatchNorm2d)
+            conv = fuse_conv_bn_eval(first, norm)
             module[0], module[1] = conv, nn.Identity()
             weight = conv.weight.data
             size = weight.abs().amax((1, 2, 3), keepdim=True) if axis == 0 else weight.abs().max()

@@ -100,7 +100,7 @@ def test_a_rule_for_the_whole_model_counts_with_what_it_makes(
 
 
 def test_the_parts_of_a_layer_in_float_count_once() -> None:
-    chain = nn.Sequential(nn.Conv2d(3, 8, 1), nn.SiLU(), nn.Conv2d(8, 4, 1))
+    chain: Any = nn.Sequential(nn.Conv2d(3, 8, 1), nn.SiLU(), nn.Conv2d(8, 4, 1))
     nn.init.uniform_(chain[0].weight, -0.01, 0.01)
     nn.init.uniform_(chain[0].weight[:2].data, 5, 9)
     gm = trace(chain.eval(), torch.randn(2, 3, 8, 8))

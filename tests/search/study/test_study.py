@@ -1,7 +1,9 @@
 from __future__ import annotations
 
 import multiprocessing
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import optuna
 import pytest
@@ -16,7 +18,7 @@ from tests.search import fake
 BUDGET = Budget(macs=1.15 * fake.MACS, float_layers=2)
 
 
-def worth(scores: dict[str, Score]) -> list[Plan]:
+def worth(scores: Mapping[str, Score]) -> list[Plan]:
     space = fake.space(BUDGET)
     first = reference_plans(
         sorted(fake.DAMAGE, key=lambda n: -fake.DAMAGE[n]), space
@@ -63,7 +65,8 @@ def test_finds_the_best_plan_within_the_budget(tmp_path: Path) -> None:
     assert plans is not None
     feasible = {str(p) for p in plans}
     best = min(fake.fake_damage(p) for p in plans)
-    assert min(s.damage for s in records.scores() if s.plan in feasible) == pytest.approx(best)
+    found: list[Any] = [s.damage for s in records.scores() if s.plan in feasible]
+    assert min(found) == pytest.approx(best)
 
 
 def test_each_trial_carries_what_a_dashboard_shows_and_its_constraints(tmp_path: Path) -> None:
@@ -239,7 +242,9 @@ def test_a_queue_that_others_emptied_meanwhile(
         if len(calls) % 3:
             return pop(study)
         if taken:  # and nothing is left in exchange
-            study.tell(pop(study), state=optuna.trial.TrialState.FAIL)
+            claimed = pop(study)
+            assert claimed is not None
+            study.tell(claimed, state=optuna.trial.TrialState.FAIL)
         return None
 
     monkeypatch.setattr(optuna.Study, "_pop_waiting_trial_id", too_late)
