@@ -19,6 +19,7 @@ from rewriter.rules.keep_float import KeepFloat
 from rewriter.rules.keep_int16 import KeepInt16
 from rewriter.rules.lower_resolution import SIDES, LowerResolution
 from rewriter.rules.merge_separable import MergeLinearSeparable, MergeSeparable
+from rewriter.rules.phase_transpose import PhaseTranspose
 from rewriter.rules.refine_ranges import RefineRanges
 from rewriter.rules.replace_activation import KINDS, ReplaceActivation
 from rewriter.rules.replace_block import ReplaceBlock
@@ -31,6 +32,7 @@ from rewriter.rules.split_head import AUTO, SplitHead, SplitHeadNamed
 from rewriter.rules.split_precision import SplitPrecision
 from rewriter.rules.split_range import SplitRange, SplitWeights
 from rewriter.rules.thin_channels import AMOUNTS, ThinChannels
+from rewriter.rules.unmerge_rep import UnmergeRep
 
 RULES: tuple[RewriteRule, ...] = (
     DropDeadChannels(),
@@ -45,6 +47,7 @@ RULES: tuple[RewriteRule, ...] = (
     # what is left of the network, upstream first
     *(ThinChannels(percent) for percent in AMOUNTS),
     *(LowerResolution(percent) for percent in SIDES),
+    PhaseTranspose(),
     ScaleNorm(),
     # before what divides their inputs: a layer that has become a sum is no head any more
     SplitHead(2),
@@ -59,6 +62,7 @@ RULES: tuple[RewriteRule, ...] = (
     SplitRange(4),
     SplitWeights(2),
     SplitWeights(3),
+    UnmergeRep(),
     SplitPrecision(),
     AddResidualWeights(),
     ReplaceRelu6(),
