@@ -21,7 +21,7 @@ from __future__ import annotations
 
 import copy
 import operator
-from collections.abc import Iterator
+from collections.abc import Iterator, Set
 from typing import ClassVar, Literal
 
 import torch
@@ -49,9 +49,18 @@ class AddResidualWeights(RewriteRule):
     stage: ClassVar[Literal["replace", "split", "thin", "resize"]] = "split"
 
     def match(self, gm: fx.GraphModule) -> Iterator[Site]:
-        for node in gm.graph.nodes:
-            if is_call(gm, node, *_DIVIDED) and not is_decoding(gm, node):
-                yield self.site(node, blocked=self._problem(gm, node))
+        return (self._site(gm, n) for n in gm.graph.nodes if _may_be_divided(gm, n))
+
+    def site_at(self, gm: fx.GraphModule, anchor: str) -> Site | None:
+        node = next((n for n in gm.graph.nodes if n.name == anchor), None)
+        return self._site(gm, node) if node is not None and _may_be_divided(gm, node) else None
+
+    def near(self, gm: fx.GraphModule, names: Set[str]) -> Iterator[Site]:
+        found = (n for n in gm.graph.nodes if n.name in names and _may_be_divided(gm, n))
+        return (self._site(gm, n) for n in found)
+
+    def _site(self, gm: fx.GraphModule, node: fx.Node) -> Site:
+        return self.site(node, blocked=self._problem(gm, node))
 
     def _problem(self, gm: fx.GraphModule, node: fx.Node) -> str:
         if facts.KEEP_FLOAT.get(node):
@@ -85,6 +94,10 @@ class AddResidualWeights(RewriteRule):
         for user in users:
             user.replace_input_with(node, total)
         facts.RESIDUAL_OF.put(rest, node.name)
+
+
+def _may_be_divided(gm: fx.GraphModule, node: fx.Node) -> bool:
+    return is_call(gm, node, *_DIVIDED) and not is_decoding(gm, node)
 
 
 def _read_in_float(gm: fx.GraphModule, node: fx.Node) -> bool:

@@ -52,6 +52,11 @@ class ScaleNorm(RewriteRule):
             if is_call(gm, node, nn.LayerNorm):
                 yield self._site(gm, node)
 
+    def site_at(self, gm: fx.GraphModule, anchor: str) -> Site | None:
+        node = next((n for n in gm.graph.nodes if n.name == anchor), None)
+        found = node is not None and is_call(gm, node, nn.LayerNorm)
+        return self._site(gm, node) if found and node is not None else None
+
     def _site(self, gm: fx.GraphModule, node: fx.Node) -> Site:
         norm = module_of(gm, node)
         found = _readers(gm, node)

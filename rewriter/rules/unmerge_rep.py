@@ -42,9 +42,16 @@ class UnmergeRep(RewriteRule):
     stage: ClassVar[Literal["replace", "split", "thin", "resize"]] = "split"
 
     def match(self, gm: fx.GraphModule) -> Iterator[Site]:
-        for node in gm.graph.nodes:
-            if is_call(gm, node, nn.Conv2d) and _may_hold_identity(module_of(gm, node)):
-                yield self.site(node, blocked=_problem(module_of(gm, node)))
+        return (site for n in gm.graph.nodes if (site := self._site(gm, n)) is not None)
+
+    def site_at(self, gm: fx.GraphModule, anchor: str) -> Site | None:
+        node = next((n for n in gm.graph.nodes if n.name == anchor), None)
+        return None if node is None else self._site(gm, node)
+
+    def _site(self, gm: fx.GraphModule, node: fx.Node) -> Site | None:
+        if is_call(gm, node, nn.Conv2d) and _may_hold_identity(module_of(gm, node)):
+            return self.site(node, blocked=_problem(module_of(gm, node)))
+        return None
 
     def apply(self, gm: fx.GraphModule, site: Site) -> None:
         node = find(gm, site.anchor)
