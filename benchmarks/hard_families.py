@@ -33,6 +33,11 @@ from rewriter.ladder import best, climb, exact_splits
 from rewriter.sensitivity.analyze import analyze
 
 CALIBRATION = 128
+# Rules that the ladder is also climbed without.
+NEW = (
+    *("replace_activation", "scale_norm", "float_trunk", "float_gate", "fold_gate"),
+    *("split_precision", "add_residual_weights", "unmerge_rep", "phase_transpose"),
+)
 
 
 class Scores:
@@ -278,13 +283,24 @@ def plans(scores: Scores, given: argparse.Namespace) -> Iterator[tuple[str, Plan
     gm = scores.gm
     yield "plain int8", Plan()
     if given.ladder:
-        found = analyze(gm, scores.scheme, [scores.calibration])
+        found = analyze(
+            gm, scores.scheme, [scores.calibration], scores.calibration[:48], race=False
+        )
         damage = {d.node: d.damage for d in found.layers}
-        sites = [s for s in find_sites(gm) if given.new or s.rule not in given.without]
-        rungs = climb(gm, scores, splits=exact_splits(gm, sites, damage))
+        rungs = climb(gm, scores, splits=exact_splits(gm, find_sites(gm), damage))
+        today = [r for r in rungs if not any(s.rule.startswith(NEW) for s in r.plan.steps)]
         for rung in rungs:
             if given.verbose and not rung.note:
                 yield f"  {rung.name}{'' if rung.kept else ' (not kept)'}", rung.plan
+            elif rung.note and given.verbose:
+                print(f"  {rung.name}: {rung.note}")
+        if len(today) < len(rungs):
+            splits = [
+                (name, steps)
+                for name, steps in exact_splits(gm, find_sites(gm), damage)
+                if not any(s.rule.startswith(NEW) for s in steps)
+            ]
+            yield "ladder without newer rules", best(climb(gm, scores, splits=splits)).plan
         yield "ladder", best(rungs).plan
         below = best(rungs).plan
         for text in given.plan:
@@ -301,8 +317,6 @@ def main() -> None:
     parser.add_argument("--target", default="onnxruntime")
     parser.add_argument("--plan", action="append", default=[], help="steps to score as well")
     parser.add_argument("--ladder", action="store_true", help="climb the free ladder first")
-    parser.add_argument("--new", action="store_true", help="with the rungs of newer rules")
-    parser.add_argument("--without", nargs="*", default=[])
     parser.add_argument("--verbose", action="store_true")
     parser.add_argument("--sites", default="", help="list the sites of rules that begin so")
     parser.add_argument("--weights", type=Path, default=Path("hard_families"))

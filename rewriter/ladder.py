@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Protocol
 
 from torch import fx
@@ -38,6 +38,7 @@ FITTED_DAMAGE = 0.02
 
 
 EMPTY = Plan()
+SCALED = Step("equalize", "model")
 Splits = Sequence[tuple[str, tuple[Step, ...]]]
 
 
@@ -116,7 +117,12 @@ def climb(
     # what changes the float network as well: only for damage that nothing else takes away
     for name, steps in splits:
         if _is_fitted(steps) and best(rungs).damage > FITTED_DAMAGE:
-            rungs.append(_split(score, best(rungs), name, steps))
+            below = best(rungs)
+            rungs.append(_split(score, below, name, steps))
+            if SCALED not in below.plan.steps:  # which may pass now
+                rungs.append(_split(score, below, f"{name}, equalized", (*steps, SCALED)))
+                better = rungs[-1].damage < best(rungs[:-1]).damage
+                rungs[-1] = replace(rungs[-1], kept=rungs[-1].kept and better)
     return tuple(rungs)
 
 
