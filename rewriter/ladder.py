@@ -15,7 +15,18 @@ from rewriter.graph import facts
 from rewriter.plan import Plan, Step, rule_named
 from rewriter.rules import Site
 
-__all__ = ["HEAD", "RANGES", "REMEDIES", "TAIL", "Rung", "Splits", "best", "climb", "exact_splits"]
+__all__ = [
+    "AT_PLACES",
+    "HEAD",
+    "RANGES",
+    "REMEDIES",
+    "TAIL",
+    "Rung",
+    "Splits",
+    "best",
+    "climb",
+    "exact_splits",
+]
 
 log = logging.getLogger(__name__)
 
@@ -193,6 +204,10 @@ SPLIT_PLACES = 4
 REPLACE, REPLACED = "replace_activation_relu", 5
 # One step at every place.
 EVERYWHERE = (("layer norms scaled", "scale_norm"), ("residual trunks in float", "float_trunk"))
+
+
+# All rules that rungs act with at single places.
+AT_PLACES = (TAIL, HEAD, *RANGES, *(rule for _, rule in EVERYWHERE), REPLACE)
 
 
 def exact_splits(

@@ -33,6 +33,7 @@ class FloatGate(RewriteRule):
     name: ClassVar[str] = "float_gate"
     contract: ClassVar[Contract] = "annotation"
     free: ClassVar[bool] = True
+    float_layers: ClassVar[int] = 2
 
     def match(self, gm: fx.GraphModule) -> Iterator[Site]:
         for gated in gates(gm):
