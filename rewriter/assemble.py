@@ -25,6 +25,7 @@ from rewriter.plan import Plan, Step, rewrite, rule_named
 from rewriter.repair.bias_and_rounding import refine
 from rewriter.repair.known_ranges import calibrated, refined
 from rewriter.rules._model_rule import WholeModelRule
+from rewriter.rules.add_residual_weights import settle_residuals
 from rewriter.storage.cache import Store, load, save_to
 from rewriter.storage.digest import data_digest, graph_digest, key
 
@@ -230,6 +231,7 @@ def repaired(
 
     What earlier plans share with this one (ranges of the same network, layers repaired alike) is taken from the store.
     """
+    settle_residuals(gm)
     repairs: frozenset[str] = facts.REPAIRS.get(gm, frozenset())
     quantized = calibrated(gm, scheme, batches, facts.CALIBRATION.get(gm, "minmax"), store)
     if "ranges" in repairs:

@@ -13,7 +13,7 @@ from pydantic import ValidationError
 from rewriter import RULES, Plan, Step, cost, find_sites
 from rewriter.fitting import Price, thin_table
 from rewriter.graph import layers
-from rewriter.ladder import HEAD, RANGES, TAIL, exact_splits
+from rewriter.ladder import AT_PLACES, exact_splits
 from rewriter.storage import short
 from search.config.messages import dotted, explain
 from search.config.schema import Config, ConfigError, SearchConfig
@@ -142,8 +142,7 @@ def race_of(job: Job) -> Race:
         objective=job.objective,
         higher_is_better=job.evaluator.task.higher_is_better,
         spared=lambda plan: (
-            of_the_ladder(plan, (TAIL, HEAD, *RANGES))
-            or all(s.rule == KEEP_FLOAT for s in plan.steps)
+            of_the_ladder(plan, AT_PLACES) or all(s.rule == KEEP_FLOAT for s in plan.steps)
         ),
         cost=cost_named(options.cost),
     )
