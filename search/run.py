@@ -85,6 +85,7 @@ def limits_of(job: Job) -> Limits:
         float_layers=most,
         float_islands=options.max_float_islands,
         latency_ms=options.max_latency_ms,
+        latency_ratio=options.max_latency_ratio or None,
     )
 
 
