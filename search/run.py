@@ -152,7 +152,7 @@ def note_ladder(job: Job, sensitivity: Sensitivity) -> None:
     """Write those rungs of the ladder of free remedies into ``run.json`` that are scored."""
     scores = {s.plan: s for s in job.records.scores()}
     splits = splits_of(job.gm, space_of(job, sensitivity), sensitivity)
-    ladder = climbed(job.gm, scores, splits)
+    ladder = climbed(job.gm, scores, splits, limits_of(job).latency_ratio)
     note(job.folder, ladder=[[r.name, str(r.plan), r.kept] for r in ladder])
 
 
@@ -201,7 +201,14 @@ def run_search(
     gains_on = partial(float_gains_on, job.evaluator)
     savings = _savings(job, space)
     worth = worth_trying(
-        job.gm, space, sensitivity, options.trials, settings.admits, gains_on, savings
+        job.gm,
+        space,
+        sensitivity,
+        options.trials,
+        settings.admits,
+        gains_on,
+        savings,
+        most_time=options.max_latency_ratio or None,
     )
     enough = _meets(job, goal)
     return search(evaluator, job.records, space, worth, settings, place, on_score, enough)
