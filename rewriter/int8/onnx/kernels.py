@@ -113,7 +113,7 @@ def profiled(model: onnx.ModelProto | bytes, *inputs: Tensor, runs: int = 0) -> 
         graph = onnx.load(str(path), load_external_data=False).graph
     found = _by_node(events)
     made = {n.name: n for n in graph.node}
-    weights = {i.name: tuple(i.dims) for i in graph.initializer}
+    weights = {i.name: (tuple(i.dims), _width(i.data_type)) for i in graph.initializer}
     kernels = tuple(
         _kernel(name, entries[0]["args"], made.get(name), weights)
         for name, entries in found.items()
@@ -150,13 +150,13 @@ def _kernel(
     name: str,
     args: Mapping[str, Any],
     made: onnx.NodeProto | None,
-    weights: Mapping[str, tuple[int, ...]],
+    weights: Mapping[str, tuple[tuple[int, ...], int]],
 ) -> Kernel:
     reads, writes = (_types(args[f"{way}_type_shape"]) for way in ("input", "output"))
     operator = str(args["op_name"])
     # kernels that have packed their weights show them no more
     constants = [weights[i] for i in made.input if i in weights] if made is not None else []
-    large = [shape for shape in constants if math.prod(shape) > 1]
+    large = [shape for shape, _ in constants if math.prod(shape) > 1]
     parts = [
         operator,
         " ".join(_said(t, s) for t, s in reads if math.prod(s) > 1),
@@ -167,10 +167,15 @@ def _kernel(
         *([] if made is None else _attributes(made)),
     ]
     moved = sum(int(args.get(f"{k}_size", 0)) for k in ("activation", "output"))
-    moved += max(int(args.get("parameter_size", 0)), sum(math.prod(s) for s in large))
+    moved += max(int(args.get("parameter_size", 0)), sum(math.prod(s) * width for s, width in constants))
     floats = bool(reads) and reads[0][0] in _FLOATS and operator not in _QUANTIZE
     macs = _macs(operator, reads, writes, large)
     return Kernel(name, operator, " ".join(p for p in parts if p), macs, moved, floats)
+
+
+def _width(kind: int) -> int:
+    """Bytes of one number of an ONNX element type."""
+    return onnx.helper.tensor_dtype_to_np_dtype(kind).itemsize
 
 
 def _types(values: Sequence[Mapping[str, Sequence[int]]]) -> list[tuple[str, tuple[int, ...]]]:
