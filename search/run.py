@@ -30,6 +30,7 @@ from search.scoring.deployed import score_deployed
 from search.scoring.evaluator import RewriteEvaluator
 from search.scoring.failure import to_be_tried_again
 from search.scoring.racing import Race
+from search.scoring.slow_steps import warn_of_slow_plan
 from search.sensitivity.run import Sensitivity, analyze, float_gains_on, read_sensitivity
 from search.strategy.budgets import Savings
 from search.strategy.ladder_replay import climbed
@@ -284,6 +285,9 @@ def confirm_front(job: Job, progress: Progress = silent) -> None:
         with progress("confirming the front") as tick:
             confirm(searching(job), list(dict.fromkeys(["", *plans])), tick)
         results = load_results(job.folder)
+    if results.front.points:
+        most = limits_of(job).latency_ratio
+        warn_of_slow_plan(job.evaluator, results.scores, results.best(), most)
     with progress("confirming on the runtime that ships"):
         shown = [s for s in (results.empty(), *results.front.points) if s is not None]
         score_deployed(job.evaluator, job.folder, shown)
