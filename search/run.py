@@ -30,6 +30,7 @@ from search.scoring.deployed import score_deployed
 from search.scoring.evaluator import RewriteEvaluator
 from search.scoring.failure import to_be_tried_again
 from search.scoring.racing import Race
+from search.scoring.slow_steps import warn_of_slow_plan
 from search.sensitivity.run import Sensitivity, analyze, float_gains_on, read_sensitivity
 from search.strategy.budgets import Savings
 from search.strategy.ladder_replay import climbed
@@ -87,6 +88,7 @@ def limits_of(job: Job) -> Limits:
         float_layers=most,
         float_islands=options.max_float_islands,
         latency_ms=options.max_latency_ms,
+        latency_ratio=options.max_latency_ratio or None,
     )
 
 
@@ -152,7 +154,7 @@ def note_ladder(job: Job, sensitivity: Sensitivity) -> None:
     """Write those rungs of the ladder of free remedies into ``run.json`` that are scored."""
     scores = {s.plan: s for s in job.records.scores()}
     splits = splits_of(job.gm, space_of(job, sensitivity), sensitivity)
-    ladder = climbed(job.gm, scores, splits)
+    ladder = climbed(job.gm, scores, splits, limits_of(job).latency_ratio)
     note(job.folder, ladder=[[r.name, str(r.plan), r.kept] for r in ladder])
 
 
@@ -201,7 +203,14 @@ def run_search(
     gains_on = partial(float_gains_on, job.evaluator)
     savings = _savings(job, space)
     worth = worth_trying(
-        job.gm, space, sensitivity, options.trials, settings.admits, gains_on, savings
+        job.gm,
+        space,
+        sensitivity,
+        options.trials,
+        settings.admits,
+        gains_on,
+        savings,
+        most_time=options.max_latency_ratio or None,
     )
     enough = _meets(job, goal)
     return search(evaluator, job.records, space, worth, settings, place, on_score, enough)
@@ -275,6 +284,9 @@ def confirm_front(job: Job, progress: Progress = silent) -> None:
         with progress("confirming the front") as tick:
             confirm(searching(job), list(dict.fromkeys(["", *plans])), tick)
         results = load_results(job.folder)
+    if results.front.points:
+        most = limits_of(job).latency_ratio
+        warn_of_slow_plan(job.evaluator, results.scores, results.best(), most)
     with progress("confirming on the runtime that ships"):
         shown = [s for s in (results.empty(), *results.front.points) if s is not None]
         score_deployed(job.evaluator, job.folder, shown)

@@ -52,7 +52,7 @@ def test_islands_are_float_layers_with_no_int8_layer_between(
 
 def test_each_limit_is_a_bound_of_its_own() -> None:
     score = Score(plan="a@b", macs=10, params=10, weight_bytes=10, float_layers=10,
-                  float_islands=10, latency_ms=10)  # fmt: skip
+                  float_islands=10, latency_ms=10, latency_ratio=10)  # fmt: skip
     for name in Limits().to_dict():
         assert Limits.of({name: 10}).meets(score)
         assert not Limits.of({name: 9}).meets(score)
