@@ -224,8 +224,14 @@ def _drawn(results: Results, mark: Mark, y: Scale, log: bool) -> str:
 
 
 def _front_line(marks: Sequence[Mark]) -> str:
-    """Steps from point to point, cheapest first: to the right at the height of the last."""
-    corners = sorted((m.x, m.y) for m in marks)
+    """Steps through the points above all cheaper ones: to the right at the height of the last.
+
+    A point below a cheaper one is better by its damage alone.
+    """
+    corners: list[tuple[float, float]] = []
+    for corner in sorted((m.x, m.y) for m in marks):
+        if not corners or corner[1] < corners[-1][1]:
+            corners.append(corner)
     if len(corners) < 2:
         return ""
     steps = "".join(f"H{a:.1f}V{b:.1f}" for a, b in corners[1:])
