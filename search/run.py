@@ -28,6 +28,7 @@ from search.scoring.child_process import possible
 from search.scoring.confirm import confirm
 from search.scoring.deployed import score_deployed
 from search.scoring.evaluator import RewriteEvaluator
+from search.scoring.expected import unexpected
 from search.scoring.failure import to_be_tried_again
 from search.scoring.racing import Race
 from search.sensitivity.run import Sensitivity, analyze, float_gains_on, read_sensitivity
@@ -55,9 +56,14 @@ def sensitivity_of(job: Job, progress: Progress = silent, *, exact: bool = False
 
 def note_run(job: Job, storage: str | None = None, goal: Goal | None = None) -> None:
     """Write what readers of the run directory and further workers need."""
+    baseline = job.evaluator.baseline()
+    count, metric = job.evaluator.samples.count, job.evaluator.task.metric
+    odd = unexpected(job.cfg.expect.float, baseline.float, count, metric)
+    if odd:
+        log.warning("expect.float: %s", odd)
     note(
         job.folder,
-        baseline=asdict(job.evaluator.baseline()),
+        baseline=asdict(baseline),
         objective=job.objective,
         limits=limits_of(job).to_dict(),
         options=job.cfg.search.model_dump(),

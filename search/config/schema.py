@@ -28,6 +28,7 @@ from search.engines import check_engines
 
 # tasks whose outputs may need code of the user's own to become a prediction
 POSTPROCESSED = ("detection", "segmentation", "keypoints", "regression", "ocr")
+float_ = float  # the name of a key below
 VIDEO_SOURCES = ("factory", "csv", "npz")
 
 
@@ -45,6 +46,16 @@ class CalibrationConfig(Section):
 
     samples: int | None = Field(default=None, ge=1)
     method: Literal["minmax", "percentile", "mse"] = "minmax"
+
+
+class ExpectConfig(Section):
+    """What is known of the network beforehand; a run warns where it measures something else.
+
+    Attributes:
+        float: The metric of the float network, in percent or as a fraction of 1.
+    """
+
+    float: float_ | None = Field(default=None, gt=0, le=100)
 
 
 MOST_MACS, BELOW = 1.15, 0.9  # by default; of a largest cost under 1, how low the front goes
@@ -192,6 +203,7 @@ class Config(Section):
         target: Name of an int8 profile of `rewriter.TARGETS`.
         engine: What scores a candidate, or several, best first, of which the first that can run here does. ``auto``: the
             target's own kernels where they run here, else a simulation.
+        expect: What the float network is known to reach.
         device: Where torch runs. ``auto``: a GPU where there is one.
     """
 
@@ -217,6 +229,7 @@ class Config(Section):
     engine: str | list[str] = "auto"
     device: str = Field(default="auto", pattern=r"^(auto|cpu|cuda(:\d+)?)$")
     calibration: CalibrationConfig = Field(default_factory=CalibrationConfig)
+    expect: ExpectConfig = Field(default_factory=ExpectConfig)
     search: SearchConfig = Field(default_factory=SearchConfig)
     finetune: FinetuneConfig = Field(default_factory=FinetuneConfig)
 

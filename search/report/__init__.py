@@ -13,6 +13,7 @@ from search.report.cards import plan_cards, verdict_card
 from search.report.facts import commands, measured
 from search.report.front_picture import front_picture
 from search.report.layers import layers_section
+from search.report.losses import losses_section
 from search.report.markdown import markdown_report
 from search.report.network import network_section
 from search.report.outputs import outputs_section
@@ -64,6 +65,7 @@ def html_report(results: Results, exhibits: Mapping[str, Any] | None = None) -> 
         layers_section(results.sensitivity),
         network_section(exhibits, results.sensitivity, results.places),
         ranges_section(exhibits),
+        losses_section(exhibits),
         outputs_section(exhibits),
         Section("finetuned", "Fine-tuned", _trained(results)),
         Section(

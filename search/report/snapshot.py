@@ -11,6 +11,7 @@ from rewriter.assemble import assemble
 from rewriter.errors import RewriteError
 from search.data.evaluation_set import Tick
 from search.job import Job
+from search.report.snapshot_losses import losses_shown
 from search.report.snapshot_network import channel_ranges, layer_list, spread, trimmed
 from search.report.snapshot_outputs import outputs_shown
 from search.results import Results
@@ -92,6 +93,7 @@ def _exhibits(job: Job, results: Results, plan: str) -> dict[str, Any]:
         "ranges": ranges,
         "ranges_shown": len(shown),
         "outputs": outputs_shown(evaluator, networks, data.mean, data.std, job.data.names),
+        "losses": losses_shown(evaluator, networks, data.mean, data.std, job.data.names),
     }
 
 
