@@ -34,6 +34,7 @@ from search.scoring.racing import Race
 from search.sensitivity.run import Sensitivity, analyze, float_gains_on, read_sensitivity
 from search.strategy.budgets import Savings
 from search.strategy.ladder_replay import climbed
+from search.strategy.recipe import Worth, architecture_digest, first, read_recipe
 from search.strategy.schedule import of_the_ladder, splits_of, worth_trying
 from search.strategy.space import KEEP_FLOAT, Budget, Space, make_space
 from search.strategy.step_conflicts import clashes
@@ -70,6 +71,7 @@ def note_run(job: Job, storage: str | None = None, goal: Goal | None = None) -> 
         storage=storage,
         goal=None if goal is None else asdict(goal),
         places=places_of(job.gm),
+        architecture=architecture_digest(job.gm),
     )
 
 
@@ -210,8 +212,13 @@ def run_search(
     worth = worth_trying(
         job.gm, space, sensitivity, options.trials, settings.admits, gains_on, savings
     )
+    if options.recipe is not None:
+        recipe = read_recipe(job.cfg.resolve(options.recipe), job.gm, job.cfg.target)
+        worth_it: Worth = first(recipe, worth, settings.admits)
+    else:
+        worth_it = worth
     enough = _meets(job, goal)
-    return search(evaluator, job.records, space, worth, settings, place, on_score, enough)
+    return search(evaluator, job.records, space, worth_it, settings, place, on_score, enough)
 
 
 def _savings(job: Job, space: Space) -> Savings | None:

@@ -67,6 +67,7 @@ class SearchConfig(Section):
     Attributes:
         trials: How many plans are tried.
         macs: Costs to cover, as ratios to the original: below 1, channels may be taken away.
+        recipe: File of plans that proved good on this architecture (``quantfix recipe``), tried first.
         resolution: ``fixed``: images are not made smaller to save compute.
         max_macs: Largest cost alone: 1.15 allows 15 % more. Default: that of `macs`, or 1.15.
         max_params: Most parameters, as a ratio to the original.
@@ -96,6 +97,7 @@ class SearchConfig(Section):
         worker_gpus: The same of GPUs; a fraction where several share one.
     """
 
+    recipe: str | None = None
     trials: int = Field(default=100, ge=1)
     macs: tuple[float, float] | None = None
     resolution: Literal["free", "fixed"] = "free"
