@@ -33,7 +33,7 @@ from search.scoring.failure import to_be_tried_again
 from search.scoring.racing import Race
 from search.scoring.slow_steps import warn_of_slow_plan
 from search.sensitivity.run import Sensitivity, analyze, float_gains_on, read_sensitivity
-from search.strategy.budgets import Savings
+from search.strategy.budgets import STEP, Savings
 from search.strategy.ladder_replay import climbed
 from search.strategy.recipe import Worth, architecture_digest, first, read_recipe
 from search.strategy.schedule import of_the_ladder, splits_of, worth_trying
@@ -113,7 +113,8 @@ def space_of(job: Job, sensitivity: Sensitivity) -> Space:
     damage = sensitivity.damage_by_node()
     limits = limits_of(job)
     least = job.cfg.search.least_macs
-    budget = Budget(limits.macs, limits.float_layers, least * macs)
+    # a plan for the lowest budget comes out a little below it
+    budget = Budget(limits.macs, limits.float_layers, (least - STEP) * macs)
     fixed = job.cfg.search.resolution == "fixed"
     unwanted = [r.name for r in RULES if r.saves and (least >= 1 or (r.scales and fixed))]
     sites = [s for s in find_sites(job.gm) if s.rule not in unwanted]
