@@ -115,7 +115,9 @@ def test_weights_are_rounded_again_where_the_place_has_changed_the_errors(
     rounded.clear()
     monkeypatch.setattr(alike, "ALIKE", 1.0 - 1e-9)
     assemble(made(batches), plan, scheme, batches)
-    assert len(rounded) == 2 * len(layers(gm)) - 1  # those of the network itself, then all but one again
+    assert (
+        len(rounded) == 2 * len(layers(gm)) - 1
+    )  # those of the network itself, then all but one again
 
 
 @pytest.mark.parametrize("seed", range(16))
