@@ -34,15 +34,19 @@ NETWORKS = {"mcunet": "mcunet", "lite0": "efficientnet_lite0", "yolo": "yolo_fas
 RULES = ("split_range_2", "keep_float", "split_weights_2", "split_range_3", "split_head_auto")
 PHASES = {
     "rewrite": [("rewriter.assemble", ("rewrite", "fit", "copy_graph"))],
-    "influence": [("rewriter.assemble", ("weigh", "profile"))],
+    "influence": [
+        ("rewriter.assemble", ("weigh", "profile")),
+        ("rewriter.damage.measured", ("weigh", "profile")),
+    ],
     "calibrate": [("rewriter.assemble", ("quantize", "calibrated"))],
     "ranges": [("rewriter.assemble", ("least_damage_ranges", "refined"))],
     "biases and rounding": [("rewriter.assemble", ("refine",))],
     "digests and store": [
-        ("rewriter.assemble", ("graph_digest", "data_digest", "save_to", "load"))
+        ("rewriter.assemble", ("graph_digest", "data_digest", "save_to", "load")),
+        ("rewriter.damage.measured", ("graph_digest", "data_digest", "save_to", "load")),
     ],
     "file and session": [
-        ("search.engines.onnxruntime", ("to_onnx", "Session")),
+        ("search.engines.onnxruntime", ("to_onnx", "Session", "opened")),
         ("search.scoring.evaluator", ("to_onnx", "Session")),
         ("search.evaluator", ("to_onnx", "Session")),
     ],
