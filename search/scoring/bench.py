@@ -22,15 +22,10 @@ from rewriter.int8.onnx import ReadBack, float_onnx
 from rewriter.plan import rule_named
 from rewriter.storage import Store
 from search.data.evaluation_set import SampleSet, Tick, check_outputs
-<<<<<<< HEAD
-from search.engines import OnnxRuntime, engine_named, read_back
+from search.engines import OnnxRuntime, engine_named, open_and_read
 from search.latency.price import price_of, price_of_plan
 from search.latency.table import Table
 from search.pareto.limits import size_of, with_file, with_price
-=======
-from search.engines import OnnxRuntime, engine_named, open_and_read
-from search.pareto.limits import size_of, with_file
->>>>>>> speed
 from search.run_dir.scores import Records, Samples, Score
 from search.scoring.failure import CandidateError, blamed, failed
 from search.scoring.measure import Measure, Part, Runner, latency
@@ -202,19 +197,14 @@ class Bench:
             quantized = self.assembled(plan).quantized
             engine = engine_named(self.engine)
             model = engine.emit(quantized)
-<<<<<<< HEAD
-            known = with_file(size_of(plan, quantized.gm), read_back(engine, quantized, model))
-            runner = self.opened(model)
+            runner, found = self.opened_and_read(quantized, model)
+            known = with_file(size_of(plan, quantized.gm), found)
         if self.table is not None and self.engine == OnnxRuntime.name:
             (x,) = self.samples.batches(1, 0, 1)
             with blamed():
                 price = price_of(model, x, self.table)
             plain = self.plain_ms()
             known = with_price(known, price, plain or price.milliseconds)
-=======
-            runner, found = self.opened_and_read(quantized, model)
-            known = with_file(size_of(plan, quantized.gm), found)
->>>>>>> speed
         if self.timed:
             (x,) = self.samples.batches(1, 0, 1)
             with blamed():
