@@ -167,7 +167,9 @@ def _kernel(
         *([] if made is None else _attributes(made)),
     ]
     moved = sum(int(args.get(f"{k}_size", 0)) for k in ("activation", "output"))
-    moved += max(int(args.get("parameter_size", 0)), sum(math.prod(s) * width for s, width in constants))
+    moved += max(
+        int(args.get("parameter_size", 0)), sum(math.prod(s) * width for s, width in constants)
+    )
     floats = bool(reads) and reads[0][0] in _FLOATS and operator not in _QUANTIZE
     macs = _macs(operator, reads, writes, large)
     return Kernel(name, operator, " ".join(p for p in parts if p), macs, moved, floats)
