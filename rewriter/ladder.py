@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Protocol
 
 from torch import fx
@@ -15,7 +15,18 @@ from rewriter.graph import facts
 from rewriter.plan import Plan, Step, rule_named
 from rewriter.rules import Site
 
-__all__ = ["HEAD", "RANGES", "REMEDIES", "TAIL", "Rung", "Splits", "best", "climb", "exact_splits"]
+__all__ = [
+    "AT_PLACES",
+    "HEAD",
+    "RANGES",
+    "REMEDIES",
+    "TAIL",
+    "Rung",
+    "Splits",
+    "best",
+    "climb",
+    "exact_splits",
+]
 
 log = logging.getLogger(__name__)
 
@@ -31,12 +42,17 @@ STARTS = 2
 # A split adds kernel calls, which MACs do not show: a rung of them is kept if it takes away this
 # share of the damage.
 SPLIT_GAIN = 0.2
+# Steps without kernel calls of their own: any gain is one.
+COSTLESS = frozenset({"scale_norm", "float_trunk"})
+# Damage below which nothing is replaced that the float network misses.
+FITTED_DAMAGE = 0.02
 # Nothing is free that slows the file by more than this. What it slows it by is weighed to this power: 10 % more
 # time are worth 38 % less damage.
 FREE_TIME, TIME_PRICE = 1.03, 5.0
 
 
 EMPTY = Plan()
+SCALED = Step("equalize", "model")
 Splits = Sequence[tuple[str, tuple[Step, ...]]]
 
 
@@ -106,7 +122,8 @@ def climb(
     ratio = first.latency_ratio
     rungs = [Rung("plain int8", base, _damage(first), first.metric, True, latency_ratio=ratio)]
     tried: tuple[Step, ...] = ()
-    for name, steps in splits:  # on top of all before: one may show nothing without the next
+    exact = [entry for entry in splits if not _is_fitted(entry[1])]
+    for name, steps in exact:  # on top of all before: one may show nothing without the next
         tried = (*tried, *steps)
         below = best(rungs)
         rungs.append(_split(score, below, name, tried, most))
@@ -127,6 +144,15 @@ def climb(
         plan = Plan(tuple(s for s in below.plan.steps if s.rule != word or s in base.steps))
         if plan not in [r.plan for r in rungs]:
             rungs.append(_measured(score, below, f"without {name}", plan, below.damage, most))
+    # what changes the float network as well: only for damage that nothing else takes away
+    for name, steps in splits:
+        if _is_fitted(steps) and best(rungs).damage > FITTED_DAMAGE:
+            below = best(rungs)
+            rungs.append(_split(score, below, name, steps, most))
+            if SCALED not in below.plan.steps:  # which may pass now
+                rungs.append(_split(score, below, f"{name}, equalized", (*steps, SCALED), most))
+                better = rungs[-1].damage < best(rungs[:-1]).damage
+                rungs[-1] = replace(rungs[-1], kept=rungs[-1].kept and better)
     for name, steps in splits:
         below = best(rungs)
         plan = Plan(tuple(s for s in below.plan.steps if s not in steps or s in base.steps))
@@ -135,6 +161,10 @@ def climb(
             bound = below.damage / (1 - SPLIT_GAIN)
             rungs.append(_measured(score, below, f"without {name}", plan, bound, most))
     return tuple(rungs)
+
+
+def _is_fitted(steps: tuple[Step, ...]) -> bool:
+    return any(rule_named(step.rule).contract == "approximate" for step in steps)
 
 
 def _slows(rung: Rung, below: Rung) -> bool:
@@ -170,7 +200,8 @@ def _split(
     most: float | None,
 ) -> Rung:
     plan = Plan(tuple(dict.fromkeys((*below.plan.steps, *steps))))
-    return _measured(score, below, name, plan, (1 - SPLIT_GAIN) * below.damage, most)
+    gain = 0.0 if all(step.rule in COSTLESS for step in steps) else SPLIT_GAIN
+    return _measured(score, below, name, plan, (1 - gain) * below.damage, most)
 
 
 def _measured(
@@ -219,10 +250,22 @@ SPLIT_DAMAGE_SHARE = 0.1
 SPLIT_PLACES = 4
 
 
+# The activations in front of the layers that are hurt most are replaced, at so many places at most.
+REPLACE, REPLACED = "replace_activation_relu", 5
+# One step at every place.
+EVERYWHERE = (("layer norms scaled", "scale_norm"), ("residual trunks in float", "float_trunk"))
+
+
+# All rules that rungs act with at single places.
+AT_PLACES = (TAIL, HEAD, *RANGES, *(rule for _, rule in EVERYWHERE), REPLACE)
+
+
 def exact_splits(
     gm: fx.GraphModule, sites: Sequence[Site], damage: Mapping[str, float]
 ) -> tuple[tuple[str, tuple[Step, ...]], ...]:
-    """Rungs of splits for ``rewriter.ladder.climb``; none where nothing matches.
+    """Rungs of steps at single places for ``rewriter.ladder.climb``; none where nothing matches.
+
+    Those that are not exact are tried last there, on top of all remedies.
 
     Args:
         gm: profiled canonical graph.
@@ -233,7 +276,9 @@ def exact_splits(
     ends = [] if _classes(gm) else [s for s in free if s.rule in (TAIL, HEAD)]
     found = [
         ("outputs split", tuple(Step.at(s) for s in ends)),
+        *((name, tuple(Step.at(s) for s in free if s.rule == rule)) for name, rule in EVERYWHERE),
         ("channels split by range", tuple(_by_range(free, damage))),
+        ("activations replaced", tuple(_replaced(free, damage))),
     ]
     return tuple((name, steps) for name, steps in found if steps)
 
@@ -245,6 +290,19 @@ def _classes(gm: fx.GraphModule) -> bool:
         return fixed.only_classes
     kinds = {p.kind for meaning, _ in meanings(gm) for p in meaning.parts}
     return kinds <= {"logits", "probabilities"}
+
+
+def _replaced(sites: Sequence[Site], damage: Mapping[str, float]) -> Iterator[Step]:
+    """The activations between layers that are hurt, the most harmful first."""
+    places = [s for s in sites if s.rule == REPLACE]
+    harm = {
+        s.anchor: sum(damage.get(n, 0.0) for n in dict.fromkeys((*s.nodes, *s.readers)))
+        for s in places
+    }
+    least = SPLIT_DAMAGE_SHARE / 2 * sum(damage.values())
+    for site in sorted(places, key=lambda s: -harm[s.anchor])[:REPLACED]:
+        if harm[site.anchor] > least:
+            yield Step.at(site)
 
 
 def _by_range(sites: Sequence[Site], damage: Mapping[str, float]) -> Iterator[Step]:

@@ -43,6 +43,7 @@ from search.run_dir.files import RunError
 from search.run_dir.fingerprint import rules_digest, source_digest
 from search.run_dir.scores import Confirmations, Records, Score, fingerprint, open_run
 from search.scoring.evaluator import RewriteEvaluator
+from search.scoring.expected import unexpected
 from search.scoring.trial import trial
 from search.tasks import Task, task
 
@@ -179,7 +180,7 @@ def engine_of(cfg: Config, gm: fx.GraphModule, images: Tensor) -> Engine:
 
 
 def float_metric(network: Network, count: int = 256) -> str:
-    """What the float network reaches on its first samples, in words."""
+    """What the float network reaches on its first samples, in words; warns where it is not what the config expects."""
     found: list[list[Tensor]] = []
     targets: list[Any] = []
     marks: list[bytes] = []
@@ -201,6 +202,9 @@ def float_metric(network: Network, count: int = 256) -> str:
         return f"runs on the first {done} samples; no labels"
     stacked: Any = torch.stack(targets) if isinstance(targets[0], Tensor) else targets
     value = network.task.score(outputs, stacked)
+    odd = unexpected(network.cfg.expect.float, value, done, network.task.metric)
+    if odd:
+        log.warning("expect.float: %s", odd)
     return f"{network.task.metric} {value:.2%} on the first {done} samples"
 
 

@@ -13,7 +13,7 @@ from pydantic import ValidationError
 from rewriter import RULES, Plan, Step, cost, find_sites
 from rewriter.fitting import Price, thin_table
 from rewriter.graph import layers
-from rewriter.ladder import HEAD, RANGES, TAIL, exact_splits
+from rewriter.ladder import AT_PLACES, exact_splits
 from rewriter.storage import short
 from search.config.messages import dotted, explain
 from search.config.schema import Config, ConfigError, SearchConfig
@@ -28,12 +28,14 @@ from search.scoring.child_process import possible
 from search.scoring.confirm import confirm
 from search.scoring.deployed import score_deployed
 from search.scoring.evaluator import RewriteEvaluator
+from search.scoring.expected import unexpected
 from search.scoring.failure import to_be_tried_again
 from search.scoring.racing import Race
 from search.scoring.slow_steps import warn_of_slow_plan
 from search.sensitivity.run import Sensitivity, analyze, float_gains_on, read_sensitivity
-from search.strategy.budgets import Savings
+from search.strategy.budgets import STEP, Savings
 from search.strategy.ladder_replay import climbed
+from search.strategy.recipe import Worth, architecture_digest, first, read_recipe
 from search.strategy.schedule import of_the_ladder, splits_of, worth_trying
 from search.strategy.space import KEEP_FLOAT, Budget, Space, make_space
 from search.strategy.step_conflicts import clashes
@@ -56,15 +58,21 @@ def sensitivity_of(job: Job, progress: Progress = silent, *, exact: bool = False
 
 def note_run(job: Job, storage: str | None = None, goal: Goal | None = None) -> None:
     """Write what readers of the run directory and further workers need."""
+    baseline = job.evaluator.baseline()
+    count, metric = job.evaluator.samples.count, job.evaluator.task.metric
+    odd = unexpected(job.cfg.expect.float, baseline.float, count, metric)
+    if odd:
+        log.warning("expect.float: %s", odd)
     note(
         job.folder,
-        baseline=asdict(job.evaluator.baseline()),
+        baseline=asdict(baseline),
         objective=job.objective,
         limits=limits_of(job).to_dict(),
         options=job.cfg.search.model_dump(),
         storage=storage,
         goal=None if goal is None else asdict(goal),
         places=places_of(job.gm),
+        architecture=architecture_digest(job.gm),
     )
 
 
@@ -105,7 +113,8 @@ def space_of(job: Job, sensitivity: Sensitivity) -> Space:
     damage = sensitivity.damage_by_node()
     limits = limits_of(job)
     least = job.cfg.search.least_macs
-    budget = Budget(limits.macs, limits.float_layers, least * macs)
+    # a plan for the lowest budget comes out a little below it
+    budget = Budget(limits.macs, limits.float_layers, (least - STEP) * macs)
     fixed = job.cfg.search.resolution == "fixed"
     unwanted = [r.name for r in RULES if r.saves and (least >= 1 or (r.scales and fixed))]
     sites = [s for s in find_sites(job.gm) if s.rule not in unwanted]
@@ -144,8 +153,7 @@ def race_of(job: Job) -> Race:
         objective=job.objective,
         higher_is_better=job.evaluator.task.higher_is_better,
         spared=lambda plan: (
-            of_the_ladder(plan, (TAIL, HEAD, *RANGES))
-            or all(s.rule == KEEP_FLOAT for s in plan.steps)
+            of_the_ladder(plan, AT_PLACES) or all(s.rule == KEEP_FLOAT for s in plan.steps)
         ),
         cost=cost_named(options.cost),
     )
@@ -213,8 +221,13 @@ def run_search(
         savings,
         most_time=options.max_latency_ratio or None,
     )
+    if options.recipe is not None:
+        recipe = read_recipe(job.cfg.resolve(options.recipe), job.gm, job.cfg.target)
+        worth_it: Worth = first(recipe, worth, settings.admits)
+    else:
+        worth_it = worth
     enough = _meets(job, goal)
-    return search(evaluator, job.records, space, worth, settings, place, on_score, enough)
+    return search(evaluator, job.records, space, worth_it, settings, place, on_score, enough)
 
 
 def _savings(job: Job, space: Space) -> Savings | None:

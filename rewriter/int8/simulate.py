@@ -343,7 +343,7 @@ def _exact_type(spec: QuantSpec, dtype: torch.dtype) -> torch.dtype:
     return dtype if spec.bits <= 8 else torch.float64
 
 
-def switches(sim: fx.GraphModule) -> dict[str, nn.Module]:
+def switches(sim: fx.GraphModule) -> dict[str, QuantizedLayer | FakeQuantize]:
     """The layers and values of a simulation that ``enabled`` can switch, by module path."""
     return {
         name: m for name, m in sim.named_modules() if isinstance(m, (QuantizedLayer, FakeQuantize))

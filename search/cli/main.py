@@ -222,6 +222,24 @@ def front(
 
 
 @app.command()
+def recipe(
+    folder: RunFolder,
+    file: Annotated[
+        Path | None,
+        typer.Option("--out", metavar="FILE", help="Default: recipes/NAME OF THE CONFIG.yaml."),
+    ] = None,
+    quiet: Quiet = False,
+) -> None:
+    """The plans of a run's front as a recipe, for other weights of the same architecture.
+
+    Example: quantfix recipe runs/digits
+    """
+    from search.cli import recipe_command
+
+    recipe_command.recipe(folder, file, quiet)
+
+
+@app.command()
 def export(
     folder: RunFolder,
     pick: Annotated[

@@ -28,6 +28,7 @@ from search.engines import check_engines
 
 # tasks whose outputs may need code of the user's own to become a prediction
 POSTPROCESSED = ("detection", "segmentation", "keypoints", "regression", "ocr")
+float_ = float  # the name of a key below
 VIDEO_SOURCES = ("factory", "csv", "npz")
 
 
@@ -47,6 +48,16 @@ class CalibrationConfig(Section):
     method: Literal["minmax", "percentile", "mse"] = "minmax"
 
 
+class ExpectConfig(Section):
+    """What is known of the network beforehand; a run warns where it measures something else.
+
+    Attributes:
+        float: The metric of the float network, in percent or as a fraction of 1.
+    """
+
+    float: float_ | None = Field(default=None, gt=0, le=100)
+
+
 MOST_MACS, BELOW = 1.15, 0.9  # by default; of a largest cost under 1, how low the front goes
 
 
@@ -56,6 +67,7 @@ class SearchConfig(Section):
     Attributes:
         trials: How many plans are tried.
         macs: Costs to cover, as ratios to the original: below 1, channels may be taken away.
+        recipe: File of plans that proved good on this architecture (``quantfix recipe``), tried first.
         resolution: ``fixed``: images are not made smaller to save compute.
         max_macs: Largest cost alone: 1.15 allows 15 % more. Default: that of `macs`, or 1.15.
         max_params: Most parameters, as a ratio to the original.
@@ -87,6 +99,7 @@ class SearchConfig(Section):
         worker_gpus: The same of GPUs; a fraction where several share one.
     """
 
+    recipe: str | None = None
     trials: int = Field(default=100, ge=1)
     macs: tuple[float, float] | None = None
     resolution: Literal["free", "fixed"] = "free"
@@ -206,6 +219,7 @@ class Config(Section):
         target: Name of an int8 profile of `rewriter.TARGETS`.
         engine: What scores a candidate, or several, best first, of which the first that can run here does. ``auto``: the
             target's own kernels where they run here, else a simulation.
+        expect: What the float network is known to reach.
         device: Where torch runs. ``auto``: a GPU where there is one.
     """
 
@@ -231,6 +245,7 @@ class Config(Section):
     engine: str | list[str] = "auto"
     device: str = Field(default="auto", pattern=r"^(auto|cpu|cuda(:\d+)?)$")
     calibration: CalibrationConfig = Field(default_factory=CalibrationConfig)
+    expect: ExpectConfig = Field(default_factory=ExpectConfig)
     search: SearchConfig = Field(default_factory=SearchConfig)
     latency: LatencyConfig = Field(default_factory=LatencyConfig)
     finetune: FinetuneConfig = Field(default_factory=FinetuneConfig)

@@ -157,7 +157,6 @@ def _simpler(
     found: list[int] = []
     for i in kept:
         near = (macs <= macs[i]) & (damage <= HARDLY_MORE * damage[i]) & ~certain[i]
-        near &= kinds <= kinds[i]
         found.append(
             min(np.flatnonzero(near).tolist(), key=lambda j: (kinds[j], damage[j], j != i))
         )

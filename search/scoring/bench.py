@@ -18,11 +18,11 @@ from rewriter.damage import fidelity_of
 from rewriter.errors import RewriteError
 from rewriter.graph import channels_last
 from rewriter.int8 import QuantScheme
-from rewriter.int8.onnx import float_onnx
+from rewriter.int8.onnx import ReadBack, float_onnx
 from rewriter.plan import rule_named
 from rewriter.storage import Store
 from search.data.evaluation_set import SampleSet, Tick, check_outputs
-from search.engines import OnnxRuntime, engine_named, read_back
+from search.engines import OnnxRuntime, engine_named, open_and_read
 from search.latency.price import price_of, price_of_plan
 from search.latency.table import Table
 from search.pareto.limits import size_of, with_file, with_price
@@ -176,6 +176,12 @@ class Bench:
         """The same of what the engine has emitted."""
         return engine_named(self.engine).open(model, self.threads, self.device).run
 
+    def opened_and_read(self, quantized: Quantized, model: Any) -> tuple[Runner, ReadBack]:
+        """The same, and what of it runs in int8: a file is opened once for both."""
+        engine = engine_named(self.engine)
+        session, found = open_and_read(engine, quantized, model, self.threads, self.device)
+        return session.run, found
+
     def unscored(self, plan: Plan, macs: int, limit_s: float | None = None) -> Score:
         """A plan of which nothing is known but what would run it."""
         version = engine_named(self.engine).version()
@@ -191,8 +197,8 @@ class Bench:
             quantized = self.assembled(plan).quantized
             engine = engine_named(self.engine)
             model = engine.emit(quantized)
-            known = with_file(size_of(plan, quantized.gm), read_back(engine, quantized, model))
-            runner = self.opened(model)
+            runner, found = self.opened_and_read(quantized, model)
+            known = with_file(size_of(plan, quantized.gm), found)
         if self.table is not None and self.engine == OnnxRuntime.name:
             (x,) = self.samples.batches(1, 0, 1)
             with blamed():
