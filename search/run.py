@@ -18,6 +18,7 @@ from rewriter.storage import short
 from search.config.messages import dotted, explain
 from search.config.schema import Config, ConfigError, SearchConfig
 from search.job import Job, OnScore, Progress, silent
+from search.pareto.controls import has_one_knob
 from search.pareto.front import cost_named, select_front
 from search.pareto.limits import Limits
 from search.results import load_results
@@ -143,6 +144,7 @@ def race_of(job: Job) -> Race:
         spared=lambda plan: (
             of_the_ladder(plan, (TAIL, HEAD, *RANGES))
             or all(s.rule == KEEP_FLOAT for s in plan.steps)
+            or has_one_knob(plan)  # what the front is compared with
         ),
         cost=cost_named(options.cost),
     )
