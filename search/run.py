@@ -13,7 +13,7 @@ from pydantic import ValidationError
 from rewriter import RULES, Plan, Step, cost, find_sites
 from rewriter.fitting import Price, thin_table
 from rewriter.graph import layers
-from rewriter.ladder import HEAD, RANGES, TAIL, exact_splits
+from rewriter.ladder import AT_PLACES, exact_splits
 from rewriter.storage import short
 from search.config.messages import dotted, explain
 from search.config.schema import Config, ConfigError, SearchConfig
@@ -21,6 +21,7 @@ from search.job import Job, OnScore, Progress, silent
 from search.pareto.controls import has_one_knob
 from search.pareto.front import cost_named, select_front
 from search.pareto.limits import Limits
+from search.pareto.plan_summary import places_of
 from search.results import load_results
 from search.run_dir.scores import Samples, Score, note
 from search.scoring.added_macs import extra_macs
@@ -28,11 +29,14 @@ from search.scoring.child_process import possible
 from search.scoring.confirm import confirm
 from search.scoring.deployed import score_deployed
 from search.scoring.evaluator import RewriteEvaluator
+from search.scoring.expected import unexpected
 from search.scoring.failure import to_be_tried_again
 from search.scoring.racing import Race
+from search.scoring.slow_steps import warn_of_slow_plan
 from search.sensitivity.run import Sensitivity, analyze, float_gains_on, read_sensitivity
 from search.strategy.budgets import STEP, Savings
 from search.strategy.ladder_replay import climbed
+from search.strategy.recipe import Worth, architecture_digest, first, read_recipe
 from search.strategy.schedule import of_the_ladder, splits_of, worth_trying
 from search.strategy.space import KEEP_FLOAT, Budget, Space, make_space
 from search.strategy.step_conflicts import clashes
@@ -55,14 +59,21 @@ def sensitivity_of(job: Job, progress: Progress = silent, *, exact: bool = False
 
 def note_run(job: Job, storage: str | None = None, goal: Goal | None = None) -> None:
     """Write what readers of the run directory and further workers need."""
+    baseline = job.evaluator.baseline()
+    count, metric = job.evaluator.samples.count, job.evaluator.task.metric
+    odd = unexpected(job.cfg.expect.float, baseline.float, count, metric)
+    if odd:
+        log.warning("expect.float: %s", odd)
     note(
         job.folder,
-        baseline=asdict(job.evaluator.baseline()),
+        baseline=asdict(baseline),
         objective=job.objective,
         limits=limits_of(job).to_dict(),
         options=job.cfg.search.model_dump(),
         storage=storage,
         goal=None if goal is None else asdict(goal),
+        places=places_of(job.gm),
+        architecture=architecture_digest(job.gm),
     )
 
 
@@ -86,6 +97,7 @@ def limits_of(job: Job) -> Limits:
         float_layers=most,
         float_islands=options.max_float_islands,
         latency_ms=options.max_latency_ms,
+        latency_ratio=options.max_latency_ratio or None,
     )
 
 
@@ -142,7 +154,7 @@ def race_of(job: Job) -> Race:
         objective=job.objective,
         higher_is_better=job.evaluator.task.higher_is_better,
         spared=lambda plan: (
-            of_the_ladder(plan, (TAIL, HEAD, *RANGES))
+            of_the_ladder(plan, AT_PLACES)
             or all(s.rule == KEEP_FLOAT for s in plan.steps)
             or has_one_knob(plan)  # what the front is compared with
         ),
@@ -154,7 +166,7 @@ def note_ladder(job: Job, sensitivity: Sensitivity) -> None:
     """Write those rungs of the ladder of free remedies into ``run.json`` that are scored."""
     scores = {s.plan: s for s in job.records.scores()}
     splits = splits_of(job.gm, space_of(job, sensitivity), sensitivity)
-    ladder = climbed(job.gm, scores, splits)
+    ladder = climbed(job.gm, scores, splits, limits_of(job).latency_ratio)
     note(job.folder, ladder=[[r.name, str(r.plan), r.kept] for r in ladder])
 
 
@@ -203,10 +215,22 @@ def run_search(
     gains_on = partial(float_gains_on, job.evaluator)
     savings = _savings(job, space)
     worth = worth_trying(
-        job.gm, space, sensitivity, options.trials, settings.admits, gains_on, savings
+        job.gm,
+        space,
+        sensitivity,
+        options.trials,
+        settings.admits,
+        gains_on,
+        savings,
+        most_time=options.max_latency_ratio or None,
     )
+    if options.recipe is not None:
+        recipe = read_recipe(job.cfg.resolve(options.recipe), job.gm, job.cfg.target)
+        worth_it: Worth = first(recipe, worth, settings.admits)
+    else:
+        worth_it = worth
     enough = _meets(job, goal)
-    return search(evaluator, job.records, space, worth, settings, place, on_score, enough)
+    return search(evaluator, job.records, space, worth_it, settings, place, on_score, enough)
 
 
 def _savings(job: Job, space: Space) -> Savings | None:
@@ -277,6 +301,9 @@ def confirm_front(job: Job, progress: Progress = silent) -> None:
         with progress("confirming the front") as tick:
             confirm(searching(job), list(dict.fromkeys(["", *plans])), tick)
         results = load_results(job.folder)
+    if results.front.points:
+        most = limits_of(job).latency_ratio
+        warn_of_slow_plan(job.evaluator, results.scores, results.best(), most)
     with progress("confirming on the runtime that ships"):
         shown = [s for s in (results.empty(), *results.front.points) if s is not None]
         score_deployed(job.evaluator, job.folder, shown)
