@@ -115,7 +115,8 @@ def space_of(job: Job, sensitivity: Sensitivity) -> Space:
     limits = limits_of(job)
     least = job.cfg.search.least_macs
     # a plan for the lowest budget comes out a little below it
-    budget = Budget(limits.macs, limits.float_layers, (least - STEP) * macs)
+    lowest = least if least >= 1 else least - STEP
+    budget = Budget(limits.macs, limits.float_layers, lowest * macs)
     fixed = job.cfg.search.resolution == "fixed"
     unwanted = [r.name for r in RULES if r.saves and (least >= 1 or (r.scales and fixed))]
     sites = [s for s in find_sites(job.gm) if s.rule not in unwanted]
