@@ -22,6 +22,7 @@ SETTLED = 0.8  # of the ranges have to have reached it
 APART = 1.0
 # Of the images that leave a range: as many times what chance gives, and this share more.
 CHANCES, MORE = 4.0, 0.02
+GROWING = 0.15
 FEWEST = 16  # calibration images with which nothing is said of how many are enough
 
 Array = NDArray[np.float64]
@@ -36,7 +37,8 @@ class CalibrationSet:
         evaluation: Images that they are compared with.
         values: Activations looked at.
         curve: After so many calibration images, the share of the ranges that have nearly their final width.
-        enough: The first number of images after which nearly all have; None: not even half of the images do.
+        enough: The first number of images after which most have; None: they need more than the curve goes to.
+        growing: By how much the second half of the images still widens a range, in the mean over values.
         outside: Share of evaluation images that leave a range clearly, in the mean over values.
         worst: The value that is left most often, and by what share of the images.
         apart: How far the two sets lie apart, in standard deviations of an image, in the middle value.
@@ -47,6 +49,7 @@ class CalibrationSet:
     values: int
     curve: tuple[tuple[int, float], ...]
     enough: int | None
+    growing: float
     outside: float
     worst: tuple[str, float]
     apart: float
@@ -75,8 +78,10 @@ class CalibrationSet:
             found.append(
                 f"{self.outside:.1%} of the evaluation images leave the calibrated ranges: more, or more varied, calibration images"
             )
-        if self.enough is None and self.images >= FEWEST:
-            found.append("ranges still grow with the last calibration images: more are needed")
+        if self.growing > GROWING and self.images >= FEWEST:
+            found.append(
+                f"ranges still grow: by {self.growing:.0%} with the second half of the calibration images; more are needed"
+            )
         return found
 
 
@@ -108,13 +113,15 @@ def calibration_set(
     curve = _curve(lows, highs, width)
     count = lows.shape[1]
     settled = [n for n, share in curve if share >= SETTLED]
-    enough = settled[0] if settled and settled[0] <= max(count // 2, 1) else None
+    half = slice(0, max(count // 2, 1))
+    grown = (highs[:, half].max(1) - lows[:, half].min(1)) / width
     return CalibrationSet(
         images=count,
         evaluation=new_lows.shape[1],
         values=len(names),
         curve=curve,
-        enough=enough,
+        enough=settled[0] if settled else None,
+        growing=float(1 - grown.mean()),
         outside=float(shares.mean()),
         worst=(names[worst], float(shares[worst])),
         apart=_apart(highs - lows, new_highs - new_lows),
