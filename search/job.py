@@ -38,6 +38,8 @@ from search.data.model import load_model
 from search.data.overlap import mark, warn_of_overlap
 from search.data.user_code import callable_digest
 from search.engines import Engine, EngineError, refusal, scoring_engine
+from search.latency.table import Table, this_machine, user_table
+from search.run_dir.files import RunError
 from search.run_dir.fingerprint import rules_digest, source_digest
 from search.run_dir.scores import Confirmations, Records, Score, fingerprint, open_run
 from search.scoring.evaluator import RewriteEvaluator
@@ -286,9 +288,24 @@ def open_job(
         seed=cfg.search.seed,
         threads=threads or torch.get_num_threads(),
         confirmations=Confirmations.of(records, chosen) if chosen < samples.count else None,
-        timed=cfg.search.cost == "latency" or cfg.search.max_latency_ms is not None,
+        timed=cfg.search.max_latency_ms is not None,
+        table=table_of(cfg),
     )
     return Job(cfg, folder, evaluator, network.data, given)
+
+
+def table_of(cfg: Config) -> Table:
+    """The times of kernels that a run's plans are priced by.
+
+    Raises:
+        ConfigError: the config names a table that cannot be used.
+    """
+    if cfg.latency.table is None:
+        return this_machine()
+    try:
+        return user_table(cfg.resolve(cfg.latency.table))
+    except RunError as cause:
+        raise ConfigError(f"{cfg.path.name}: latency.table: {cause}") from cause
 
 
 def place_of(cfg: Config) -> Place | None:

@@ -13,7 +13,7 @@ from pydantic import ValidationError
 from rewriter import RULES, Plan, Step, cost, find_sites
 from rewriter.fitting import Price, thin_table
 from rewriter.graph import layers
-from rewriter.ladder import HEAD, RANGES, TAIL, exact_splits
+from rewriter.ladder import AT_PLACES, exact_splits
 from rewriter.storage import short
 from search.config.messages import dotted, explain
 from search.config.schema import Config, ConfigError, SearchConfig
@@ -31,8 +31,9 @@ from search.scoring.evaluator import RewriteEvaluator
 from search.scoring.expected import unexpected
 from search.scoring.failure import to_be_tried_again
 from search.scoring.racing import Race
+from search.scoring.slow_steps import warn_of_slow_plan
 from search.sensitivity.run import Sensitivity, analyze, float_gains_on, read_sensitivity
-from search.strategy.budgets import Savings
+from search.strategy.budgets import STEP, Savings
 from search.strategy.ladder_replay import climbed
 from search.strategy.recipe import Worth, architecture_digest, first, read_recipe
 from search.strategy.schedule import of_the_ladder, splits_of, worth_trying
@@ -95,6 +96,7 @@ def limits_of(job: Job) -> Limits:
         float_layers=most,
         float_islands=options.max_float_islands,
         latency_ms=options.max_latency_ms,
+        latency_ratio=options.max_latency_ratio or None,
     )
 
 
@@ -111,7 +113,8 @@ def space_of(job: Job, sensitivity: Sensitivity) -> Space:
     damage = sensitivity.damage_by_node()
     limits = limits_of(job)
     least = job.cfg.search.least_macs
-    budget = Budget(limits.macs, limits.float_layers, least * macs)
+    # a plan for the lowest budget comes out a little below it
+    budget = Budget(limits.macs, limits.float_layers, (least - STEP) * macs)
     fixed = job.cfg.search.resolution == "fixed"
     unwanted = [r.name for r in RULES if r.saves and (least >= 1 or (r.scales and fixed))]
     sites = [s for s in find_sites(job.gm) if s.rule not in unwanted]
@@ -150,8 +153,7 @@ def race_of(job: Job) -> Race:
         objective=job.objective,
         higher_is_better=job.evaluator.task.higher_is_better,
         spared=lambda plan: (
-            of_the_ladder(plan, (TAIL, HEAD, *RANGES))
-            or all(s.rule == KEEP_FLOAT for s in plan.steps)
+            of_the_ladder(plan, AT_PLACES) or all(s.rule == KEEP_FLOAT for s in plan.steps)
         ),
         cost=cost_named(options.cost),
     )
@@ -161,7 +163,7 @@ def note_ladder(job: Job, sensitivity: Sensitivity) -> None:
     """Write those rungs of the ladder of free remedies into ``run.json`` that are scored."""
     scores = {s.plan: s for s in job.records.scores()}
     splits = splits_of(job.gm, space_of(job, sensitivity), sensitivity)
-    ladder = climbed(job.gm, scores, splits)
+    ladder = climbed(job.gm, scores, splits, limits_of(job).latency_ratio)
     note(job.folder, ladder=[[r.name, str(r.plan), r.kept] for r in ladder])
 
 
@@ -210,7 +212,14 @@ def run_search(
     gains_on = partial(float_gains_on, job.evaluator)
     savings = _savings(job, space)
     worth = worth_trying(
-        job.gm, space, sensitivity, options.trials, settings.admits, gains_on, savings
+        job.gm,
+        space,
+        sensitivity,
+        options.trials,
+        settings.admits,
+        gains_on,
+        savings,
+        most_time=options.max_latency_ratio or None,
     )
     if options.recipe is not None:
         recipe = read_recipe(job.cfg.resolve(options.recipe), job.gm, job.cfg.target)
@@ -289,6 +298,9 @@ def confirm_front(job: Job, progress: Progress = silent) -> None:
         with progress("confirming the front") as tick:
             confirm(searching(job), list(dict.fromkeys(["", *plans])), tick)
         results = load_results(job.folder)
+    if results.front.points:
+        most = limits_of(job).latency_ratio
+        warn_of_slow_plan(job.evaluator, results.scores, results.best(), most)
     with progress("confirming on the runtime that ships"):
         shown = [s for s in (results.empty(), *results.front.points) if s is not None]
         score_deployed(job.evaluator, job.folder, shown)

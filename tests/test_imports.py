@@ -85,6 +85,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (
     ("search.engines",),
     ("search.config",),
     ("search.data", "search.run_dir"),
+    ("search.latency",),
     ("search.tasks", "search.pareto"),
     ("search.scoring",),
     ("search.job", "search.sensitivity"),

@@ -141,16 +141,17 @@ class _Amounts:
     epochs: int
 
 
-def amounts(images: int, macs: int, numbers: int) -> _Amounts:
+def amounts(images: int, macs: int, numbers: int, share: float = 1.0) -> _Amounts:
     """What is affordable.
 
     Args:
         images: inputs at hand.
         macs: of one input from the new layer on.
         numbers: that are kept of one view of one input.
+        share: of what one fit takes at most.
     """
     # forwards, and the gradient back through the same layers twice
-    seen = min(SEEN, int(BUDGET / (3 * max(1, macs))))
+    seen = max(1, int(share * min(SEEN, BUDGET / (3 * max(1, macs)))))
     kept = MEMORY // (4 * max(1, numbers))
     images = max(min(images, seen, kept), min(images, 2 * PIECE))
     used = max(1, images - images // HELD)
@@ -167,6 +168,7 @@ def distill(
     input_scale: tuple[float, int],
     neighbors: Sequence[fx.Node] = (),
     seed: int = 0,
+    share: float = 1.0,
 ) -> int:
     """Improve the weights of the new layer ``node`` of ``rewritten`` and of its neighbors, in place.
 
@@ -179,13 +181,14 @@ def distill(
         input_scale: scale and zero point of the new layer's input.
         neighbors: layers after it that are moved with it.
         seed: of the views and of the order of the inputs.
+        share: of the steps that a whole new layer takes.
 
     Returns:
         The number of steps that were kept.
     """
     student = _Student(rewritten, node, scheme, input_scale, neighbors)
     inputs = _joined(batches)
-    amount = amounts(len(inputs[0]), student.macs(), student.numbers())
+    amount = amounts(len(inputs[0]), student.macs(), student.numbers(), share)
     chosen = range(amount.images)
     held = [i for i in chosen if i % HELD == 0]
     used = [i for i in chosen if i % HELD] or held

@@ -103,18 +103,18 @@ LAYER: Fact[str] = Fact("layer", ("rules", "tracing"), ("graph", "rules", "traci
 """Qualified name of the user's module that it came from."""
 CHANNEL_RANGE: Fact[Ranges] = Fact(
     "channel_range",
-    ("assemble", "graph", "plan", "rules", "sensitivity", "surgery"),
-    ("fitting", "graph", "repair", "rules", "sensitivity", "surgery"),
+    ("damage", "graph", "plan", "rules", "sensitivity", "surgery"),
+    ("damage", "fitting", "graph", "repair", "rules", "sensitivity", "surgery"),
 )
 """Smallest and largest calibration value of each channel, (C,) each."""
 INFLUENCE: Fact[Tensor] = Fact(
     "influence",
-    ("assemble", "damage", "export", "surgery"),
-    ("assemble", "export", "fitting", "surgery"),
+    ("damage", "export", "surgery"),
+    ("damage", "export", "fitting", "surgery"),
 )
 """(C,) squared gradients of the damage, by channel of its value."""
 WEIGHT_INFLUENCE: Fact[Tensor] = Fact(
-    "weight_influence", ("assemble", "damage", "export", "surgery"), ("surgery",)
+    "weight_influence", ("damage", "export", "surgery"), ("surgery",)
 )
 """(C_out, C_in / groups) the same of the weights of a layer."""
 KEEP_FLOAT: Fact[bool] = Fact(
@@ -123,16 +123,24 @@ KEEP_FLOAT: Fact[bool] = Fact(
     ("graph", "int8", "rules", "search", "sensitivity", "surgery"),
 )
 """Whether it stays in float."""
+READS_FLOAT: Fact[bool] = Fact("reads_float", ("rules",), ("int8",))
+"""Of an operation in float: whether it reads in float what a layer's kernel can write so."""
+GRID: Fact[tuple[float, int]] = Fact("grid", ("rules",), ("int8", "rules"))
+"""Scale and zero point that its int8 form has whatever calibration sees: it lies on that grid."""
 KEEP_INT16: Fact[bool] = Fact("keep_int16", ("rules",), ("int8",))
 """Whether its value has 16 bits where the target has them."""
+RESIDUAL_OF: Fact[str] = Fact("residual_of", ("rules",), ("rules",))
+"""Of a layer with what int8 leaves over of another one's weights: the name of that one."""
 INT8: Fact[Any] = Fact(
     "int8", ("int8", "sensitivity"), ("export", "int8", "repair", "search", "sensitivity")
 )
 """What int8 does there: a ``rewriter.int8.annotate.Annotation``."""
+NOISE: Fact[float] = Fact("noise", ("assemble", "repair"), ("assemble", "repair"))
+"""Power of the int8 errors in the input of a layer, relative to the variance of that input."""
 REWRITTEN_BY: Fact[str] = Fact(
     "rewritten_by",
     ("rules", "surgery"),
-    ("export", "fitting", "int8", "plan", "rules", "search", "sensitivity"),
+    ("damage", "export", "fitting", "int8", "plan", "rules", "search", "sensitivity"),
 )
 """The step that made it."""
 FOLDED: Fact[bool] = Fact("folded_batch_norm", ("tracing",), ("export",))
@@ -172,13 +180,17 @@ CONSTANT_OUTPUTS: Fact[dict[int, Any]] = Fact(
 )
 """The outputs that are no tensors, by number."""
 PROFILED: Fact[tuple[float, ...]] = Fact(
-    "profiled", ("assemble", "graph", "plan"), ("graph", "plan")
+    "profiled", ("damage", "graph", "plan"), ("graph", "plan")
 )
 """Marks (``graph.channel_ranges``) of the weights and the inputs that the channel ranges of all nodes are of."""
 CALIBRATION: Fact[Any] = Fact("calibration", ("search",), ("assemble", "sensitivity"))
 """How ranges are found: ``minmax``, ``percentile`` or ``mse``."""
 SCHEME: Fact[Any] = Fact("scheme", ("plan", "quantfix", "search"), ("rules",))
 """The target, a ``rewriter.int8.QuantScheme``."""
+LOG_SCALES: Fact[dict[str, Tensor]] = Fact("log_scales", ("rules",), ("assemble",))
+"""(C,) float64, logarithms of the scales that equalization gave the channels of each value, by node."""
+KNOWN_SCALES: Fact[dict[str, Tensor]] = Fact("known_scales", ("rules",), ("rules",))
+"""The same of another plan, for equalization to keep; ``plan.rewrite`` is given it."""
 REPAIRS: Fact[frozenset[str]] = Fact("repairs", ("rules",), ("assemble", "rules"))
 """The repairs that steps of a plan asked for."""
 HEAD_GROUPS: Fact[dict[str, list[list[int]]]] = Fact("head_groups", (), ("rules",))

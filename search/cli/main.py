@@ -283,6 +283,27 @@ def export(
 
 
 @app.command()
+def devices(
+    config: Annotated[
+        Path | None, typer.Argument(metavar="[CONFIG]", help="Price its plain int8 file.")
+    ] = None,
+    out_file: Annotated[
+        Path | None, typer.Option("--out", metavar="FILE.csv", help="Write its kernels.")
+    ] = None,
+    quiet: Quiet = False,
+) -> None:
+    """Tables of kernel times: which there are, and the kernels of a network to measure on a device.
+
+    Example: quantfix devices
+
+    Example for a device of your own: quantfix devices configs/digits.yaml --out kernels.csv
+    """
+    from search.cli.devices import devices as listed
+
+    listed(config, out_file, quiet)
+
+
+@app.command()
 def fix(
     config: FixPath,
     max_drop: MaxDrop = None,

@@ -77,10 +77,12 @@ class SearchConfig(Section):
             files compute less warns and says which layers run in float.
         max_float_islands: Most connected groups of such layers.
         max_latency_ms: Longest time for one input, in ONNX Runtime on the machine that searches.
+        max_latency_ratio: Longest time of a plan's file on one thread, relative to that of plain int8, by the
+            table of kernels (see `LatencyConfig`); where ONNX Runtime runs the target. 0: no bound.
         max_drop: Largest loss against the float model, in points of the metric; for ``fix``.
         max_damage: Largest damage, where there are no labels; for ``fix``.
-        cost: What quality is weighed against: ``macs``, or ``latency``, measured as for
-            `max_latency_ms`. A time never repeats exactly, and so does no front over it.
+        cost: What quality is weighed against: ``macs``, ``latency`` (by the table of kernels, so that equal
+            files cost the same; where there is none, measured as for `max_latency_ms`), or ``bytes`` of the file.
         objective: What stands against MACs. ``auto``: the metric, or the damage where there are no
             labels.
         seed: Of the sampler and of the fits.
@@ -108,9 +110,10 @@ class SearchConfig(Section):
     min_int8_share: float = Field(default=0.95, ge=0, le=1)
     max_float_islands: int | None = Field(default=None, ge=0)
     max_latency_ms: float | None = Field(default=None, gt=0)
+    max_latency_ratio: float = Field(default=1.1, ge=0)
     max_drop: float | None = Field(default=None, ge=0, le=100)
     max_damage: float | None = Field(default=None, ge=0)
-    cost: Literal["macs", "latency"] = "macs"
+    cost: Literal["macs", "latency", "bytes"] = "macs"
     objective: Literal["metric", "damage", "auto"] = "auto"
     seed: int = Field(default=0, ge=0, le=2**63 - 1)
     timeout: float | None = Field(default=None, gt=0)
@@ -141,6 +144,17 @@ class SearchConfig(Section):
         if self.macs:
             return min(self.macs[0], self.most_macs)
         return 1.0 if self.most_macs >= 1 else self.most_macs * BELOW
+
+
+class LatencyConfig(Section):
+    """Where the times of kernels come from; see docs/latency.md.
+
+    Attributes:
+        table: CSV file of kernels and milliseconds that was measured on a device. Default: this machine's own,
+            in the user's cache folder; kernels that it lacks are measured.
+    """
+
+    table: str | None = Field(default=None, min_length=1)
 
 
 class FinetuneConfig(Section):
@@ -233,6 +247,7 @@ class Config(Section):
     calibration: CalibrationConfig = Field(default_factory=CalibrationConfig)
     expect: ExpectConfig = Field(default_factory=ExpectConfig)
     search: SearchConfig = Field(default_factory=SearchConfig)
+    latency: LatencyConfig = Field(default_factory=LatencyConfig)
     finetune: FinetuneConfig = Field(default_factory=FinetuneConfig)
 
     _path: Path = PrivateAttr(default=Path("config.yaml"))

@@ -9,6 +9,7 @@ import torch
 from torch import fx, nn
 
 from rewriter.graph import facts
+from rewriter.int8.onnx.activations import hard_sigmoid, hardswish, silu
 from rewriter.int8.onnx.arguments import pad, source_of
 from rewriter.int8.onnx.builder import Emission, UnsupportedError, Value
 from rewriter.int8.onnx.layers import transposed_convolution, weight_and_bias
@@ -116,17 +117,6 @@ def _clip(low: Callable[[Any], float], high: Callable[[Any], float]) -> Emitter:
     return emit
 
 
-def _silu(e: Emission, node: fx.Node, m: nn.SiLU) -> Value:
-    x = e.read(source_of(node), node)
-    gate, inner = e.op("Sigmoid", x), e.note(node).inner
-    return e.op("Mul", x, gate if inner is None else e.rounded_to(gate, inner, node))
-
-
-def _hardswish(e: Emission, node: fx.Node, m: nn.Hardswish) -> Value:
-    x = e.read(source_of(node), node)
-    return e.op("Mul", x, e.op("HardSigmoid", x, alpha=1 / 6, beta=0.5))
-
-
 def _prelu(e: Emission, node: fx.Node, m: nn.PReLU) -> Value:
     slope = m.weight.detach()
     if slope.numel() == 1:  # which has an int8 kernel
@@ -189,9 +179,9 @@ MODULES: dict[type[nn.Module], Emitter] = {
     nn.Hardtanh: _clip(lambda m: m.min_val, lambda m: m.max_val),
     nn.LeakyReLU: _plain("LeakyRelu", alpha=lambda m: m.negative_slope),
     nn.PReLU: _prelu,
-    nn.SiLU: _silu,
-    nn.Hardswish: _hardswish,
-    nn.Hardsigmoid: _plain("HardSigmoid", alpha=lambda m: 1 / 6, beta=lambda m: 0.5),
+    nn.SiLU: silu,
+    nn.Hardswish: hardswish,
+    nn.Hardsigmoid: hard_sigmoid,
     nn.Sigmoid: _plain("Sigmoid"),
     nn.Tanh: _plain("Tanh"),
     nn.GELU: _plain("Gelu", approximate=lambda m: m.approximate),
