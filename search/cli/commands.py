@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from search.cli.options import Plans
 from search.cli.summary import show_results
 from search.cli.tables import clock_table, forms_table, sensitivity_table, sites_table
 from search.config.schema import Config, ConfigError, load_config
+from search.data.datasets import batches
 from search.export.forms import checked_forms, export_forms
 from search.export.ship import ship
 from search.export.trained import with_weights
@@ -38,10 +40,12 @@ from search.run import (
 )
 from search.run_dir.files import RunError
 from search.run_dir.scores import Score, read_run
+from search.sensitivity.calibration_set import calibration_set
 from search.sensitivity.run import Sensitivity
 from search.workers.processes import work
 
 GOAL_NOT_MET = 1
+CHECKED = 256  # images of each set that ``check`` compares
 
 
 def check(config: Path, quiet: bool = False) -> None:
@@ -61,6 +65,7 @@ def check(config: Path, quiet: bool = False) -> None:
         ("float", float_metric(network)),
         ("sites", f"{len(found) - near}, and {near} near misses (quantfix sites)"),
         *_file_facts(cfg, network),
+        *_calibration_facts(network),
     ]
     rows += [("output", line) for line in fidelity_of(gm).about]
     rows += [
@@ -69,6 +74,19 @@ def check(config: Path, quiet: bool = False) -> None:
     ]
     for name, fact in [] if quiet else rows:
         say(f"{name:>10}  {fact}")
+
+
+def _calibration_facts(network: Network) -> list[tuple[str, str]]:
+    """Whether the calibration set covers what evaluation needs."""
+    pairs = batches(network.data.evaluation, 32)
+    inputs = (b[0] if isinstance(b, tuple) else b for b in islice(pairs, CHECKED // 32))
+    calibration, left = list[Any](), CHECKED
+    for batch in network.calibration:
+        calibration += [batch[:left]] if left > 0 else []
+        left -= len(batch)
+    found = calibration_set(network.gm, calibration, inputs)
+    rows = [("ranges", line) for line in found.lines()]
+    return rows + [("warning", line) for line in found.warnings()]
 
 
 def _file_facts(cfg: Config, network: Network) -> list[tuple[str, str]]:
