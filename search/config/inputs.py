@@ -51,6 +51,7 @@ class ModelConfig(Section):
         timm: Name of a timm model.
         torchvision: Name of a torchvision model.
         onnx: A float ONNX file, relative to the config file.
+        tflite: A float TensorFlow Lite file, relative to the config file.
         exported: A file of ``torch.export.save``, relative to the config file.
         factory: ``module:callable`` that returns an ``nn.Module``.
         weights: ``pretrained`` (fetched; the default), or a state-dict file, relative to the
@@ -61,6 +62,7 @@ class ModelConfig(Section):
     timm: str | None = None
     torchvision: str | None = None
     onnx: str | None = None
+    tflite: str | None = None
     exported: str | None = None
     factory: Factory | None = None
     weights: str | None = None

@@ -103,7 +103,7 @@ def test_the_config_cannot_be_changed(tmp_path: Path) -> None:
         (
             "factory:",
             "timm: x, factory:",
-            "model: needs one of timm, torchvision, onnx, exported, factory",
+            "model: needs one of timm, torchvision, onnx, tflite, exported, factory",
         ),
         ("factory:", "weights: x, factory:", "run.yaml:2: model: weights go with timm"),
         ("npz: digits.npz, ", "", "run.yaml:3: data: needs one of factory, imagefolder, csv"),
