@@ -14,7 +14,7 @@ from rewriter.damage.grouping import fidelity_of
 from rewriter.errors import RewriteError
 from rewriter.fitting.fit import FitReport, fit
 from rewriter.graph import facts
-from rewriter.graph.channel_ranges import profile
+from rewriter.graph.channel_ranges import input_marks, profile, weight_mark
 from rewriter.graph.edit import copy_graph
 from rewriter.graph.lookup import layers
 from rewriter.int8.annotate import annotate
@@ -187,12 +187,15 @@ def _measure(gm: fx.GraphModule, batches: Batches, store: Store | None, again: b
     if found is None:
         if again:
             _forget(gm, what)
+            facts.PROFILED.drop(gm)
             profile(gm, batches)
         weigh(gm, batches, INPUTS if again else ALL)
         if store is not None:
             save_to(store, name, _measured(gm, what), {})
         return
     _forget(gm, what)
+    if again:
+        facts.PROFILED.put(gm, (weight_mark(gm), *input_marks(batches)))
     for node in gm.graph.nodes:
         for known in what:
             parts = [f"{known}.{end}.{node.name}" for end in _ENDS[known]]

@@ -10,11 +10,12 @@ from typing import Any
 from torch import Tensor, fx
 
 from rewriter.errors import PlanError
-from rewriter.graph.channel_ranges import describe
+from rewriter.graph.channel_ranges import describe, has_ranges_of, weight_mark
 from rewriter.graph.edit import copy_graph
-from rewriter.graph.facts import REWRITTEN_BY, named
+from rewriter.graph.facts import PROFILED, REWRITTEN_BY, named
 from rewriter.graph.lookup import layers, module_of
 from rewriter.rules import RULES, RewriteRule, Site
+from rewriter.rules._model_rule import WholeModelRule
 
 __all__ = ["Plan", "Step", "find_sites", "in_order", "rewrite", "rule_named"]
 
@@ -108,6 +109,7 @@ def rewrite(
     Raises:
         PlanError: a step has no site, its site is blocked, or two steps exclude each other.
     """
+    known = has_ranges_of(gm) and not any(_moves_ranges(rule_named(s.rule)) for s in plan.steps)
     gm = copy_graph(gm)
     for key, value in (facts or {}).items():
         named(key).put(gm, value)
@@ -130,7 +132,16 @@ def rewrite(
     gm.recompile()
     if any(rule_named(s.rule).contract != "annotation" for s in plan.steps):
         describe(gm)
+    if known:
+        PROFILED.put(gm, (weight_mark(gm), *PROFILED.of(gm)[1:]))
+    else:
+        PROFILED.drop(gm)
     return gm
+
+
+def _moves_ranges(rule: RewriteRule) -> bool:
+    """Whether values have other ranges behind a rule than their nodes know; the rules of the whole model see to them."""
+    return rule.contract != "annotation" and not isinstance(rule, WholeModelRule)
 
 
 def in_order(gm: fx.GraphModule, plan: Plan) -> list[tuple[RewriteRule, Step]]:

@@ -20,6 +20,7 @@ from search.config.schema import Config, ConfigError, SearchConfig
 from search.job import Job, OnScore, Progress, silent
 from search.pareto.front import cost_named, select_front
 from search.pareto.limits import Limits
+from search.pareto.plan_summary import places_of
 from search.results import load_results
 from search.run_dir.scores import Samples, Score, note
 from search.scoring.added_macs import extra_macs
@@ -62,6 +63,7 @@ def note_run(job: Job, storage: str | None = None, goal: Goal | None = None) -> 
         options=job.cfg.search.model_dump(),
         storage=storage,
         goal=None if goal is None else asdict(goal),
+        places=places_of(job.gm),
     )
 
 

@@ -104,7 +104,7 @@ LAYER: Fact[str] = Fact("layer", ("rules", "tracing"), ("graph", "rules", "traci
 CHANNEL_RANGE: Fact[Ranges] = Fact(
     "channel_range",
     ("assemble", "graph", "plan", "rules", "sensitivity", "surgery"),
-    ("fitting", "graph", "rules", "sensitivity", "surgery"),
+    ("fitting", "graph", "repair", "rules", "sensitivity", "surgery"),
 )
 """Smallest and largest calibration value of each channel, (C,) each."""
 INFLUENCE: Fact[Tensor] = Fact(
@@ -171,6 +171,10 @@ CONSTANT_OUTPUTS: Fact[dict[int, Any]] = Fact(
     "constant_outputs", ("export", "tracing"), ("damage", "graph")
 )
 """The outputs that are no tensors, by number."""
+PROFILED: Fact[tuple[float, ...]] = Fact(
+    "profiled", ("assemble", "graph", "plan"), ("graph", "plan")
+)
+"""Marks (``graph.channel_ranges``) of the weights and the inputs that the channel ranges of all nodes are of."""
 CALIBRATION: Fact[Any] = Fact("calibration", ("search",), ("assemble", "sensitivity"))
 """How ranges are found: ``minmax``, ``percentile`` or ``mse``."""
 SCHEME: Fact[Any] = Fact("scheme", ("plan", "quantfix", "search"), ("rules",))

@@ -119,7 +119,7 @@ def calibrate(
         for batch in batches:
             inputs = batch if isinstance(batch, tuple) else (batch,)
             samples += len(inputs[0])
-            for node, value in walk(gm, inputs):
+            for node, value in walk(gm, inputs, in_place=True):
                 if is_observed(gm, node):
                     _observe(stats, node, value, histograms, axes.get(node, 1))
     if samples == 0:

@@ -16,6 +16,7 @@ from rewriter.rules.keep_int16 import KeepInt16
 from rewriter.rules.lower_resolution import SIDES, LowerResolution
 from rewriter.rules.merge_separable import MergeLinearSeparable, MergeSeparable
 from rewriter.rules.refine_ranges import RefineRanges
+from rewriter.rules.replace_activation import KINDS, ReplaceActivation
 from rewriter.rules.replace_block import ReplaceBlock
 from rewriter.rules.replace_relu6 import ReplaceRelu6
 from rewriter.rules.round_weights import RoundWeights
@@ -33,6 +34,7 @@ RULES: tuple[RewriteRule, ...] = (
     ReplaceBlock(),
     DensifyDepthwise(4),
     DensifyDepthwise(16),
+    *(ReplaceActivation(kind) for kind in KINDS),
     # what is left of the network, upstream first
     *(ThinChannels(percent) for percent in AMOUNTS),
     *(LowerResolution(percent) for percent in SIDES),

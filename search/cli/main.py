@@ -19,6 +19,7 @@ from search.cli.options import (
     KINDS,
     ConfigPath,
     FixPath,
+    Full,
     Images,
     MaxDamage,
     MaxDrop,
@@ -115,6 +116,7 @@ def analyze(
     config: ConfigPath,
     exact: Annotated[bool, typer.Option("--exact", help="Measure every layer.")] = False,
     out_dir: Out = None,
+    full: Full = False,
     quiet: Quiet = False,
     seed: Seed = None,
 ) -> None:
@@ -124,7 +126,7 @@ def analyze(
     """
     from search.cli import commands
 
-    commands.analyze(config, exact, out_dir, quiet, seed)
+    commands.analyze(config, exact, out_dir, quiet, seed, full)
 
 
 @app.command()
@@ -207,21 +209,23 @@ def worker(folder: RunFolder, storage: Storage = None, quiet: Quiet = False) -> 
 
 
 @app.command()
-def front(folder: RunFolder, pictures: Pictures = False, quiet: Quiet = False) -> None:
-    """The Pareto front as a table. Writes DIR/front.json, report.html and report.md.
+def front(
+    folder: RunFolder, pictures: Pictures = False, full: Full = False, quiet: Quiet = False
+) -> None:
+    """The Pareto front as a plot and a table. Writes DIR/front.json, report.html and report.md.
 
     Example: quantfix front runs/digits
     """
     from search.cli import commands
 
-    commands.front(folder, pictures, quiet)
+    commands.front(folder, pictures, quiet, full)
 
 
 @app.command()
 def export(
     folder: RunFolder,
     pick: Annotated[
-        str, typer.Option(metavar='best|knee|plain|"macs<=R"|"PLAN"', help="Which plan.")
+        str, typer.Option(metavar='best|knee|plain|NUMBER|"macs<=R"|"PLAN"', help="Which plan.")
     ] = "best",
     out_dir: Annotated[
         Path | None, typer.Option("--out", metavar="DIR2", help="Default: DIR/export.")

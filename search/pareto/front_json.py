@@ -4,15 +4,15 @@ from __future__ import annotations
 
 from typing import Any
 
-from search.pareto.plan_summary import plan_summary
+from search.pareto.plan_summary import Places, plan_summary
 from search.run_dir.scores import Baseline, Score
 
 
-def point(score: Score) -> dict[str, Any]:
-    """A plan with what it costs and keeps."""
+def point(score: Score, places: Places | None = None) -> dict[str, Any]:
+    """A plan with what it costs and keeps; with `places` of its network, in the names of its layers."""
     return {
         "plan": score.plan,
-        "summary": plan_summary(score.plan),
+        "summary": plan_summary(score.plan, places),
         "macs": score.macs,
         "macs_ratio": score.macs_ratio,
         "params": score.params,

@@ -130,7 +130,9 @@ class FrontFile(_Part):
     engine: str
     baseline: BaselineEntry
     limits: dict[str, float | None] = Field(description="what a plan on the front must meet")
-    points: list[Point] = Field(description="the front, cheapest first")
+    points: list[Point] = Field(
+        description="the front, cheapest first; each is better than all cheaper ones beyond the noise"
+    )
     ties: list[Point] = Field(description="cannot be told from a point on these samples")
     overtaken: list[str] = Field(description="plans that fell off the front when confirmed")
     references: list[Point] = Field(description="plain int8, and the most harmful layers in float")

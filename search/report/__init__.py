@@ -25,6 +25,7 @@ from search.report.rows import (
     score_rows,
 )
 from search.report.snapshot import read_exhibits
+from search.report.verdict import advice
 from search.results import Results
 from search.run_dir.scores import fingerprint
 
@@ -72,7 +73,7 @@ def html_report(results: Results, exhibits: Mapping[str, Any] | None = None) -> 
         Section("measured", "How it was measured", listed(measured(results))),
         Section("repeat", "How to repeat it", _repeat(results)),
     ]
-    lead = f'<p class="advice">{escape(results.advice())}</p>' + _stale(results, exhibits)
+    lead = f'<p class="advice">{escape(advice(results))}</p>' + _stale(results, exhibits)
     return page(title, lead, sections, get_plotlyjs())
 
 
@@ -92,7 +93,7 @@ def _front(results: Results) -> str:
         parts.append(table(*ladder_rows(results)))
     if results.references:
         parts.append("<h3>For comparison: the most harmful layers left in float</h3>")
-        parts.append(table(*score_rows(results.references)))
+        parts.append(table(*score_rows(results, results.references)))
     return "".join(parts)
 
 

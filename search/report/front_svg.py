@@ -43,7 +43,7 @@ def front_svg(results: Results) -> str:
     if level is not None:
         drawn.append(_line("level", LEFT, y(level), RIGHT, y(level)))
         drawn.append(_text(RIGHT, y(level) - 5, f"float {unit.format(level)}", "end"))
-    corners = [(x(s.macs_ratio), y(_value(results, s) or 0.0)) for s in results.front.points]
+    corners = [(x(s.macs_ratio), y(_value(results, s) or 0.0)) for s in _outline(results)]
     if len(corners) > 1:
         steps = "".join(f"H{a:.1f}V{b:.1f}" for a, b in corners[1:])
         path = f"M{corners[0][0]:.1f} {corners[0][1]:.1f}{steps}"
@@ -67,6 +67,17 @@ def facts_of(results: Results, score: Score) -> str:
     ]
     lines += quality_lines(results, score)
     return "\n".join(lines)
+
+
+def _outline(results: Results) -> list[Score]:
+    """The points whose value is better than that of all cheaper ones: what a line may go through."""
+    up = results.objective == "metric" and results.higher_is_better
+    found: list[Score] = []
+    for score in results.front.points:
+        values = [_value(results, s) or 0.0 for s in (score, *found[-1:])]
+        if not found or (values[0] > values[1]) is up:
+            found.append(score)
+    return found
 
 
 def _kind(results: Results, score: Score) -> str:

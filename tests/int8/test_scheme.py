@@ -43,6 +43,8 @@ def test_limits(spec: QuantSpec, qmin: int, qmax: int) -> None:
 @example(-3.0, -1.0, INT8)
 @example(-0.2785, 50.0, UINT8)
 @example(-50.0, 0.29, INT8)
+@example(-0.7, 254.3, UINT8)  # no end is cut by more than half a step
+@example(-254.3, 0.7, INT8)
 def test_affine_parameters(a: float, b: float, spec: QuantSpec) -> None:
     low, high = min(a, b), max(a, b)
     scale, zero = spec.params(low, high)

@@ -6,12 +6,15 @@ import pytest
 import torch
 from torch import Tensor, fx, nn
 
-from rewriter import profile, quantize, target, trace
+from rewriter import Plan, find_sites, profile, quantize, rewrite, target, trace
+from rewriter.assemble import prepare
 from rewriter.graph.lookup import layers
 from rewriter.int8.simulate import Quantized
 from rewriter.repair import known_ranges as module
 from rewriter.repair.activation_ranges import least_damage_ranges
 from rewriter.repair.known_ranges import calibrated, refined
+from tests.networks import SIZE
+from tests.networks import network as random_network
 from tests.rules import check
 
 SHAPE = (3, 9, 10)
@@ -76,3 +79,57 @@ def test_another_network_other_inputs_or_other_layers_in_float_are_measured(
         found = refined(calibrated(gm, scheme, inputs, store=tmp_path), inputs, tmp_path)
         expected = least_damage_ranges(quantize(gm, scheme, inputs), inputs)
         assert found.calibration.values == expected.calibration.values
+
+
+@pytest.mark.parametrize("seed", range(12))
+def test_ranges_that_rules_carried_along_are_those_of_the_network_they_made(seed: int) -> None:
+    x = torch.randn(6, *SIZE, generator=torch.Generator().manual_seed(seed))
+    gm = trace(random_network(seed), x[:2])
+    scheme = target("per_tensor" if seed % 2 else "onnxruntime")
+    profile(gm, [x])
+    prepare(gm, [x])
+    rules = ("equalize", "absorb_bias", "replace_relu6", "refine_ranges")
+    sites = [s for s in find_sites(gm) if s.rule in rules and not s.blocked]
+    plan = Plan.parse(" ".join(f"{s.rule}@{s.anchor}" for s in sites))
+    made = rewrite(gm, plan, facts={"scheme": scheme})
+    known = calibrated(made, scheme, [x])
+    seen = quantize(made, scheme, [x])
+    assert known.calibration.samples == 6
+    assert known.calibration.values.keys() == seen.calibration.values.keys()
+    for name, (low, high) in seen.calibration.values.items():
+        size = max(-low, high)
+        assert known.calibration.values[name] == pytest.approx((low, high), abs=1e-4 * size)
+    for name, stats in seen.calibration.stats.items():
+        mine, size = known.calibration.stats[name], max(-stats.low, stats.high)
+        torch.testing.assert_close(
+            mine.channel_high, stats.channel_high, rtol=1e-4, atol=1e-4 * size
+        )
+        torch.testing.assert_close(
+            mine.channel_low, stats.channel_low, rtol=1e-4, atol=1e-4 * size
+        )
+
+
+def test_calibration_runs_nothing_where_the_nodes_know_the_ranges_of_these_inputs(
+    batches: tuple[Tensor, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    scheme = target("onnxruntime")
+    gm = network(batches)
+    expected = quantize(network(batches), scheme, batches)
+    monkeypatch.setattr(module, "quantize", never)
+    assert calibrated(gm, scheme, batches).calibration.values == expected.calibration.values
+    with pytest.raises(AssertionError, match="measured again"):
+        calibrated(gm, scheme, batches[:1])
+    profile(gm, batches[:1])  # now the ranges are of both
+    with pytest.raises(AssertionError, match="measured again"):
+        calibrated(gm, scheme, batches[:1])
+    gm = rewrite(
+        network(batches),
+        Plan.parse(f"keep_float@{layers(network(batches))[2].name}"),
+        facts={"scheme": scheme},
+    )
+    calibrated(gm, scheme, batches)
+    weight = layers(gm)[0]
+    with torch.no_grad():
+        gm.get_submodule(str(weight.target)).weight.mul_(2)  # type: ignore[operator]
+    with pytest.raises(AssertionError, match="measured again"):
+        calibrated(gm, scheme, batches)

@@ -13,10 +13,12 @@ from plotly.offline import get_plotlyjs
 from rewriter.plan import Plan
 from search.cli.tables import front_table
 from search.pareto.front import Front
+from search.pareto.plan_summary import plan_summary
 from search.report import html_report, write_report
 from search.report.facts import commands
 from search.report.front import _height, front_figure, groups
 from search.report.layers import layers_figure
+from search.report.verdict import advice
 from search.results import Results, load_results, write_front
 from search.run_dir.files import RunError, write_json
 from search.run_dir.scores import Records, Score, fingerprint
@@ -157,11 +159,14 @@ def test_every_usable_plan_is_a_point_of_the_figure(tmp_path: Path) -> None:
 def test_the_advice_names_the_plan_what_it_gains_and_what_it_costs(tmp_path: Path) -> None:
     results = make(tmp_path, PLANS)
     best = results.best()
-    assert best.plan in results.advice()
-    assert f"{best.metric:.2%}" in results.advice()
-    assert "float 80.00%" in results.advice()
+    assert plan_summary(best.plan) in advice(results)
+    number = results.front.all().index(best) + 1
+    assert f"Ship plan {number} (" in advice(results)
+    assert results.picked(str(number)) == best
+    assert f"{best.metric:.2%}" in advice(results)
+    assert "float 80.00%" in advice(results)
     alone = make(tmp_path / "alone", [""])
-    assert alone.advice().startswith("Ship the network as it is")
+    assert advice(alone).startswith("Ship the network as it is")
 
 
 def test_the_cheapest_plan_meets_both_goals(tmp_path: Path) -> None:
@@ -198,14 +203,14 @@ def test_a_run_without_a_score_says_what_to_type(tmp_path: Path) -> None:
 def test_without_labels_the_page_shows_the_damage(tmp_path: Path) -> None:
     results = make(tmp_path, PLANS, objective="damage")
     assert "damage of int8, lower is better" in html_report(results)
-    assert "damage" in results.advice()
+    assert "damage" in advice(results)
     damages = [s.damage for s in results.front.points]
     assert damages == sorted(damages, key=lambda d: -(d or 0))
 
 
 def test_the_table_marks_best_and_knee(tmp_path: Path) -> None:
     table = front_table(make(tmp_path, PLANS))
-    marks = " ".join(str(c) for c in table.columns[-1].cells)
+    marks = " ".join(str(c) for c in table.columns[0].cells)
     assert "best" in marks
     assert "knee" in marks
 
