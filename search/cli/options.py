@@ -8,7 +8,18 @@ from typing import Annotated
 
 import typer
 
-KINDS = ("classification", "detection", "video")
+KINDS = (
+    "classification",
+    "detection",
+    "video",
+    "segmentation",
+    "keypoints",
+    "regression",
+    "ocr",
+    "embedding",
+    "custom",
+    "unlabelled",
+)
 """Tasks that ``quantfix init`` writes a start for."""
 
 

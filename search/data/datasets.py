@@ -72,11 +72,11 @@ def load_data(cfg: Config) -> Data:
         data = paired_faces(table, images, source, _preprocessing(cfg))
     else:
         data = _annotated(cfg)
-    if cfg.task == "unlabelled" and len(data.evaluation) and isinstance(data.evaluation[0], tuple):
-        data = replace(data, evaluation=Inputs(data.evaluation))
     names = class_names(cfg, made)
     data = replace(data, names=names) if names else data
     check_splits(data, cfg.path.parent, "(T, C, H, W)" if cfg.task == "video" else "(C, H, W)")
+    if cfg.task == "unlabelled" and isinstance(data.evaluation[0], (tuple, list)):
+        return replace(data, evaluation=Inputs(data.evaluation))
     return data
 
 
