@@ -21,7 +21,7 @@ import sys
 import tempfile
 import time
 from collections import defaultdict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator
 from contextlib import contextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
@@ -61,7 +61,7 @@ class Clock:
         self.inner = [0.0]
 
     @contextmanager
-    def phase(self, name: str) -> Iterator[None]:
+    def phase(self, name: str) -> Generator[None]:
         start = time.process_time()
         self.inner.append(0.0)
         try:
@@ -194,7 +194,8 @@ def _silu_detector() -> type:
             n3 = self.n3(torch.cat([self.up(n4), p3], 1))
             m4 = self.m4(torch.cat([self.down3(n3), n4], 1))
             m5 = self.m5(torch.cat([self.down4(m4), p5], 1))
-            return [h(v) for v, pair in zip((n3, m4, m5), self.heads, strict=True) for h in pair]
+            heads: Any = self.heads
+            return [h(v) for v, pair in zip((n3, m4, m5), heads, strict=True) for h in pair]
 
     return SiluDetector
 

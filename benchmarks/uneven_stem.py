@@ -16,6 +16,7 @@ import io
 import logging
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -63,15 +64,16 @@ def network(seed: int) -> nn.Sequential:
     with torch.no_grad():
         low, high = (np.log(v) for v in SPREAD)
         spread = torch.linspace(low, high, 24).exp()
-        net[1].weight.copy_(spread[torch.randperm(24)])
+        norm: Any = net[1]
+        norm.weight.copy_(spread[torch.randperm(24)])
     return net
 
 
-def train(net: nn.Module, x: Tensor, y: Tensor, epochs: int) -> None:
+def train(net: nn.Module, x: Tensor, y: Tensor, epochs: int, rate: float = 6e-3) -> None:
     batch = 64
     optimizer = torch.optim.AdamW(net.parameters(), lr=3e-3, weight_decay=1e-4)
     steps = epochs * (len(x) // batch)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 6e-3, total_steps=steps)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, rate, total_steps=steps)
     net.train()
     for _ in range(epochs):
         for index in torch.randperm(len(x))[: len(x) // batch * batch].split(batch):

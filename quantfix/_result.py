@@ -15,6 +15,7 @@ from search.export.ship import ship
 from search.export.trained import architecture, with_weights
 from search.job import Job, Progress, silent
 from search.report.notebook import NotebookResults, NotebookSensitivity, shown
+from search.report.verdict import advice
 from search.results import Results
 from search.run_dir.scores import Score
 
@@ -108,7 +109,7 @@ class Result:
 
         Args:
             text: ``best``, ``knee`` (after which more compute buys little), ``plain`` (int8 without any step),
-                ``macs<=0.85`` (the best that costs no more), or a plan.
+                ``macs<=0.85`` (the best that costs no more), ``2`` (its number in the front's table), or a plan.
 
         Raises:
             RunError: no such plan was scored, or it failed.
@@ -121,7 +122,7 @@ class Result:
 
     def advice(self) -> str:
         """What to do now, in one sentence."""
-        return self._results.advice()
+        return advice(self._results)
 
     def export(
         self,

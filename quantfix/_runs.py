@@ -3,34 +3,28 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from pydantic import ValidationError
 from torch import nn
 
 from quantfix._inputs import data_of
 from quantfix._progress import bars
 from quantfix._result import Result
+from quantfix._tasks import PLACEHOLDER, Metric, config_of, name_of, named_by, task_of
 from rewriter.storage import Digest
-from search.config.messages import dotted, explain
-from search.config.schema import Config, ConfigError
-from search.data.datasets import Data
+from search.config.schema import ConfigError
+from search.data.datasets import Data, Inputs
 from search.data.model import on_cpu_in_float32
 from search.job import Given, Job, Progress, open_job
 from search.optimize import fixed
 from search.optimize import optimize as run_job
 from search.report.notebook import NotebookSensitivity, shown_sensitivity
 from search.run import Goal, sensitivity_of
-from search.tasks.classification import Classification
-from search.tasks.custom import Custom
-from search.tasks.detection import Detection
-from search.tasks.video import Video
 
-Metric = Callable[[Any, Any], float]
-PLACEHOLDER = "quantfix:given"  # in a config whose network and data are in memory
 RUNS = Path("runs")
 
 
@@ -40,10 +34,12 @@ def optimize(
     evaluation: Any = None,
     *,
     target: str = "onnxruntime",
-    task: str = "classification",
+    task: str | None = None,
+    task_args: Mapping[str, Any] | None = None,
     metric: str | Metric | None = None,
     higher_is_better: bool = True,
     postprocess: Callable[[Any], Any] | None = None,
+    outputs: Any = None,
     trials: int = 100,
     macs: float | tuple[float, float] | None = None,
     out: str | Path | None = None,
@@ -63,11 +59,14 @@ def optimize(
         evaluation: What plans are compared on, in the same forms, with targets as a tuple (x, y), in the data set or in the
             loader's batches; without targets the objective is the damage. None: every third calibration sample.
         target: The int8 profile that is shipped for; ``rewriter.TARGETS`` lists them.
-        task: What the network is for: ``classification``, ``detection`` or ``video``. With a metric of one's own any network will do.
-        metric: The task's own (``top1``, ``ap``, ``auc``), or a callable: outputs as ``forward`` returns them, for all
-            samples, and their targets, to a number.
+        task: What the network is for, as ``task`` of a config. None: what the metric says; else classification where the
+            targets are numbers of classes, and ``unlabelled`` where there are none.
+        task_args: What the task may be told, as ``task_args`` of a config.
+        metric: The task's own (``top1``, ``ap``, ``miou``, ``nme``, ...), or a callable: outputs as ``forward`` returns them,
+            for all samples, and their targets, to a number.
         higher_is_better: Direction of a metric of one's own.
-        postprocess: Detection: raw outputs to a list of ``{"boxes", "scores", "labels"}``.
+        postprocess: Raw outputs to what the task reads, such as a list of ``{"boxes", "scores", "labels"}`` for detection.
+        outputs: What each output means, where the task does not say it, as ``outputs`` of a config.
         trials: How many plans are scored in all.
         macs: Bounds of the cost that the front may have, relative to the network as it is; one number is the upper bound.
         out: The run directory. None: ``runs/NAME-DIGEST``, one for each network and data.
@@ -81,11 +80,12 @@ def optimize(
         RunError: the run directory holds a run of another network, data or target.
         RewriteError: the network cannot be traced or quantized.
     """
-    goal_of = _task(task, metric, higher_is_better, postprocess)
-    given = Given(_model(model), data_of(calibration, evaluation, video=task == "video"), goal_of)
+    given = _given(
+        model, calibration, evaluation, task, task_args, metric, higher_is_better, postprocess
+    )
     options = {"trials": trials, "seed": seed, **_costs(macs), **search}
     shown = bars(progress)
-    job = _job(given, target, device, options, out, shown)
+    job = _job(given, target, device, outputs, options, out, shown)
     return Result(job, run_job(job, shown), shown)
 
 
@@ -98,10 +98,12 @@ def fix(
     max_drop: float | None = None,
     max_macs: float | None = None,
     target: str = "onnxruntime",
-    task: str = "classification",
+    task: str | None = None,
+    task_args: Mapping[str, Any] | None = None,
     metric: str | Metric | None = None,
     higher_is_better: bool = True,
     postprocess: Callable[[Any], Any] | None = None,
+    outputs: Any = None,
     trials: int = 100,
     out: str | Path | None = None,
     seed: int = 0,
@@ -122,9 +124,11 @@ def fix(
         max_macs: Largest cost, relative to the network as it is.
         target: As for `optimize`.
         task: As for `optimize`.
+        task_args: As for `optimize`.
         metric: As for `optimize`.
         higher_is_better: As for `optimize`.
         postprocess: As for `optimize`.
+        outputs: As for `optimize`.
         trials: As for `optimize`.
         out: As for `optimize`.
         seed: As for `optimize`.
@@ -138,13 +142,14 @@ def fix(
     goal = Goal(max_drop, max_damage)
     if goal == Goal():
         raise ConfigError("fix: how much may be lost? give max_damage, or max_drop with labels")
-    goal_of = _task(task, metric, higher_is_better, postprocess)
-    given = Given(_model(model), data_of(calibration, evaluation, video=task == "video"), goal_of)
+    given = _given(
+        model, calibration, evaluation, task, task_args, metric, higher_is_better, postprocess
+    )
     limits = {"max_drop": max_drop, "max_damage": max_damage, "max_macs": max_macs}
     limits = {key: value for key, value in limits.items() if value is not None}
     options = {"trials": trials, "seed": seed, **limits, **search}
     shown = bars(progress)
-    job = _job(given, target, device, options, out, shown)
+    job = _job(given, target, device, outputs, options, out, shown)
     results = run_job(job, shown, goal=goal)
     chosen, met = fixed(job, results, goal)
     return Result(job, results, shown, chosen, met)
@@ -156,10 +161,12 @@ def analyze(
     evaluation: Any = None,
     *,
     target: str = "onnxruntime",
-    task: str = "classification",
+    task: str | None = None,
+    task_args: Mapping[str, Any] | None = None,
     metric: str | Metric | None = None,
     higher_is_better: bool = True,
     postprocess: Callable[[Any], Any] | None = None,
+    outputs: Any = None,
     exact: bool = False,
     out: str | Path | None = None,
     seed: int = 0,
@@ -174,26 +181,48 @@ def analyze(
         evaluation: As for `optimize`.
         target: As for `optimize`.
         task: As for `optimize`.
+        task_args: As for `optimize`.
         metric: As for `optimize`.
         higher_is_better: As for `optimize`.
         postprocess: As for `optimize`.
+        outputs: As for `optimize`.
         exact: Measure every layer, not only the most harmful ones of a screening.
         out: As for `optimize`, which then goes on from this analysis.
         seed: As for `optimize`.
         progress: As for `optimize`.
         device: As for `optimize`.
     """
-    goal_of = _task(task, metric, higher_is_better, postprocess)
-    given = Given(_model(model), data_of(calibration, evaluation, video=task == "video"), goal_of)
+    given = _given(
+        model, calibration, evaluation, task, task_args, metric, higher_is_better, postprocess
+    )
     shown = bars(progress)
-    job = _job(given, target, device, {"seed": seed}, out, shown)
+    job = _job(given, target, device, outputs, {"seed": seed}, out, shown)
     return shown_sensitivity(sensitivity_of(job, shown, exact=exact))
+
+
+def _given(
+    model: Any,
+    calibration: Any,
+    evaluation: Any,
+    task: str | None,
+    task_args: Mapping[str, Any] | None,
+    metric: str | Metric | None,
+    higher_is_better: bool,
+    postprocess: Callable[[Any], Any] | None,
+) -> Given:
+    network = _model(model)
+    data = data_of(calibration, evaluation, video=(task or named_by(metric)) == "video")
+    name = name_of(task, metric, data)
+    if name == "unlabelled" and isinstance(data.evaluation[0], tuple | list):
+        data = replace(data, evaluation=Inputs(data.evaluation))
+    return Given(network, data, task_of(name, task_args, metric, higher_is_better, postprocess))
 
 
 def _job(
     given: Given,
     target: str,
     device: str,
+    outputs: Any,
     options: dict[str, Any],
     out: str | Path | None,
     progress: Progress,
@@ -202,19 +231,14 @@ def _job(
         raise ConfigError("search.workers: a network in memory is searched by one process")
     content: dict[str, Any] = {
         "task": given.task.name,
-        "model": {"factory": PLACEHOLDER},
-        "data": {"factory": PLACEHOLDER},
         "target": target,
         "device": device,
+        "outputs": outputs,
         "search": options,
     }
     if given.task.name == "custom":
         content["metric"] = {"factory": PLACEHOLDER}
-    try:
-        cfg = Config.model_validate(content)
-    except ValidationError as error:
-        faults = [f"{dotted(e['loc'])}: {explain(e, Config)}" for e in error.errors()]
-        raise ConfigError("; ".join(faults)) from error
+    cfg = config_of(content)
     folder = _own_folder(given, target) if out is None else Path(out)
     return open_job(cfg.read_from(Path("quantfix")), folder, progress, given=given)
 
@@ -240,31 +264,6 @@ def _model(model: Any) -> nn.Module:
         if t.is_floating_point()
     )
     return model if plain else on_cpu_in_float32(copy.deepcopy(model))
-
-
-def _task(name: str, metric: str | Metric | None, higher_is_better: bool, postprocess: Any) -> Any:
-    if metric is not None and not isinstance(metric, str):
-        if not callable(metric):
-            raise ConfigError(f"metric: must be a name or a callable: {type(metric).__name__}")
-        return Custom(metric, higher_is_better)
-    if postprocess is not None and name != "detection":
-        raise ConfigError(f"postprocess goes with task detection, not {name}")
-    if name == "detection":
-        if not callable(postprocess):
-            raise ConfigError("task detection: postprocess: must be a callable on raw outputs")
-        decode: Any = postprocess
-        made: Any = Detection(decode)
-    elif name in ("classification", "video"):
-        made = Classification() if name == "classification" else Video()
-    elif name == "custom":
-        raise ConfigError("task custom: metric: must be a callable on outputs and targets")
-    else:
-        raise ConfigError(f"task: unknown: {name!r}; known: classification, detection, video")
-    if metric is not None and metric != made.metric:
-        raise ConfigError(
-            f"metric: {metric!r}: task {name} has {made.metric}; another one is given as a callable"
-        )
-    return made
 
 
 def _own_folder(given: Given, target: str) -> Path:

@@ -17,7 +17,7 @@ from rewriter.graph import facts
 from rewriter.graph.edit import copy_graph
 from rewriter.graph.lookup import layers
 from rewriter.int8.annotate import annotate
-from rewriter.int8.calibrate import Calibration, ValueStats
+from rewriter.int8.calibrate import Calibration, Method, ValueStats
 from rewriter.int8.scheme import QuantScheme
 from rewriter.int8.simulate import Quantized
 from rewriter.plan import Plan, Step, rewrite, rule_named
@@ -25,6 +25,7 @@ from rewriter.repair.alike import Alike
 from rewriter.repair.bias_and_rounding import refine
 from rewriter.repair.known_ranges import calibrated, refined
 from rewriter.rules._model_rule import WholeModelRule
+from rewriter.rules.add_residual_weights import settle_residuals
 from rewriter.storage.cache import Store, load, save_to
 from rewriter.storage.digest import data_digest, graph_digest, key
 
@@ -161,7 +162,7 @@ def _builds_on_another(plan: Plan, whole: Plan) -> bool:
 
 
 # What the rules of the whole model made of networks that are still alive; of each the last few sets of rules.
-_alikes: WeakIdKeyDictionary = WeakIdKeyDictionary()
+_alikes: Any = WeakIdKeyDictionary()
 KEPT = 2
 
 
@@ -178,7 +179,7 @@ def _alike(
             made = assemble(gm, whole, scheme, batches, store).quantized
         except PlanError:
             return None
-        method = facts.CALIBRATION.get(before, "minmax")
+        method: Method = facts.CALIBRATION.get(before, "minmax")
         ranges = calibrated(before, scheme, batches, method, store).calibration.values
         while len(known) >= KEPT:
             known.pop(next(iter(known)))
@@ -263,6 +264,7 @@ def repaired(
 
     What earlier plans share with this one (ranges of the same network, layers repaired alike) is taken from the store.
     """
+    settle_residuals(gm)
     repairs: frozenset[str] = facts.REPAIRS.get(gm, frozenset())
     quantized = calibrated(gm, scheme, batches, facts.CALIBRATION.get(gm, "minmax"), store)
     if "ranges" in repairs:

@@ -17,6 +17,7 @@ from search.pareto.controls import controls, separable
 from search.pareto.front import Cost, Front, best, cost_named, hypervolume, knee, select_front
 from search.pareto.front_json import baseline_of, point
 from search.pareto.limits import Limits
+from search.pareto.plan_summary import Places
 from search.pareto.step_effects import step_effects
 from search.run_dir.files import RunError, write_json
 from search.run_dir.scores import Baseline, Confirmations, Records, Score, fingerprint, read_run
@@ -71,6 +72,11 @@ class Results:
         return self.facts.get("options", {}).get("cost", "macs")
 
     @property
+    def places(self) -> Places:
+        """The network's layers in running order, by which plans are put into words."""
+        return self.facts.get("places") or {}
+
+    @property
     def samples(self) -> int:
         if self.held_back and not self.is_confirmed:
             return int(self.facts["samples"]) - self.held_back
@@ -109,7 +115,7 @@ class Results:
         return points[knee(macs, value, extent)]
 
     def picked(self, which: str) -> Score:
-        """The score of ``best``, ``knee``, ``plain`` (no step), ``macs<=0.85`` (the best of at most so many), or a plan.
+        """The score of a plan, or of ``best``, ``knee``, ``plain`` (no step), ``macs<=0.85`` or ``2`` (in the table).
 
         Raises:
             RunError: no such plan was scored, or it failed.
@@ -122,6 +128,8 @@ class Results:
             return self._within(float(bound[1]))
         if "<=" in which:
             raise RunError(f"pick {which!r}: must be macs<=RATIO, such as macs<=0.85")
+        if which.strip().isdigit():
+            return self._numbered(int(which))
         text = "" if which == "plain" else " ".join(sorted(which.split()))
         for score in self.scores:
             if " ".join(sorted(score.plan.split())) == text:
@@ -140,6 +148,13 @@ class Results:
             raise RunError(f"macs<={ratio:g}: the cheapest plan of the front has {least:.3f}")
         up = self.higher_is_better
         return best(Front(tuple(points)), objective=self.objective, higher_is_better=up)
+
+    def _numbered(self, number: int) -> Score:
+        """The plan with a number of the front's table, counted from 1."""
+        shown = self.front.all()
+        if not 1 <= number <= len(shown):
+            raise RunError(f"pick {number}: {self.folder}: the front has {len(shown)} plans")
+        return shown[number - 1]
 
     def within_limits(self, score: Score) -> bool:
         """Whether a plan may be on the front; the empty one always may."""
@@ -234,7 +249,7 @@ class Results:
         more: dict[str, Any] = {} if tuned is None else {"finetuned": tuned.to_dict()}
         more["steps"] = [e.to_dict() for e in step_effects(score.plan, self.scores)]
         more["confirmed"] = confirmed_on(score, self.facts["target"], self.deployed)
-        return point(score) | ({} if known is None else known.to_dict()) | more
+        return point(score, self.places) | ({} if known is None else known.to_dict()) | more
 
     def _dearest(self) -> float:
         """The cost beyond which a plan adds nothing to the hypervolume."""
@@ -243,35 +258,6 @@ class Results:
                 (s.latency_ms for s in self.scores if not s.plan and s.latency_ms), 0.0
             )
         return self.limits.get("macs") or 1.15 * self.baseline.macs
-
-    def advice(self) -> str:
-        """What to do now, in one sentence."""
-        best, empty = self.best(), self.empty()
-        facts = self.facts
-        on = f"on {self.samples} samples ({facts['engine']}, target {facts['target']})"
-        if not best.plan:
-            return (
-                "Ship the network as it is: no rewrite within the limits beats plain int8, "
-                f"{self._said(best)} {on}."
-            )
-        cost = "no more compute" if best.macs_ratio <= 1 else f"{best.macs_ratio - 1:+.1%} MACs"
-        many = "s" if best.float_layers > 1 else ""
-        kept = f" and {best.float_layers} layer{many} in float" if best.float_layers else ""
-        plain = "was not scored" if empty is None else f"has {self._said(empty)}"
-        return (
-            f'Apply "{best.plan}": {self._said(best)} with {cost}{kept}, where plain int8 {plain}'
-            f"{self._float_said()}, {on}."
-        )
-
-    def _said(self, score: Score) -> str:
-        if score.metric is None or self.objective == "damage":
-            # JSON has no infinity, which a damage may be
-            return "damage " + ("infinite" if score.damage is None else f"{score.damage:.4g}")
-        low, high = score.interval or (score.metric, score.metric)
-        return f"{self.metric} {score.metric:.2%} [{low:.2%}, {high:.2%}]"
-
-    def _float_said(self) -> str:
-        return "" if self.baseline.float is None else f" and float {self.baseline.float:.2%}"
 
     def _quality(self, score: Score) -> float:
         if self.objective == "damage" or score.metric is None:
@@ -292,25 +278,6 @@ class Results:
         if self.is_confirmed and "" in self.confirmed:
             return self.confirmed[""].whole
         return next((s for s in self.scores if not s.plan), None)
-
-    def luck(self) -> str:
-        """What the images held back say of the chosen plan, in one sentence; "" without any."""
-        if not self.is_confirmed:
-            return ""
-        known = self.confirmed[self.best().plan]
-        parts = (known.selection, known.held)
-        drops = [self.drop(s) for s in parts]
-        if self.objective == "damage" or None in drops:
-            said = [f"damage {s.damage:.4g}" for s in parts]
-        else:
-            said = [
-                f"{d:+.2f} points against float"
-                for d in (round(-(x or 0.0), 2) + 0.0 for x in drops)
-            ]
-        return (
-            f"The best plan was chosen on {parts[0].samples} images, where it has {said[0]}; on the "
-            f"{parts[1].samples} images held back it has {said[1]}."
-        )
 
 
 def load_results(folder: Path) -> Results:

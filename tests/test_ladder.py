@@ -2,12 +2,13 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import pytest
 import torch
 from torch import fx, nn
 
-from rewriter import Plan
+from rewriter import Plan, Step
 from rewriter.errors import QuantizeError
-from rewriter.ladder import best, climb
+from rewriter.ladder import FITTED_DAMAGE, best, climb
 from tests.rules import check
 
 SHAPE = (3, 9, 8)
@@ -20,6 +21,7 @@ RANGES, SCALES, BIASES, ROUNDING = (
 class Score:
     damage: float | None
     metric: float | None = None
+    latency_ratio: float | None = None
 
 
 def graph(act: nn.Module | None = None) -> fx.GraphModule:
@@ -138,3 +140,40 @@ def test_all_rungs_have_the_steps_of_the_base() -> None:
     assert asked
     assert all("keep_float@_0" in text for text in asked)
     assert torch.is_grad_enabled()
+
+
+REPLACED = ("activations replaced", (Step("replace_activation_relu", "_0"),))
+
+
+def test_what_is_fitted_is_tried_last_and_scaled_where_scaling_did_not_pass() -> None:
+    asked, score = formula(refine_ranges=0.9, replace_activation_relu=0.5, equalize=0.4)
+    rungs = climb(graph(nn.SiLU()), score, splits=[REPLACED])  # type: ignore[arg-type]
+    assert [r.name for r in rungs[-2:]] == [
+        "activations replaced",
+        "activations replaced, equalized",
+    ]
+    assert all(r.kept for r in rungs[-2:])
+    assert asked.index(str(Plan.parse(f"{RANGES} replace_activation_relu@_0"))) >= 4
+    assert str(best(rungs).plan) == str(
+        Plan.parse(f"{RANGES} {SCALES} replace_activation_relu@_0")
+    )
+
+
+def test_scaling_that_does_harm_there_is_not_kept() -> None:
+    _, score = formula(replace_activation_relu=0.5, equalize=1.2)
+    rungs = climb(graph(nn.SiLU()), score, splits=[REPLACED])  # type: ignore[arg-type]
+    assert [r.kept for r in rungs[-2:]] == [True, False]
+
+
+def test_where_little_damage_is_left_nothing_is_replaced() -> None:
+    asked, score = formula(refine_ranges=FITTED_DAMAGE * 0.99, replace_activation_relu=0.5)
+    climb(graph(nn.SiLU()), score, splits=[REPLACED])  # type: ignore[arg-type]
+    assert not any("replace" in text for text in asked)
+
+
+@pytest.mark.parametrize(("step", "kept"), [("scale_norm@n", True), ("split_range_2@_0", False)])
+def test_steps_that_cost_no_kernels_need_no_large_gain(step: str, kept: bool) -> None:
+    _, score = formula(scale_norm=0.95, split_range_2=0.95)
+    steps = Plan.parse(step).steps
+    rungs = climb(graph(), score, splits=[("some", steps)])  # type: ignore[arg-type]
+    assert next(r for r in rungs if r.name == "some").kept is kept

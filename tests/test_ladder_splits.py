@@ -18,6 +18,7 @@ from rewriter.rules import Site
 from rewriter.sensitivity.remedies import find_answers
 from tests.detectors import Yolov8, Yolox, trained
 from tests.rules import check
+from tests.rules.test_scale_norm import outlier
 from tests.test_detectors import graph_of
 from tests.test_ladder import Score
 
@@ -53,6 +54,36 @@ def test_a_classifier_has_no_outputs_to_split() -> None:
     net = nn.Sequential(nn.Conv2d(3, 6, 3), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(6, 9))
     gm = check.graph_of(check.randomise(net), (3, 9, 8))
     assert "outputs split" not in splits_of(gm, None)
+
+
+def test_the_activations_before_and_behind_what_is_hurt_are_replaced() -> None:
+    layers_of = [m for _ in range(7) for m in (nn.Conv2d(4, 4, 3, padding=1), nn.SiLU())]
+    gm = check.graph_of(check.randomise(nn.Sequential(*layers_of, nn.Conv2d(4, 2, 1))), (4, 9, 8))
+    found = splits_of(gm, "_4")["activations replaced"]
+    assert found == ["replace_activation_relu@_2", "replace_activation_relu@_4"]
+    hurt = dict.fromkeys((n.name for n in layers(gm)), 1.0)
+    steps = dict(exact_splits(gm, find_sites(gm), hurt))["activations replaced"]
+    assert len(steps) == 5
+    assert "activations replaced" not in splits_of(gm, None)
+
+
+def test_every_layer_norm_that_spreads_is_scaled_and_every_trunk_summed_in_float() -> None:
+    gm = check.graph_of(outlier(Spread()), (5, 8), "onnxruntime")
+    found = splits_of(gm, None)
+    assert found["layer norms scaled"] == ["scale_norm@norms_0", "scale_norm@norms_1"]
+    assert found["residual trunks in float"] == ["float_trunk@add"]
+
+
+class Spread(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.norms = nn.ModuleList(nn.LayerNorm(8) for _ in range(2))
+        self.parts = nn.ModuleList(nn.Linear(8, 8) for _ in range(2))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        for norm, part in zip(self.norms, self.parts, strict=True):
+            x = x + part(norm(x))
+        return x
 
 
 def scored(plan: Plan, left: dict[str, float]) -> Score:

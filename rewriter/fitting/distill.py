@@ -67,7 +67,7 @@ class _Student:
     gm: fx.GraphModule
     node: fx.Node
     scheme: QuantScheme
-    input_scale: tuple[float, int]
+    input_scale: tuple[float, int] | None
     neighbors: Sequence[fx.Node] = ()
 
     def __post_init__(self) -> None:
@@ -84,10 +84,8 @@ class _Student:
         self.border = (reads | set(ends)) - self.after
 
     @property
-    def layer(self) -> nn.Conv2d:
-        layer = module_of(self.gm, self.node)
-        assert isinstance(layer, nn.Conv2d)
-        return layer
+    def layer(self) -> nn.Module:
+        return module_of(self.gm, self.node)
 
     def before(self, inputs: tuple[Tensor, ...]) -> dict[fx.Node, Any]:
         """What the new layer and the nodes after it read."""
@@ -101,14 +99,19 @@ class _Student:
             if node is self.node:
                 source = node.args[0]
                 assert isinstance(source, fx.Node)
-                x = fake_quantize(values[source], *self.input_scale, self.scheme.activations)
-                values[node] = self.layer(x)
+                values[node] = self.layer(self._input(values[source]))
             elif node in self.after and node.op != "output":
                 read = values
-                if is_call(self.gm, node, *LAYER_TYPES) and node.args[0] in self.moving:
+                rounds = self.input_scale is not None and node.args[0] in self.moving
+                if rounds and is_call(self.gm, node, *LAYER_TYPES):
                     read = {n: self._as_read(values[n]) for n in node.all_input_nodes}
                 values[node] = run_node(self.gm, node, read)
         return [values[n] for n in outputs(self.gm)]
+
+    def _input(self, x: Tensor) -> Tensor:
+        if self.input_scale is None:
+            return x
+        return fake_quantize(x, *self.input_scale, self.scheme.activations)
 
     def _as_read(self, x: Tensor) -> Tensor:
         """A value rounded in its own range, with the gradient as if it were not."""
@@ -143,16 +146,17 @@ class _Amounts:
     epochs: int
 
 
-def amounts(images: int, macs: int, numbers: int) -> _Amounts:
+def amounts(images: int, macs: int, numbers: int, share: float = 1.0) -> _Amounts:
     """What is affordable.
 
     Args:
         images: inputs at hand.
         macs: of one input from the new layer on.
         numbers: that are kept of one view of one input.
+        share: of what one fit takes at most.
     """
     # forwards, and the gradient back through the same layers twice
-    seen = min(SEEN, int(BUDGET / (3 * max(1, macs))))
+    seen = max(1, int(share * min(SEEN, BUDGET / (3 * max(1, macs)))))
     kept = MEMORY // (4 * max(1, numbers))
     images = max(min(images, seen, kept), min(images, 2 * PIECE))
     used = max(1, images - images // HELD)
@@ -166,9 +170,10 @@ def distill(
     node: fx.Node,
     batches: Batches,
     scheme: QuantScheme,
-    input_scale: tuple[float, int],
+    input_scale: tuple[float, int] | None,
     neighbors: Sequence[fx.Node] = (),
     seed: int = 0,
+    share: float = 1.0,
 ) -> int:
     """Improve the weights of the new layer ``node`` of ``rewritten`` and of its neighbors, in place.
 
@@ -178,16 +183,18 @@ def distill(
         node: the new layer.
         batches: unlabelled inputs; every fifth is held out.
         scheme: how the new layer's weights and input are rounded.
-        input_scale: scale and zero point of the new layer's input.
+        input_scale: scale and zero point of the new layer's input; None: nothing is rounded, for what later steps scale
+            or split, whose ranges are not those of now.
         neighbors: layers after it that are moved with it.
         seed: of the views and of the order of the inputs.
+        share: of the steps that a whole new layer takes.
 
     Returns:
         The number of steps that were kept.
     """
     student = _Student(rewritten, node, scheme, input_scale, neighbors)
     inputs = _joined(batches)
-    amount = amounts(len(inputs[0]), student.macs(), student.numbers())
+    amount = amounts(len(inputs[0]), student.macs(), student.numbers(), share)
     chosen = range(amount.images)
     held = [i for i in chosen if i % HELD == 0]
     used = [i for i in chosen if i % HELD] or held

@@ -22,12 +22,13 @@ from torch import Tensor, fx, nn
 
 from rewriter.damage.grouping import fidelity_of
 from rewriter.errors import PlanError, QuantizeError
+from rewriter.fitting.activations import fit_activations, is_activation
 from rewriter.fitting.distill import distill, rounded_weight
 from rewriter.fitting.least_squares import NormalEquations
+from rewriter.fitting.side_by_side import values
 from rewriter.fitting.thinning import fit_thin, is_thin
 from rewriter.graph import facts
 from rewriter.graph.edit import copy_graph
-from rewriter.graph.interpret import walk
 from rewriter.graph.lookup import find, layers, module_of
 from rewriter.int8.integer_grid import fake_quantize
 from rewriter.int8.scheme import QuantScheme
@@ -110,7 +111,7 @@ def fit(
     near = neighbors(gm, plan) if distilled else {}
     for step in plan.steps:
         rule = rule_named(step.rule)
-        if rule.contract != "approximate" or rule.saves:
+        if rule.contract != "approximate" or rule.saves or is_activation(step):
             continue
         if not batches:
             raise QuantizeError(f"{step}: fitting: no input was given")
@@ -134,10 +135,58 @@ def fit(
             state, report = found[0], FitReport(**found[1])
         weights[str(step)] = state
         reports.append(report)
-    for step, state, report in _thinned(gm, plan, weights, batches, scheme, store, seed, device):
+    settings = (batches, scheme, store, seed, device)
+    for step, state, report in _activations(gm, plan, weights, distilled, *settings):
+        weights[str(step)] = state
+        reports.append(report)
+    for step, state, report in _thinned(gm, plan, weights, *settings):
         weights[str(step)] = state
         reports.append(report)
     return Fits(weights, tuple(reports))
+
+
+def _activations(
+    gm: fx.GraphModule,
+    plan: Plan,
+    weights: Mapping[str, Mapping[str, Tensor]],
+    distilled: bool,
+    batches: Batches,
+    scheme: QuantScheme,
+    store: Store | None,
+    seed: int,
+    device: str,
+) -> Iterator[tuple[Step, dict[str, Tensor], FitReport]]:
+    """What the steps that replace activations come to, on top of those that replace layers."""
+    ordered = [step for _, step in in_order(gm, plan)]
+    steps = [step for step in ordered if is_activation(step)]
+    if not steps:
+        return
+    teacher, base, moved = _beside(gm, steps, ordered, weights, batches, device)
+    for step, state, report in fit_activations(
+        teacher, base, steps, moved, scheme, store, seed, distilled
+    ):
+        named = {"error_float": report["error"], "error_int8": report["error_int8"]}
+        rest = {k: report[k] for k in ("images", "steps", "seconds")}
+        yield step, state, FitReport(str(step), **named, **rest)
+
+
+def _beside(
+    gm: fx.GraphModule,
+    steps: Sequence[Step],
+    ordered: Sequence[Step],
+    weights: Mapping[str, Mapping[str, Tensor]],
+    batches: Batches,
+    device: str,
+) -> tuple[fx.GraphModule, fx.GraphModule, list[tuple[Tensor, ...]]]:
+    """On the device: the original, the network with all that comes before some steps, and the inputs."""
+    if not batches:
+        raise QuantizeError(f"{steps[0]}: fitting: no input was given")
+    base = rewrite(gm, Plan(tuple(ordered[: ordered.index(steps[0])])), weights)
+    rewrite(base, Plan(tuple(steps)))  # one that does not apply is refused before any is fitted
+    teacher = gm
+    if device != "cpu":
+        teacher, base = copy_graph(gm).to(device), base.to(device)
+    return teacher, base, [tuple(x.to(device) for x in _tuple(b)) for b in batches]
 
 
 def _thinned(
@@ -155,15 +204,7 @@ def _thinned(
     thin = [step for step in ordered if is_thin(step)]
     if not thin:
         return
-    if not batches:
-        raise QuantizeError(f"{thin[0]}: fitting: no input was given")
-    before = ordered[: ordered.index(thin[0])]
-    base = rewrite(gm, Plan(tuple(before)), weights)
-    rewrite(base, Plan(tuple(thin)))  # one that does not apply is refused before any is fitted
-    teacher = gm
-    if device != "cpu":
-        teacher, base = copy_graph(gm).to(device), base.to(device)
-    moved = [tuple(x.to(device) for x in _tuple(b)) for b in batches]
+    teacher, base, moved = _beside(gm, thin, ordered, weights, batches, device)
     for step, state, report in fit_thin(teacher, base, thin, moved, scheme, store, seed):
         error = report["error"]
         yield (
@@ -239,8 +280,8 @@ def neighbors(gm: fx.GraphModule, plan: Plan) -> dict[Step, tuple[str, ...]]:
                 sites[step] = site.nodes
     found: dict[Step, tuple[str, ...]] = {}
     for step, nodes in sites.items():
-        if rule_named(step.rule).contract != "approximate":
-            continue
+        if rule_named(step.rule).contract != "approximate" or is_activation(step):
+            continue  # the latter are fitted one on top of the other
         near = _followers(gm, nodes)
         others = {n for s, other in sites.items() if s != step for n in other}
         others |= {n for other in found.values() for n in other}
@@ -278,19 +319,6 @@ def fitted_layer(gm: fx.GraphModule, step: Step) -> fx.Node:
         if facts.REWRITTEN_BY.get(node) == str(step):
             return node
     raise PlanError(f"{step}: the rewritten graph has no layer of this step")
-
-
-def values(
-    gm: fx.GraphModule, names: Sequence[str], inputs: tuple[Tensor, ...]
-) -> tuple[Tensor, ...]:
-    """The values of nodes by name; nothing after the last of them is run."""
-    found: dict[str, Tensor] = {}
-    for node, value in walk(gm, inputs):
-        if node.name in names:
-            found[node.name] = value
-            if len(found) == len(set(names)):
-                break
-    return tuple(found[name] for name in names)
 
 
 def _tuple(batch: Tensor | tuple[Tensor, ...]) -> tuple[Tensor, ...]:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, fx
 
 from rewriter.graph import facts
-from rewriter.graph.interpret import last_uses, run_node
+from rewriter.graph.interpret import last_uses, run_node, walk
 
 Batches = Sequence[tuple[Tensor, ...]]
 
@@ -108,3 +108,16 @@ def run_again(
 
     with torch.no_grad():
         return value(node)
+
+
+def values(
+    gm: fx.GraphModule, names: Sequence[str], inputs: tuple[Tensor, ...]
+) -> tuple[Tensor, ...]:
+    """The values of nodes by name; nothing after the last of them is run."""
+    found: dict[str, Tensor] = {}
+    for node, value in walk(gm, inputs):
+        if node.name in names:
+            found[node.name] = value
+            if len(found) == len(set(names)):
+                break
+    return tuple(found[name] for name in names)

@@ -123,8 +123,14 @@ KEEP_FLOAT: Fact[bool] = Fact(
     ("graph", "int8", "rules", "search", "sensitivity", "surgery"),
 )
 """Whether it stays in float."""
+READS_FLOAT: Fact[bool] = Fact("reads_float", ("rules",), ("int8",))
+"""Of an operation in float: whether it reads in float what a layer's kernel can write so."""
+GRID: Fact[tuple[float, int]] = Fact("grid", ("rules",), ("int8", "rules"))
+"""Scale and zero point that its int8 form has whatever calibration sees: it lies on that grid."""
 KEEP_INT16: Fact[bool] = Fact("keep_int16", ("rules",), ("int8",))
 """Whether its value has 16 bits where the target has them."""
+RESIDUAL_OF: Fact[str] = Fact("residual_of", ("rules",), ("rules",))
+"""Of a layer with what int8 leaves over of another one's weights: the name of that one."""
 INT8: Fact[Any] = Fact(
     "int8", ("int8", "sensitivity"), ("export", "int8", "repair", "search", "sensitivity")
 )

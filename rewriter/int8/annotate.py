@@ -4,9 +4,8 @@ The quantization points are those of a fused int8 runtime: a convolution and the
 its kernel computes are one operation, so only the value behind the activation is quantized;
 inputs of add, mul, cat and pooling are int8 values; an operation that only moves values
 (reshape, max pool, nearest upsampling, slicing) keeps the scale of what it reads. A layer kept
-in float reads floats, also where its neighbour reads the same value in int8.
-
-A node's annotation is ``facts.INT8``.
+in float reads floats, also where its neighbour reads the same value in int8. A node's annotation
+is ``facts.INT8``.
 """
 
 from __future__ import annotations
@@ -49,7 +48,7 @@ class Annotation:
         output: how the value this node makes is stored; None: no int8 form of it exists.
         reads: names of the argument nodes that this node reads in int8.
         range_of: name of the value that owns the range; the same for all that share it.
-        inner: scale and zero point of the int8 value inside an activation of two kernels; None: it has none.
+        inner: whether this activation takes two kernels, with an int8 value (its gate) between them.
         float_bias: whether the layer adds its bias in float.
     """
 
@@ -57,7 +56,7 @@ class Annotation:
     output: QuantSpec | None = None
     reads: tuple[str, ...] = ()
     range_of: str = ""
-    inner: tuple[float, int] | None = None
+    inner: bool = False
     float_bias: bool = False
 
 
@@ -81,7 +80,7 @@ def notes_of(gm: fx.GraphModule, scheme: QuantScheme) -> dict[fx.Node, Annotatio
     found = _Reading(gm, scheme)
     reads = found.reads
     quantized = {value for values in reads.values() for value in values}
-    fixed = {n: f for n in quantized if reads[n] and (f := found.fixed(n)) is not None}
+    fixed = {n: f for n in quantized if (f := found.fixed(n)) is not None}
     owner = _owners(gm, quantized, reads, scheme, fixed)
     # all that share a range are stored alike
     wide = {owner[n] for n in quantized if _is_wide(gm, n)} if scheme.wide is not None else set()
@@ -93,9 +92,9 @@ def notes_of(gm: fx.GraphModule, scheme: QuantScheme) -> dict[fx.Node, Annotatio
             else None,
             reads=tuple(n.name for n in node.all_input_nodes if n in reads[node]),
             range_of=owner[node].name if node in quantized else "",
-            inner=scheme.fixed("sigmoid")
-            if reads[node] and is_call(gm, node, *scheme.inner_values)
-            else None,
+            inner=bool(node in quantized and reads[node])
+            and found.is_int8_operation(node)
+            and is_call(gm, node, *scheme.inner_values),
             float_bias=scheme.float_bias,
         )
         for node in gm.graph.nodes
@@ -190,7 +189,8 @@ class _Reading:
         if is_layer(self.gm, reader):
             return not kept
         if kept:
-            return self._made_in_int8(value)
+            asked = facts.READS_FLOAT.get(reader) and is_layer(self.gm, self._maker(value))
+            return self._made_by_layer(value) if asked else self._made_in_int8(value)
         if moves_values(self.gm, reader):
             # moving a float is free: what decides is who reads it behind the move
             made = self._made_in_int8(value)
@@ -217,10 +217,10 @@ class _Reading:
         return with_number(node) is not None and self._links(node)
 
     def fixed(self, node: fx.Node) -> tuple[float, int] | None:
-        """Scale and zero point that the kernel of an int8 operation prescribes for its output."""
-        if not self.scheme.fixed_ranges or not self.is_int8_operation(node):
-            return None
-        return self.scheme.fixed(operation_of(self.gm, node))
+        """Scale and zero point that the kernel of an int8 operation, or a plan, prescribes for its output."""
+        limited = self.reads[node] and self.scheme.fixed_ranges and self.is_int8_operation(node)
+        prescribed = self.scheme.fixed(operation_of(self.gm, node)) if limited else None
+        return facts.GRID.get(node, prescribed)
 
     def _links(self, node: fx.Node) -> bool:
         """Whether all that read a value, directly or moved, are layers or int8 operations in front of one."""

@@ -126,6 +126,8 @@ def slice_(im: Importer, node: onnx.NodeProto) -> fx.Node:
 def gather(im: Importer, node: onnx.NodeProto) -> fx.Node:
     axis = int(im.attribute(node, "axis", 0)) % len(im.shape(node.input[0]))
     if not im.is_static(node.input[1]):
+        if node.input[1] in im.values.static and axis == 0:
+            return _gather_rows(im, node)
         if axis == 0:
             return im.call(F.embedding, im.value(node.input[1]), im.value(node.input[0]))
         raise TraceError(
@@ -149,6 +151,54 @@ def gather(im: Importer, node: onnx.NodeProto) -> fx.Node:
             im.buffer(torch.from_numpy(flat), f"{node.output[0]}_index"),
         )
     return y if index.ndim == 1 else im.method("reshape", y, *im.sizes(node))
+
+
+def _gather_rows(im: Importer, node: onnx.NodeProto) -> fx.Node:
+    """The same places of each sample, from a value that has all samples behind one another (a view with strides)."""
+    one, two = im.values.static[node.input[1]]
+    small, large = (s[0] for s in im.values.shapes[node.input[0]])
+    few, many = (im.shape(im.batch_source)[0], im.values.shapes[im.batch_source][1][0])
+    step, rest = divmod(large - small, many - few)
+    row = one[:1]
+    for found, count in ((one, few), (two, many)):
+        starts = np.arange(count).reshape(-1, *[1] * (one.ndim - 1)) * step
+        if rest or len(found) != count or not np.array_equal(found, row + starts):
+            raise TraceError(f"onnx: {label(node)}: its indices depend on the batch size")
+    if row.min() < 0 or row.max() >= step or small != step * few:
+        raise TraceError(f"onnx: {label(node)}: its indices mix samples")
+    tail = im.shape(node.input[0])[1:]
+    x = im.method("reshape", im.value(node.input[0]), -1, step, *tail)
+    index = im.buffer(torch.from_numpy(row.reshape(-1)), f"{node.output[0]}_index")
+    return im.method("reshape", im.call(torch.index_select, x, 1, index), *im.sizes(node))
+
+
+@operator("GatherND")
+def gather_nd(im: Importer, node: onnx.NodeProto) -> fx.Node:
+    """Constant places along the first axes."""
+    index, shape = im.constant(node, 1, "indices"), im.shape(node.input[0])
+    if im.attribute(node, "batch_dims", 0):
+        raise TraceError(f"onnx: {label(node)}: batch_dims is not supported")
+    depth = index.shape[-1]
+    carries = (
+        im.batch_axis.get(node.input[0]) if not im.values.free else _varying(im, node.input[0])
+    )
+    if carries is not None and carries < depth:
+        raise TraceError(f"onnx: {label(node)}: its indices choose among samples")
+    flat = np.ravel_multi_index(
+        tuple(index.reshape(-1, depth).T % np.array(shape[:depth])[:, None]), shape[:depth]
+    )
+    merged = [
+        math.prod(shape[:depth]),
+        *(-1 if a == carries else shape[a] for a in range(depth, len(shape))),
+    ]
+    x = (
+        im.value(node.input[0])
+        if depth == 1
+        else im.method("reshape", im.value(node.input[0]), *merged)
+    )
+    where = im.buffer(torch.from_numpy(flat), f"{node.output[0]}_index")
+    y = im.call(torch.index_select, x, 0, where)
+    return y if index.ndim == 2 else im.method("reshape", y, *im.sizes(node))
 
 
 @operator("GatherElements")

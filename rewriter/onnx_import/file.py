@@ -69,7 +69,35 @@ def read_file(path: Path) -> onnx.ModelProto:
             f"onnx: {path.name}: has control flow ({', '.join(control)}), which no static graph has; "
             "export it with fixed input sizes, or simplify it"
         )
+    _widen(model)
     return model
+
+
+_HALF = (onnx.TensorProto.FLOAT16, onnx.TensorProto.BFLOAT16)
+
+
+def _widen(model: onnx.ModelProto) -> None:
+    """Make a file in half precision one in float32 with the same weights, in place.
+
+    The network is a float32 one from here on, and runtimes have no half-precision kernels for many operators.
+    """
+    graph, whole = model.graph, onnx.TensorProto.FLOAT
+    tensors = list(graph.initializer)
+    for node in graph.node:
+        for a in node.attribute:
+            if a.type == onnx.AttributeProto.TENSOR:
+                tensors.append(a.t)
+            elif a.name in ("to", "dtype") and a.i in _HALF:
+                a.i = whole
+    for tensor in tensors:
+        if tensor.data_type in _HALF:
+            wide = numpy_helper.to_array(tensor).astype(np.float32)
+            tensor.CopyFrom(numpy_helper.from_array(wide, tensor.name))
+    for value in (*graph.input, *graph.output):
+        if value.type.tensor_type.elem_type in _HALF:
+            value.type.tensor_type.elem_type = whole
+    if any(v.type.tensor_type.elem_type in _HALF for v in graph.value_info):
+        del graph.value_info[:]
 
 
 def input_shapes(
@@ -92,7 +120,6 @@ def input_shapes(
             continue
         if value.type.tensor_type.elem_type not in (
             onnx.TensorProto.FLOAT,
-            onnx.TensorProto.FLOAT16,
             onnx.TensorProto.DOUBLE,
         ):
             kind = onnx.TensorProto.DataType.Name(value.type.tensor_type.elem_type)
@@ -175,9 +202,7 @@ def _run(
         kinds = {
             i.name: np.float64 if "double" in i.type else np.float32 for i in session.get_inputs()
         }
-        halves = {i.name for i in session.get_inputs() if "float16" in i.type}
         inputs = {n: random.standard_normal(tuple(s)).astype(kinds[n]) for n, s in feed.items()}
-        inputs |= {n: inputs[n].astype(np.float16) for n in halves}
         made: Any = session.run(list(names), inputs)
         return dict(zip(names, made, strict=True))
     except Exception as error:

@@ -17,16 +17,18 @@ from typing import Any
 
 import numpy as np
 import onnx
-import onnxruntime
 import torch
 from onnx import helper
 from torch import Tensor, fx, nn
 
 from rewriter.errors import TraceError
+from rewriter.onnx_import.against_runtime import compare
 from rewriter.onnx_import.file import (
     DEFAULT_DOMAINS,
+    SHAPES,
     Array,
     Values,
+    depends_on_data,
     input_shapes,
     read_file,
     values_of,
@@ -35,11 +37,6 @@ from rewriter.onnx_import.file import (
 Emitter = Callable[["Importer", onnx.NodeProto], Any]
 # One function for each ONNX operator; the files beside this one fill it.
 OPERATORS: dict[str, Emitter] = {}
-# Largest difference of an output from ONNX Runtime's, relative to its largest value.
-TOLERANCE = 1e-3
-# What float32 itself leaves of a probability.
-LEAST_ERROR = 1e-6
-CHECKED_INPUTS = 3
 
 
 def operator(*names: str) -> Callable[[Emitter], Emitter]:
@@ -73,6 +70,7 @@ class Importer:
         # merged the batch with what stood before it, how many entries of that axis stand before it
         self.batch_axis: dict[str, int | None] = {}
         self.outer: dict[str, int] = {}
+        self.batch_source = ""  # an input, whose first axis is the batch
         self.opset = max(
             [o.version for o in model.opset_import if o.domain in ("", "ai.onnx")] or [1]
         )
@@ -229,6 +227,8 @@ class Importer:
         if kind == "Gather":
             where = int(self.attribute(node, "axis", 0)) % len(before)
             return axis + (len(after) - len(before)) * (where < axis)
+        if kind == "GatherND":
+            return axis + len(after) - len(before)
         return axis + max(len(after) - len(before), 0)  # broadcasting adds axes in front
 
 
@@ -277,12 +277,13 @@ def import_onnx(
         importlib.import_module(f"rewriter.onnx_import.{part}")  # each registers its operators
     model = read_file(path)
     shapes = input_shapes(model, sizes)
-    _check_operators(model, path.name)
+    _check_operators(model, list(shapes), path.name)
     values = values_of(model, shapes)
     importer = Importer(model, values)
     for name in shapes:
         importer.nodes[name] = importer.graph.placeholder(re.sub(r"\W", "_", name))
         importer.batch_axis[name] = 0
+        importer.batch_source = name
     for node in model.graph.node:
         if all(o in values.static for o in node.output if o):
             continue
@@ -308,7 +309,7 @@ def import_onnx(
     for p in network.parameters():
         p.requires_grad_(False)
     network.eval()
-    _compare(network, model, shapes, path.name)
+    compare(network, model, shapes, path.name)
     return network
 
 
@@ -325,74 +326,19 @@ def _class_name(path: Path) -> str:
     return "".join(w.capitalize() for w in re.split(r"\W+|_", path.stem) if w) or "Network"
 
 
-def _check_operators(model: onnx.ModelProto, name: str) -> None:
+def _check_operators(model: onnx.ModelProto, inputs: Sequence[str], name: str) -> None:
+    """Name what cannot be imported; what is computed from constants and shapes alone never is."""
+    moving = depends_on_data(model, inputs)
     missing = Counter(
         n.op_type if n.domain in DEFAULT_DOMAINS else f"{n.domain}.{n.op_type}"
         for n in model.graph.node
-        if (n.op_type not in OPERATORS and n.op_type not in ("Shape", "Size", "Constant"))
-        or n.domain not in DEFAULT_DOMAINS
+        if n.domain not in DEFAULT_DOMAINS
+        or (
+            n.op_type not in OPERATORS
+            and n.op_type not in SHAPES
+            and moving.intersection(n.output)
+        )
     )
     if missing:
         listed = ", ".join(f"{k} ({v})" for k, v in sorted(missing.items()))
         raise TraceError(f"onnx: {name}: operators that cannot be imported: {listed}")
-
-
-def _compare(
-    network: nn.Module,
-    model: onnx.ModelProto,
-    shapes: Mapping[str, tuple[int | None, ...]],
-    name: str,
-) -> None:
-    """Run several inputs as one batch in torch and, as the file allows, in ONNX Runtime."""
-    random = np.random.default_rng(1)
-    feed = {
-        n: random.standard_normal((CHECKED_INPUTS, *[int(d or 0) for d in s[1:]])).astype(
-            np.float32
-        )
-        for n, s in shapes.items()
-    }
-    options = onnxruntime.SessionOptions()
-    options.log_severity_level = 4
-    session = onnxruntime.InferenceSession(
-        model.SerializeToString(), options, providers=["CPUExecutionProvider"]
-    )
-    kinds = {i.name: i.type for i in session.get_inputs()}
-    cast = {"tensor(float16)": np.float16, "tensor(double)": np.float64}
-    feed = {n: x.astype(cast.get(kinds[n], np.float32)) for n, x in feed.items()}
-    fixed = next((s[0] for s in shapes.values() if s[0] is not None), None)
-    if fixed not in (None, 1):
-        feed = {n: np.concatenate([x] * fixed)[:fixed] for n, x in feed.items()}
-    parts = (
-        [
-            session.run(None, {n: x[i : i + 1] for n, x in feed.items()})
-            for i in range(CHECKED_INPUTS)
-        ]
-        if fixed == 1
-        else [session.run(None, feed)]
-    )
-    with torch.no_grad():
-        try:
-            made = network(*[torch.from_numpy(x).float() for x in feed.values()])
-        except Exception as error:
-            raise TraceError(
-                f"onnx: {name}: the imported network does not run on a batch of {CHECKED_INPUTS}: {error}"
-            ) from error
-    for i, found in enumerate(made if isinstance(made, tuple) else (made,)):
-        wanted = [torch.from_numpy(np.asarray(p[i])) for p in parts]
-        expected = torch.cat(wanted, _joined(wanted[0], found)) if len(wanted) > 1 else wanted[0]
-        if tuple(expected.shape) != tuple(found.shape):
-            raise TraceError(
-                f"onnx: {name}: output {i} has shape {tuple(found.shape)}, in ONNX Runtime {tuple(expected.shape)}"
-            )
-        size = float(expected.double().abs().max())
-        error = float((expected.double() - found.double()).abs().max())
-        if not error <= TOLERANCE * size + LEAST_ERROR:
-            raise TraceError(
-                f"onnx: {name}: output {i} differs from ONNX Runtime's by {error:.2g}, its largest value is {size:.2g}"
-            )
-
-
-def _joined(one: Tensor, whole: Tensor) -> int:
-    """The axis along which outputs of single inputs become that of a batch."""
-    differs = [i for i, (a, b) in enumerate(zip(one.shape, whole.shape, strict=False)) if a != b]
-    return differs[0] if differs else 0

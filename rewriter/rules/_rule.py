@@ -59,6 +59,7 @@ class RewriteRule(ABC):
             the graph, whatever their rules are called.
         saves: whether it takes MACs away and answers nothing that int8 does: offered only where
             less compute is wanted.
+        float_layers: how many layers it leaves in float, which limits count.
         scales: whether what it saves is a share of the MACs that the other steps leave.
     """
 
@@ -71,6 +72,7 @@ class RewriteRule(ABC):
     in_graph_order: ClassVar[bool] = False
     saves: ClassVar[bool] = False
     scales: ClassVar[bool] = False
+    float_layers: ClassVar[int] = 0
 
     @abstractmethod
     def match(self, gm: fx.GraphModule) -> Iterator[Site]:

@@ -30,6 +30,7 @@ class KeepFloat(RewriteRule):
     name: ClassVar[str] = "keep_float"
     contract: ClassVar[Contract] = "annotation"
     free: ClassVar[bool] = True
+    float_layers: ClassVar[int] = 1
 
     def match(self, gm: fx.GraphModule) -> Iterator[Site]:
         for node in layers(gm):

@@ -13,17 +13,51 @@ from rewriter.int8.simulate import Quantized
 from rewriter.plan import Plan, Step, rewrite, rule_named
 from rewriter.rules import RULES, Site
 from rewriter.rules._model_rule import MODEL
+from rewriter.sensitivity.causes import Cause
 
 # A layer's answers: each step and the MACs it adds.
 Answers = tuple[tuple[str, int], ...]
+# The rules that take a cause away, by how their names begin; of answers that cost the same these come first.
+NAMED: dict[str, tuple[str, ...]] = {
+    "weight_channel_spread": ("equalize", "split_weights", "add_residual_weights", "unmerge_rep"),
+    "weight_outliers": ("unmerge_rep", "add_residual_weights", "phase_transpose", "round_weights"),
+    "dead_channels": ("drop_dead_channels",),
+    "bias_overflow": ("absorb_bias", "equalize"),
+    "activation_channel_spread": (
+        *("equalize", "scale_norm", "split_range", "replace_activation"),
+        *("split_precision", "keep_int16"),
+    ),
+    "activation_outliers": (
+        *(
+            "refine_ranges",
+            "split_channels",
+            "replace_activation",
+            "split_precision",
+            "keep_int16",
+        ),
+    ),
+    "shared_range": (
+        *("split_head", "float_tail", "split_cat", "split_range", "float_trunk", "float_gate"),
+        "fold_gate",
+    ),
+    "saturating_input": ("refine_ranges",),
+    "idle_range": ("refine_ranges", "replace_activation"),
+}
 
 
-def find_answers(quantized: Quantized, harmful: Sequence[fx.Node]) -> dict[str, Answers]:
+def find_answers(
+    quantized: Quantized,
+    harmful: Sequence[fx.Node],
+    causes: Mapping[str, Sequence[Cause]] | None = None,
+) -> dict[str, Answers]:
     """The steps that touch each layer or its input, free ones first, keeping the layer in float last.
+
+    Of those that cost the same, the ones that take away a cause of the layer come first.
 
     Args:
         quantized: the network; where it was not profiled, calibrated ranges stand in.
         harmful: the layers to answer.
+        causes: why each is harmful, by node name.
     """
     gm = quantized.gm
     lent = _lend_ranges(quantized)
@@ -41,17 +75,21 @@ def find_answers(quantized: Quantized, harmful: Sequence[fx.Node]) -> dict[str, 
         for node in lent:
             facts.CHANNEL_RANGE.drop(node)
 
-    def rank(site: Site) -> tuple[bool, int]:
-        return site.rule == "keep_float", added[Step.at(site)]
-
-    return {
-        name: tuple(
-            (str(Step.at(s)), added[Step.at(s)])
-            for s in sorted(sites, key=rank)
-            if s.anchor == MODEL or name in s.nodes or name in s.readers
-        )
-        for name in (n.name for n in harmful)
+    named = {
+        name: tuple(rule for cause in found for rule in NAMED[cause.name])
+        for name, found in (causes or {}).items()
     }
+
+    def rank(site: Site, name: str) -> tuple[bool, int, bool]:
+        meant = site.rule.startswith(named.get(name) or "-")
+        return site.rule == "keep_float", added[Step.at(site)], not meant
+
+    answers: dict[str, Answers] = {}
+    for node in harmful:
+        near = [s for s in sites if s.anchor == MODEL or node.name in (*s.nodes, *s.readers)]
+        near.sort(key=lambda site: rank(site, node.name))  # sorted at once
+        answers[node.name] = tuple((str(Step.at(s)), added[Step.at(s)]) for s in near)
+    return answers
 
 
 def _lend_ranges(quantized: Quantized) -> list[fx.Node]:

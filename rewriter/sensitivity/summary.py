@@ -80,7 +80,7 @@ def summarize(
     causes = find_causes(quantized, screening, harmful, inputs)
     device = device_of(gm)
     gm.to("cpu")  # where rules rewrite
-    answers = find_answers(quantized, harmful)
+    answers = find_answers(quantized, harmful, causes)
     gm.to(device)
     weight, whole = screening.weight_damage(), screening.layer_damage()
     noise = _noise_per_damage([tallies[n] for n in ranked if n in tallies])

@@ -55,19 +55,25 @@ def _number(gm: fx.GraphModule, value: Any) -> float | None:
     return None
 
 
-def _product(gm: fx.GraphModule, node: Any) -> tuple[float, list[fx.Node]]:
-    """A tree of multiplications and divisions by numbers as one number and the other factors."""
-    if _call(node, *_MULTIPLY, operator.truediv, torch.div) and len(node.args) == 2:
+def _product(gm: fx.GraphModule, node: Any, *, inner: bool = False) -> tuple[float, list[fx.Node]]:
+    """A tree of multiplications and divisions by numbers as one number and the other factors.
+
+    A factor that others read too is not taken apart: what an activation reads may be a product itself.
+    """
+    whole = inner and isinstance(node, fx.Node) and len(node.users) > 1
+    if not whole and _call(node, *_MULTIPLY, operator.truediv, torch.div) and len(node.args) == 2:
         left, right = node.args
         a, b = _number(gm, left), _number(gm, right)
         if node.target in _MULTIPLY:
             scales, factors = 1.0, list[fx.Node]()
             for argument, value in ((left, a), (right, b)):
-                more, found = (value, []) if value is not None else _product(gm, argument)
+                more, found = (
+                    (value, []) if value is not None else _product(gm, argument, inner=True)
+                )
                 scales, factors = scales * more, factors + found
             return scales, factors
         if b:
-            scale, factors = _product(gm, left)
+            scale, factors = _product(gm, left, inner=True)
             return scale / b, factors
     return 1.0, [node]
 

@@ -16,7 +16,7 @@ from search.cli.finetune_commands import as_trained, train_chosen, with_training
 from search.cli.from_model import MAX_DAMAGE, config_of_model
 from search.cli.options import Plans
 from search.cli.summary import show_results
-from search.cli.tables import forms_table, sensitivity_table, sites_table
+from search.cli.tables import clock_table, forms_table, sensitivity_table, sites_table
 from search.config.schema import Config, ConfigError, load_config
 from search.export.forms import checked_forms, export_forms
 from search.export.ship import ship
@@ -28,6 +28,7 @@ from search.report.file_facts import told_of_float
 from search.report.finish import draw
 from search.report.rows import loss_said
 from search.report.sensitivity_svg import write_sensitivity_svg
+from search.report.verdict import words
 from search.results import Results, load_results, write_front
 from search.run import (
     Goal,
@@ -89,6 +90,7 @@ def analyze(
     out_dir: Path | None = None,
     quiet: bool = False,
     seed: int | None = None,
+    full: bool = False,
 ) -> None:
     """Which layers int8 breaks, why, and which rules answer them. Writes DIR/sensitivity.json, .svg."""
     cfg, folder = _opened(config, out_dir, seed=seed)
@@ -96,7 +98,7 @@ def analyze(
     sensitivity = sensitivity_of(job, progress(quiet), exact=exact)
     picture = write_sensitivity_svg(folder)
     if not quiet:
-        out.print(sensitivity_table(sensitivity))
+        out.print(sensitivity_table(sensitivity, full=full))
         for line in sensitivity.remarks:
             say(line)
         say(f"written: {folder / 'sensitivity.json'}, {picture}")
@@ -144,15 +146,15 @@ def worker(folder: Path, storage: str | None = None, quiet: bool = False) -> Non
         out.print(f"done: {outcome.reason}, {outcome.plans} plans scored")
 
 
-def front(folder: Path, pictures: bool = False, quiet: bool = False) -> None:
-    """The Pareto front as a table. Writes DIR/front.json, report.html and report.md."""
+def front(folder: Path, pictures: bool = False, quiet: bool = False, full: bool = False) -> None:
+    """The Pareto front as a plot and a table. Writes DIR/front.json, report.html and report.md."""
     results = load_results(folder)
     if pictures:
         draw(_reopened(results, quiet), progress(quiet))
         results = load_results(folder)
     write_front(results)
     write_report(results)
-    show_results(results, quiet)
+    show_results(results, quiet, full)
 
 
 def export(
@@ -228,14 +230,16 @@ def fix(
         )
     job, results = _run(cfg, folder, storage, quiet, goal)
     score, met = fixed(job, results, goal)
-    _export(job, score, folder / "fixed", quiet)
+    written = _export(job, score, folder / "fixed", quiet)
     said = loss_said(results, score)
     asked = f"{goal} at {ratio:g} x MACs"
     if not met:
-        say(f"goal not met ({asked}); best so far: {said}", err)
+        say(f"goal not met ({asked}); best so far: {words(results, score)}: {said}", err)
+        say(str(written), err)
         raise typer.Exit(GOAL_NOT_MET)
     if not quiet:
-        say(f"goal met: {score.plan or 'the network as it is'}: {said}")
+        say(f"goal met: {words(results, score)}: {said}")
+        say(str(written))
 
 
 def _run(
@@ -285,7 +289,8 @@ def _reopened(results: Results, quiet: bool) -> Job:
     return open_job(cfg, results.folder, progress(quiet))
 
 
-def _export(job: Job, score: Score, folder: Path, quiet: bool, compared: bool = False) -> None:
+def _export(job: Job, score: Score, folder: Path, quiet: bool, compared: bool = False) -> Path:
+    """Write the files of a plan, and say what is to be known of them; gives the path of the int8 file."""
     with progress(quiet)("writing and measuring the file") as tick:
         tick(0, 1)
         shipped = ship(job, score, folder, compared)
@@ -304,5 +309,9 @@ def _export(job: Job, score: Score, folder: Path, quiet: bool, compared: bool = 
                 else f"simulation and ONNX Runtime first depart at {first.layer}: {first.differs:.2%} of its "
                 f"elements differ, {first.sqnr_db:.1f} dB"
             )
+        if exported.clocked is not None:
+            out.print(clock_table(exported.clocked))
+            say(exported.clocked.verdict)
         for file in shipped.files:
             say(f"written: {file}")
+    return next(f for f in shipped.files if f.suffix in (".onnx", ".tflite"))

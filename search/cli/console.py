@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import sys
 from collections.abc import Generator
 from contextlib import contextmanager
@@ -22,8 +23,13 @@ if TYPE_CHECKING:
 
 BAD_INPUT = 2
 
-# a pipe or a file has no width of its own; tables need more than the usual 80 columns
-out = Console(width=None if sys.stdout.isatty() else 160)
+MOST_COLUMNS = 100
+# tables are no wider, on a wide terminal either; a pipe or a file has no width of its own
+out = Console(
+    width=min(shutil.get_terminal_size().columns, MOST_COLUMNS)
+    if sys.stdout.isatty()
+    else MOST_COLUMNS
+)
 err = Console(stderr=True)
 
 

@@ -19,6 +19,7 @@ from search.cli.options import (
     KINDS,
     ConfigPath,
     FixPath,
+    Full,
     Images,
     MaxDamage,
     MaxDrop,
@@ -115,6 +116,7 @@ def analyze(
     config: ConfigPath,
     exact: Annotated[bool, typer.Option("--exact", help="Measure every layer.")] = False,
     out_dir: Out = None,
+    full: Full = False,
     quiet: Quiet = False,
     seed: Seed = None,
 ) -> None:
@@ -124,7 +126,7 @@ def analyze(
     """
     from search.cli import commands
 
-    commands.analyze(config, exact, out_dir, quiet, seed)
+    commands.analyze(config, exact, out_dir, quiet, seed, full)
 
 
 @app.command()
@@ -207,21 +209,41 @@ def worker(folder: RunFolder, storage: Storage = None, quiet: Quiet = False) -> 
 
 
 @app.command()
-def front(folder: RunFolder, pictures: Pictures = False, quiet: Quiet = False) -> None:
-    """The Pareto front as a table. Writes DIR/front.json, report.html and report.md.
+def front(
+    folder: RunFolder, pictures: Pictures = False, full: Full = False, quiet: Quiet = False
+) -> None:
+    """The Pareto front as a plot and a table. Writes DIR/front.json, report.html and report.md.
 
     Example: quantfix front runs/digits
     """
     from search.cli import commands
 
-    commands.front(folder, pictures, quiet)
+    commands.front(folder, pictures, quiet, full)
+
+
+@app.command()
+def recipe(
+    folder: RunFolder,
+    file: Annotated[
+        Path | None,
+        typer.Option("--out", metavar="FILE", help="Default: recipes/NAME OF THE CONFIG.yaml."),
+    ] = None,
+    quiet: Quiet = False,
+) -> None:
+    """The plans of a run's front as a recipe, for other weights of the same architecture.
+
+    Example: quantfix recipe runs/digits
+    """
+    from search.cli import recipe_command
+
+    recipe_command.recipe(folder, file, quiet)
 
 
 @app.command()
 def export(
     folder: RunFolder,
     pick: Annotated[
-        str, typer.Option(metavar='best|knee|plain|"macs<=R"|"PLAN"', help="Which plan.")
+        str, typer.Option(metavar='best|knee|plain|NUMBER|"macs<=R"|"PLAN"', help="Which plan.")
     ] = "best",
     out_dir: Annotated[
         Path | None, typer.Option("--out", metavar="DIR2", help="Default: DIR/export.")
@@ -258,6 +280,27 @@ def export(
     from search.cli import commands
 
     commands.export(folder, pick, out_dir, compared, untrained, weights, quiet, to)
+
+
+@app.command()
+def devices(
+    config: Annotated[
+        Path | None, typer.Argument(metavar="[CONFIG]", help="Price its plain int8 file.")
+    ] = None,
+    out_file: Annotated[
+        Path | None, typer.Option("--out", metavar="FILE.csv", help="Write its kernels.")
+    ] = None,
+    quiet: Quiet = False,
+) -> None:
+    """Tables of kernel times: which there are, and the kernels of a network to measure on a device.
+
+    Example: quantfix devices
+
+    Example for a device of your own: quantfix devices configs/digits.yaml --out kernels.csv
+    """
+    from search.cli.devices import devices as listed
+
+    listed(config, out_file, quiet)
 
 
 @app.command()

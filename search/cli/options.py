@@ -48,6 +48,9 @@ Out = Annotated[
     typer.Option("--out", metavar="DIR", help="Run directory. Default: runs/NAME OF THE CONFIG."),
 ]
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="No progress, no tables.")]
+Full = Annotated[
+    bool, typer.Option("--full", help="All columns, and the exact text of each plan.")
+]
 Seed = Annotated[int | None, typer.Option(min=0, help="Of the search and the fits.")]
 Trials = Annotated[
     int | None, typer.Option(min=1, help="Plans to score in all, those of earlier runs included.")

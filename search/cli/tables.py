@@ -10,31 +10,45 @@ from torch import fx
 from rewriter import Plan, cost
 from rewriter.rules import Site
 from search.export.forms import Written
+from search.latency.clock import Clocked
+from search.pareto.plan_summary import plan_summary
 from search.report.rows import (
+    chosen_few,
     finetuned_rows,
-    front_rows,
+    in_all,
     ladder_rows,
     ladder_said,
     layer_rows,
     percent,
     score_rows,
+    short_layer_rows,
+    short_rows,
 )
 from search.results import Results
 from search.scoring.added_macs import extra_macs
 from search.sensitivity.run import Sensitivity
 
+MOST_PLANS = 12  # of a front; all are in the long form
+TEXTS = ("engine", "kind", "causes", "answers", "kept", "adds", "what it does", "")
+
 
 def front_table(results: Results) -> Table:
-    """The front for the terminal."""
-    return _rich_table(
-        f"Front on {results.facts['target']}: {_how(results)}", *front_rows(results)
-    )
+    """The front for the terminal, in five columns."""
+    shared = plan_summary(" ".join(in_all(results)))
+    title = f"Front on {results.facts['target']}: {_how(results)}"
+    if in_all(results):
+        title += f"; all plans with: {shared}"
+    return _rich_table(title, *short_rows(results, chosen_few(results, MOST_PLANS)))
 
 
 def reference_table(results: Results) -> Table:
     """Plain int8 and the keep-in-float curve for the terminal."""
+    names, rows = score_rows(results, results.references)
+    wanted = [names.index(n) for n in ("plan", "MACs", "int8", "damage", "float layers")]
     return _rich_table(
-        "For comparison: the most harmful layers left in float", *score_rows(results.references)
+        "For comparison: the most harmful layers left in float",
+        [names[i] for i in wanted],
+        [[row[i] for i in wanted] for row in rows],
     )
 
 
@@ -43,15 +57,16 @@ def ladder_table(results: Results) -> Table:
     return _rich_table(ladder_said(results), *ladder_rows(results))
 
 
-def sensitivity_table(sensitivity: Sensitivity, rows: int = 15) -> Table:
-    """The most harmful layers for the terminal."""
+def sensitivity_table(sensitivity: Sensitivity, rows: int = 15, full: bool = False) -> Table:
+    """The most harmful layers for the terminal, in five columns or in full."""
     base = sensitivity.baseline
     title = (
         f"{sensitivity.metric} float {percent(base.float)}, int8 {percent(base.int8)} on "
         f"{sensitivity.target}; each layer alone in int8, at most {sensitivity.layer_samples} "
         f"samples, {sensitivity.engine}"
     )
-    return _rich_table(title, *layer_rows(sensitivity, rows))
+    found = layer_rows(sensitivity, rows) if full else short_layer_rows(sensitivity, rows)
+    return _rich_table(title, *found)
 
 
 def finetuned_table(results: Results) -> Table:
@@ -80,10 +95,20 @@ def forms_table(written: Sequence[Written], metric: str) -> Table:
     return _rich_table("Files for other runtimes, each run as written", columns, rows)
 
 
+def clock_table(found: Clocked) -> Table:
+    """Float, plain int8 and the chosen file on this machine, for the terminal."""
+    names = ["file", "ms, one thread", f"ms, {found.threads} threads", "MB"]
+    rows = [
+        [name, f"{t.one_ms:.3g}", f"{t.all_ms:.3g}", f"{t.bytes / 1e6:.2f}"]
+        for name, t in found.times.items()
+    ]
+    return _rich_table("One input on this machine, files in turns, medians", names, rows)
+
+
 def _rich_table(title: str, names: Sequence[str], rows: Sequence[Sequence[str]]) -> Table:
     table = Table(title=title, title_justify="left", title_style="bold")
     for i, name in enumerate(names):
-        texts = i == 0 or name in ("engine", "kind", "causes", "answers", "kept", "adds", "")
+        texts = i == 0 or name in TEXTS
         table.add_column(name, justify="left" if texts else "right", overflow="fold")
     for row in rows:
         table.add_row(*row)

@@ -2,11 +2,12 @@
 
 On a few hundred images a metric moves by one or two points for nothing. Two plans are therefore
 compared on the same samples: one is better in the metric only where the paired 95 % interval of
-the difference excludes zero; otherwise the damage, which varies far less, decides.
+the difference excludes zero; otherwise the damage, which varies far less, decides, where it differs beyond its own paired interval.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
@@ -17,11 +18,13 @@ from numpy.typing import NDArray
 
 from search.run_dir.scores import Array, Samples, Score
 
-Cost = Literal["macs", "latency"]
+Cost = Literal["macs", "latency", "bytes"]
 
 RESAMPLES = 2000
 # A quarter more damage is one decibel of noise, which no metric shows.
 HARDLY_MORE = 1.25
+# Damages of which one is less than so many times the other are alike, however many samples say so.
+ALIKE = 1.1
 Z95 = 1.959964
 
 
@@ -30,11 +33,10 @@ class Front:
     """The best plans.
 
     Attributes:
-        points: Mutually non-dominated in (cost, value), cheapest first, no two of them equal in
-            both.
-        ties: Plans that cost more than a point and measured no better, by less than the noise,
-            but do less damage: the samples are too few to say that they are worse. Cheapest
-            first.
+        points: Cheapest first. Each is better than every cheaper one: in the metric, or where its
+            difference is within the noise, in the damage beyond its noise.
+        ties: Plans that cost more than a point and can be told from it neither by the metric nor by
+            the damage, although they measured less damage. Cheapest first.
     """
 
     points: tuple[Score, ...]
@@ -48,9 +50,13 @@ class Front:
 
 
 def cost_named(name: Cost) -> Callable[[Score], float]:
-    """What a plan costs: its multiply-accumulates, or the milliseconds that one input takes."""
+    """What a plan costs: its multiply-accumulates, the milliseconds that one input takes, or the bytes of its file."""
     if name == "latency":
-        return lambda score: _or_inf(score.latency_ms)
+        return lambda score: _or_inf(
+            score.latency_ms if score.predicted_ms is None else score.predicted_ms
+        )
+    if name == "bytes":
+        return lambda score: float((score.price or {}).get("bytes", score.weight_bytes))
     return lambda score: float(score.macs)
 
 
@@ -117,8 +123,13 @@ def select_front(
     kept = undominated(macs, better, np.lexsort((damage, -metric, macs)))
     certain = metric[:, None] - metric[None, :] > Z95 * error
     kept = _simpler(kept, usable, macs, damage, certain)
-    points = {kept[i] for i in pareto(macs[kept], metric[kept])}
     by_cost = sorted(kept, key=lambda i: (macs[i], metric[i]))
+    told = told_apart([usable[i] for i in by_cost], [samples(usable[i].plan) for i in by_cost])
+    told |= certain[np.ix_(by_cost, by_cost)]
+    points: list[int] = []
+    for row, i in enumerate(by_cost):
+        if all(told[row, by_cost.index(k)] for k in points):
+            points.append(i)
     return Front(
         points=tuple(usable[i] for i in by_cost if i in points),
         ties=tuple(usable[i] for i in by_cost if i not in points),
@@ -146,7 +157,6 @@ def _simpler(
     found: list[int] = []
     for i in kept:
         near = (macs <= macs[i]) & (damage <= HARDLY_MORE * damage[i]) & ~certain[i]
-        near &= kinds <= kinds[i]
         found.append(
             min(np.flatnonzero(near).tolist(), key=lambda j: (kinds[j], damage[j], j != i))
         )
@@ -168,6 +178,25 @@ def compare(metric: Array, damage: Array, error: Array) -> NDArray[np.int8]:
     certain = np.abs(gain) > Z95 * error
     saved = damage[None, :] - damage[:, None]
     return np.where(certain, np.sign(gain), np.sign(saved)).astype(np.int8)
+
+
+def told_apart(scores: Sequence[Score], samples: Sequence[Samples | None]) -> NDArray[np.bool_]:
+    """(k, k): whether plan i does less damage than plan j beyond the noise.
+
+    By more than a tenth, and where the values of each sample are known, outside the paired 95 %
+    interval of the difference.
+    """
+    damage = np.array([_or_inf(s.damage) for s in scores])
+    found = ALIKE * damage[:, None] < damage[None, :]
+    for i, j in np.argwhere(found).tolist():
+        a, b = samples[i], samples[j]
+        if a is None or b is None or len(a.damage) != len(b.damage) or len(a.damage) < 2:
+            continue
+        saved = b.damage - a.damage
+        if np.isfinite(saved).all():
+            error = float(saved.std(ddof=1)) / math.sqrt(len(saved))
+            found[i, j] = float(saved.mean()) > Z95 * error
+    return found
 
 
 def undominated(macs: Array, better: NDArray[np.int8], order: NDArray[np.intp]) -> list[int]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from search.job import IN_MEMORY
 from search.report.file_facts import file_warnings, in_float
+from search.report.verdict import luck
 from search.results import Results
 
 
@@ -63,7 +64,7 @@ def _chosen(results: Results) -> list[str]:
     said = f"Plans were chosen on {choosing} images and confirmed on {results.held_back} others; "
     said += f"{gone} of the chosen plans are beaten on all images and left out." if gone else ""
     said = said if gone else said + "none of the chosen plans is beaten on all images."
-    return [said, results.luck()]
+    return [said, luck(results)]
 
 
 def _in_int8(results: Results) -> list[str]:
@@ -83,6 +84,7 @@ def _limits(results: Results) -> str:
         "float_layers": lambda v: f"at most {v:.0f} layer{'' if v == 1 else 's'} in float",
         "float_islands": lambda v: f"at most {v:.0f} groups of them",
         "latency_ms": lambda v: f"at most {v:g} ms for one input on this machine",
+        "latency_ratio": lambda v: f"at most {v:g} times the time of plain int8",
     }
     limits = results.limits
     said = [word(limits[key]) for key, word in words.items() if limits.get(key) is not None]

@@ -9,9 +9,10 @@ from typing import Any
 
 from search import results as stored
 from search.report.front import front_figure
-from search.report.front_svg import front_svg
+from search.report.front_picture import front_picture
 from search.report.layers import layers_figure
-from search.report.rows import front_rows, layer_rows, percent
+from search.report.rows import InWords, front_rows, layer_rows, percent
+from search.report.verdict import advice
 from search.results import Results
 from search.sensitivity.run import Sensitivity
 
@@ -34,8 +35,8 @@ class NotebookResults(Results):
     def _repr_html_(self) -> str:
         if not self.front.points:
             return _framed(f"<p>{escape(str(self.folder))}: no plan is scored yet.</p>")
-        said = f"<p><b>{escape(self.advice())}</b></p>"
-        return _framed(f"{said}{front_svg(self)}{_table(*front_rows(self))}")
+        said = f"<p><b>{escape(advice(self))}</b></p>"
+        return _framed(f"{said}{front_picture(self)}{_table(*front_rows(self))}")
 
     def plot(self) -> Any:
         """The front as an interactive ``plotly.graph_objects.Figure``, as in the report."""
@@ -80,9 +81,13 @@ def _framed(body: str) -> str:
     return f'<div class="quantfix">{STYLE}{body}</div>'
 
 
+def _cell(text: str) -> str:
+    """A plan in words shows its exact text under the mouse."""
+    exact = f' title="{escape(text.exact)}"' if isinstance(text, InWords) else ""
+    return f"<td{exact}>{escape(text)}</td>"
+
+
 def _table(names: list[str], rows: list[list[str]]) -> str:
     head = "".join(f"<th>{escape(n)}</th>" for n in names)
-    body = "".join(
-        "<tr>" + "".join(f"<td>{escape(c)}</td>" for c in row) + "</tr>" for row in rows
-    )
+    body = "".join("<tr>" + "".join(map(_cell, row)) + "</tr>" for row in rows)
     return f"<table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>"

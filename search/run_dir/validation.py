@@ -57,6 +57,7 @@ class _Facts(_Strict):
     options: dict[str, Any] = Field(default_factory=dict[str, Any])
     storage: str | None = None
     goal: _Goal | None = None
+    places: dict[str, Annotated[list[str], Field(min_length=2, max_length=2)]] | None = None
     ladder: list[Annotated[list[Any], Field(min_length=3, max_length=3)]] | None = None
 
 

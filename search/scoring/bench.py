@@ -23,12 +23,16 @@ from rewriter.plan import rule_named
 from rewriter.storage import Store
 from search.data.evaluation_set import SampleSet, Tick, check_outputs
 from search.engines import OnnxRuntime, engine_named, open_and_read
-from search.pareto.limits import size_of, with_file
+from search.latency.price import price_of, price_of_plan
+from search.latency.table import Table
+from search.pareto.limits import size_of, with_file, with_price
 from search.run_dir.scores import Records, Samples, Score
 from search.scoring.failure import CandidateError, blamed, failed
 from search.scoring.measure import Measure, Part, Runner, latency
 from search.scoring.racing import Race
 from search.tasks import Task
+
+FEW = 2  # inputs whose ranges stand for the calibration where only the kernels matter
 
 
 @dataclass
@@ -39,11 +43,13 @@ class Once:
         of: The network and the samples that it is of; a bench with others computes it anew.
         reference: Flat float outputs.
         measure: What compares with them.
+        plain_ms: What the file of plain int8 takes, by the table of kernels.
     """
 
     of: tuple[fx.GraphModule, SampleSet] | None = None
     reference: list[Tensor] | None = None
     measure: Measure | None = None
+    plain_ms: float | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -63,6 +69,7 @@ class Bench:
         seed: Of the fits.
         threads: Of engines that run on the CPU.
         timed: Whether a score carries the time that one input takes.
+        table: Times of kernels, by which a score carries what its file takes; None: it does not.
         maker: Makes a plan's network; None: rewriting and fitting alone.
         tick: Told how many samples are run.
         once: What was computed of the float network already.
@@ -80,6 +87,7 @@ class Bench:
     seed: int = 0
     threads: int = 2
     timed: bool = False
+    table: Table | None = None
     maker: Callable[[Plan], Assembled] | None = None
     tick: Tick = lambda done, total: None
     once: Once = field(default_factory=Once, repr=False, compare=False)
@@ -191,11 +199,27 @@ class Bench:
             model = engine.emit(quantized)
             runner, found = self.opened_and_read(quantized, model)
             known = with_file(size_of(plan, quantized.gm), found)
+        if self.table is not None and self.engine == OnnxRuntime.name:
+            (x,) = self.samples.batches(1, 0, 1)
+            with blamed():
+                price = price_of(model, x, self.table)
+            plain = self.plain_ms()
+            known = with_price(known, price, plain or price.milliseconds)
         if self.timed:
             (x,) = self.samples.batches(1, 0, 1)
             with blamed():
                 known = replace(known, latency_ms=latency(runner, x))
         return known, runner, quantized.gm
+
+    def plain_ms(self) -> float | None:
+        """What the file of plain int8 takes by the table; None without one, or where it cannot be made. Computed once."""
+        if self.table is None or self.engine != OnnxRuntime.name:
+            return None
+        if self.once.plain_ms is None:
+            few = self.calibration[0][:FEW]
+            found = price_of_plan(self.gm, Plan(()), self.scheme, few, self.table)
+            self.once.plain_ms = found.milliseconds
+        return self.once.plain_ms
 
     def _raced(
         self, runner: Runner, known: Score, count: int, race: Race | None

@@ -116,6 +116,7 @@ class RewriteEvaluator(Bench):
             return action()
         # once, and not in each child
         self.measured.float_metric(self.choosing)
+        self.plain_ms()
         cost(self.gm)
         if self.maker is None:
             prepare(self.gm, self.calibration, self.store, plan, self.scheme)

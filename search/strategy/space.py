@@ -119,14 +119,14 @@ class Space:
             if needs is None or needs & used:
                 continue
             spent = macs + max(0, more) if more > 0 else 0.0
-            if not self.budget.meets(spent, floats + (step.rule == KEEP_FLOAT)):
+            if not self.budget.meets(spent, floats + in_float(step)):
                 continue
             if more < 0 and left + more < (self.budget.least_macs or 0.0):
                 continue
             taken.append(step)
             used |= needs
             macs, left = macs + max(0, more), left + min(0, more)
-            floats += step.rule == KEEP_FLOAT
+            floats += in_float(step)
         return taken
 
     def choice(self, plan: Plan) -> dict[str, str] | None:
@@ -165,6 +165,11 @@ def slot_of(step: Step) -> str:
 def saves(site: Site | Step) -> bool:
     """Whether a step takes MACs away and is no answer to what int8 does."""
     return rule_named(site.rule).saves
+
+
+def in_float(site: Site | Step) -> int:
+    """How many layers a step leaves in float."""
+    return rule_named(site.rule).float_layers
 
 
 def make_space(
@@ -221,7 +226,7 @@ def make_space(
             continue
         # what is saved elsewhere may pay for what alone is above the budget
         spent = min(macs, budget.least_macs or macs) + added if added > 0 else 0.0
-        if not budget.meets(spent, int(site.rule == KEEP_FLOAT)):
+        if not budget.meets(spent, in_float(site)):
             continue
         rule = rule_named(site.rule)
         extra[step] = added
@@ -306,7 +311,7 @@ def predicted_front(
             [
                 [
                     sum(space.extra_macs.get(s, 0) for s in steps),
-                    sum(s.rule == KEEP_FLOAT for s in steps),
+                    sum(map(in_float, steps)),
                     -sum(gain[s] for s in steps),
                 ]
                 for steps in group

@@ -27,7 +27,7 @@ from search.pareto.front import Cost, cost_named
 from search.pareto.limits import Limits
 from search.run_dir.scores import Records, Score
 from search.strategy.schedule import Worth
-from search.strategy.space import Space
+from search.strategy.space import Space, in_float
 from search.strategy.tpe import Direction, propose
 from search.study.queue import claim, give_back, keeping, user_entries_wait
 from search.study.storage import recover, working
@@ -241,7 +241,7 @@ def _try(
     if space.budget.macs is not None:
         trial.set_constraint("max_macs", space.predicted_macs(plan) - space.budget.macs)
     if space.budget.float_layers is not None:
-        floats = sum(step.rule == "keep_float" for step in plan.steps)
+        floats = sum(map(in_float, plan.steps))
         trial.set_constraint("max_float_layers", floats - space.budget.float_layers)
     # A plan that a killed run of this study scored and could not tell any more counts; one from
     # elsewhere is free.

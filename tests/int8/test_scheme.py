@@ -43,6 +43,8 @@ def test_limits(spec: QuantSpec, qmin: int, qmax: int) -> None:
 @example(-3.0, -1.0, INT8)
 @example(-0.2785, 50.0, UINT8)
 @example(-50.0, 0.29, INT8)
+@example(-0.7, 254.3, UINT8)  # no end is cut by more than half a step
+@example(-254.3, 0.7, INT8)
 def test_affine_parameters(a: float, b: float, spec: QuantSpec) -> None:
     low, high = min(a, b), max(a, b)
     scale, zero = spec.params(low, high)
@@ -126,7 +128,7 @@ LAYERS = [
 
 @pytest.mark.parametrize(("layer", "axis"), LAYERS)
 @pytest.mark.parametrize("per_channel", [True, False])
-def test_weights_against_numpy(layer: nn.Module, axis: int | None, per_channel: bool) -> None:
+def test_weights_against_numpy(layer: Any, axis: int | None, per_channel: bool) -> None:
     axis = axis if per_channel else None
     spec = QuantSpec(symmetric=True, signed=True, ch_axis=0 if per_channel else None)
     assert channel_axis(layer, spec) == axis

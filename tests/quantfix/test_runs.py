@@ -217,12 +217,13 @@ def test_without_evaluation_and_without_a_folder(
         ({"target": "per_tenser"}, "target: unknown: 'per_tenser'; did you mean"),
         ({"task": "colour"}, "task: unknown: 'colour'"),
         ({"task": "custom"}, "metric: must be a callable"),
-        ({"metric": "auc"}, "task classification has top1"),
+        ({"task": "classification", "metric": "auc"}, "task classification has top1"),
+        ({"metric": "f1"}, "metric: .f1.: which task"),
         ({"trials": 0}, "search.trials: should be greater"),
         ({"trails": 3}, "search.trails: unknown key; did you mean"),
         ({"workers": 2}, "one process"),
         ({"macs": (2.0, 1.0)}, "macs: must be"),
-        ({"postprocess": len}, "postprocess goes with task detection"),
+        ({"postprocess": len}, "postprocess goes with task .*, not classification"),
         ({"task": "detection"}, "postprocess: must be a callable"),
     ],
 )
@@ -230,10 +231,9 @@ def test_arguments_that_cannot_be_used_are_named(
     change: dict[str, Any], message: str, tmp_path: Path
 ) -> None:
     splits = data()
+    options: dict[str, Any] = OPTIONS | {"out": tmp_path} | change
     with pytest.raises(quantfix.ConfigError, match=message):
-        quantfix.optimize(
-            small(), splits.calibration, splits.evaluation, **OPTIONS | {"out": tmp_path} | change
-        )
+        quantfix.optimize(small(), splits.calibration, splits.evaluation, **options)
     with pytest.raises(quantfix.ConfigError, match="model: must be an nn"):
         quantfix.optimize("resnet", splits.calibration)  # type: ignore[arg-type]
     with pytest.raises(quantfix.ConfigError, match="how much may be lost"):

@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 from rewriter import RULES, Plan, PlanError
 from rewriter.sensitivity.journal import Journal
 from search.config.schema import Config, ConfigError, load_config
+from search.report.verdict import advice
 from search.results import load_results
 from search.run_dir.files import RunError
 from search.run_dir.scores import Records, Score, fingerprint
@@ -38,6 +39,7 @@ RUN = {
     "engine": "simulate",
     "samples": 4,
     "parts": PARTS,
+    "places": {"a": ["net.a", "conv"]},
     "baseline": {"float": 0.6, "int8": 0.5, "macs": 10, "damage": 0.1, "interval": [0.4, 0.6]},
     "objective": "metric",
     "limits": {"macs": 12.0},
@@ -150,7 +152,7 @@ def assert_results_or_refusal(folder: Path) -> None:
         assert str(folder) in str(error)
         return
     assert results.front_dict()["format"] == 1
-    assert results.advice()
+    assert advice(results)
 
 
 @FUZZ

@@ -4,7 +4,8 @@ from pathlib import Path
 
 import pytest
 
-from search.config.schema import Config, ConfigError, load_config, shipped_config
+from search.config.inputs import MODEL_KEYS
+from search.config.schema import TASKS, Config, ConfigError, load_config, shipped_config
 
 GOOD = """\
 task: classification
@@ -95,15 +96,14 @@ def test_the_config_cannot_be_changed(tmp_path: Path) -> None:
         (
             "classification",
             "clasification",
-            "run.yaml:1: task: should be 'classification', 'detection', 'video', 'custom', 'segmentation', "
-            "'keypoints', 'regression', 'ocr', 'embedding' or 'unlabelled'; "
+            f"run.yaml:1: task: should be {', '.join(map(repr, TASKS[:-1]))} or {TASKS[-1]!r}; "
             "is 'clasification'; did you mean classification?",
         ),
         ("zoo:net", "zoo.net", 'run.yaml:2: model.factory: must be "module:callable"; is'),
         (
             "factory:",
             "timm: x, factory:",
-            "model: needs one of timm, torchvision, onnx, exported, factory",
+            f"model: needs one of {', '.join(MODEL_KEYS)}",
         ),
         ("factory:", "weights: x, factory:", "run.yaml:2: model: weights go with timm"),
         ("npz: digits.npz, ", "", "run.yaml:3: data: needs one of factory, imagefolder, csv"),

@@ -9,10 +9,10 @@ from pathlib import Path
 import pytest
 
 from rewriter.int8.onnx import FloatLayer, ReadBack
-from search.cli.tables import front_table
 from search.pareto.limits import MOST_REASONS, with_file
 from search.report.facts import measured
 from search.report.file_facts import file_warnings, told_of_float
+from search.report.rows import front_rows, long_form
 from search.results import Results, load_results, write_front
 from search.run_dir.scores import Records, Score, fingerprint
 from tests.search.report.test_report import PARTS, PLANS, make
@@ -64,8 +64,9 @@ def test_front_json_and_the_table_say_the_share(tmp_path: Path) -> None:
     content = json.loads((tmp_path / "front.json").read_text())
     assert {p["int8_share"] for p in content["points"]} == {0.61}
     assert content["points"][0]["float_ops"] == {"Mul": 3, "Conv": 20}
-    names = [str(column.header) for column in front_table(results).columns]
-    assert next(iter(front_table(results).columns[names.index("in int8")].cells)) == "61.0%"
+    names, (row,) = front_rows(results)
+    assert row[names.index("in int8")] == "61.0%"
+    assert any("in int8 61.0%" in line for line in long_form(results))
 
 
 def test_scores_of_a_version_that_did_not_look_are_read(tmp_path: Path) -> None:

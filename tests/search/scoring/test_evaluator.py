@@ -246,6 +246,7 @@ def test_a_metric_that_is_no_mean_gets_its_interval_from_replicates(
     samples = make(network, tmp_path / "a").records.samples("")
     assert samples is not None
     assert samples.metric is None
+    assert samples.replicates is not None
     assert np.shape(samples.replicates) == (500,)
 
 

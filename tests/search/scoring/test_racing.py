@@ -87,6 +87,7 @@ def test_what_costs_less_than_every_rival_or_has_no_values_is_never_lost() -> No
     assert not race.lost(*seen(cheap, 64), 400)
     assert not race.lost(bad[0], Samples(damage=bad[1].damage[:64]), 400)
     better = scored("c@c", 100, 1.0 + n, np.ones(400))  # more damage, but as good a metric
+    assert race.lost(*seen(better, 64), 400)  # a tie to the last image is within one sample
     worse = scored("a@a", 100, 0.01 * (1 + n), (np.arange(400) % 3 > 0).astype(float))
     assert not Race(rivals=lambda: [worse]).lost(*seen(better, 64), 400)
 

@@ -149,6 +149,7 @@ def test_the_predicted_front_is_thinned_but_keeps_its_ends() -> None:
     assert [few[0], few[-1]] == [whole[0], whole[-1]]
 
 
+@pytest.mark.slow
 def test_a_space_of_hundreds_of_anchors_is_solved_at_once() -> None:
     random = np.random.default_rng(0)
     names = [f"n{i}" for i in range(200)]
@@ -176,3 +177,17 @@ def test_in_a_large_space_an_anchor_needs_a_hundredth_of_the_worst_harm(
     damage = {"a": 1.0, "b": 0.5, "c": harm, "d": 0.0}
     space = make_space(sites, damage, fake.price, fake.MACS, limit=3)
     assert list(space.choices) == (["a", "b", "c"] if kept else ["a", "b"])
+
+
+def test_a_gate_in_float_counts_with_its_layers() -> None:
+    sites = [Site("float_gate", ("down", "up")), Site("keep_float", ("stem",))]
+    damage = {"down": 2.0, "up": 1.0, "stem": 1.0}
+    for limit, wanted in (
+        (0, []),
+        (1, ["keep_float"]),
+        (2, ["float_gate"]),
+        (3, ["float_gate", "keep_float"]),
+    ):
+        space = make_space(sites, damage, lambda step: 0, 100, Budget(float_layers=limit))
+        plan = space.repair([Step("float_gate", "down"), Step("keep_float", "stem")])
+        assert [s.rule for s in plan.steps] == wanted
