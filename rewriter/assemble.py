@@ -17,7 +17,7 @@ from rewriter.graph import facts
 from rewriter.graph.edit import copy_graph
 from rewriter.graph.lookup import layers
 from rewriter.int8.annotate import annotate
-from rewriter.int8.calibrate import Calibration, ValueStats
+from rewriter.int8.calibrate import Calibration, Method, ValueStats
 from rewriter.int8.scheme import QuantScheme
 from rewriter.int8.simulate import Quantized
 from rewriter.plan import Plan, Step, rewrite, rule_named
@@ -133,7 +133,7 @@ def _builds_on_another(plan: Plan, whole: Plan) -> bool:
 
 
 # What the rules of the whole model made of networks that are still alive; of each the last few sets of rules.
-_alikes: WeakIdKeyDictionary = WeakIdKeyDictionary()
+_alikes: Any = WeakIdKeyDictionary()
 KEPT = 2
 
 
@@ -150,7 +150,7 @@ def _alike(
             made = assemble(gm, whole, scheme, batches, store).quantized
         except PlanError:
             return None
-        method = facts.CALIBRATION.get(before, "minmax")
+        method: Method = facts.CALIBRATION.get(before, "minmax")
         ranges = calibrated(before, scheme, batches, method, store).calibration.values
         while len(known) >= KEPT:
             known.pop(next(iter(known)))
