@@ -17,6 +17,7 @@ import argparse
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
@@ -88,6 +89,7 @@ class Score:
 
     def __init__(self, damage: float, metric: float, int8: float, macs: float, ms: float) -> None:
         self.damage, self.metric, self.int8, self.macs, self.ms = damage, metric, int8, macs, ms
+        self.latency_ratio: float | None = None
 
 
 # ------------------------------------------------------------------------------- the networks
@@ -145,7 +147,8 @@ def inverted(act: type[nn.Module], gate: type[nn.Module] | None, seed: int) -> n
         nn.Flatten(),
         nn.Linear(160, 10),
     )
-    uneven([net[0][1], *(m for b in net[1:4] for m in (b.expand[1], b.depth[1]))], seed)
+    norms: list[Any] = [net[0][1], *(m for b in net[1:4] for m in (b.expand[1], b.depth[1]))]
+    uneven(norms, seed)
     return net
 
 

@@ -21,7 +21,7 @@ import sys
 import tempfile
 import time
 from collections import defaultdict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator
 from contextlib import contextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
@@ -34,15 +34,19 @@ NETWORKS = {"mcunet": "mcunet", "lite0": "efficientnet_lite0", "yolo": "yolo_fas
 RULES = ("split_range_2", "keep_float", "split_weights_2", "split_range_3", "split_head_auto")
 PHASES = {
     "rewrite": [("rewriter.assemble", ("rewrite", "fit", "copy_graph"))],
-    "influence": [("rewriter.assemble", ("weigh", "profile"))],
+    "influence": [
+        ("rewriter.assemble", ("weigh", "profile")),
+        ("rewriter.damage.measured", ("weigh", "profile")),
+    ],
     "calibrate": [("rewriter.assemble", ("quantize", "calibrated"))],
     "ranges": [("rewriter.assemble", ("least_damage_ranges", "refined"))],
     "biases and rounding": [("rewriter.assemble", ("refine",))],
     "digests and store": [
-        ("rewriter.assemble", ("graph_digest", "data_digest", "save_to", "load"))
+        ("rewriter.assemble", ("graph_digest", "data_digest", "save_to", "load")),
+        ("rewriter.damage.measured", ("graph_digest", "data_digest", "save_to", "load")),
     ],
     "file and session": [
-        ("search.engines.onnxruntime", ("to_onnx", "Session")),
+        ("search.engines.onnxruntime", ("to_onnx", "Session", "opened")),
         ("search.scoring.evaluator", ("to_onnx", "Session")),
         ("search.evaluator", ("to_onnx", "Session")),
     ],
@@ -57,7 +61,7 @@ class Clock:
         self.inner = [0.0]
 
     @contextmanager
-    def phase(self, name: str) -> Iterator[None]:
+    def phase(self, name: str) -> Generator[None]:
         start = time.process_time()
         self.inner.append(0.0)
         try:
@@ -190,7 +194,8 @@ def _silu_detector() -> type:
             n3 = self.n3(torch.cat([self.up(n4), p3], 1))
             m4 = self.m4(torch.cat([self.down3(n3), n4], 1))
             m5 = self.m5(torch.cat([self.down4(m4), p5], 1))
-            return [h(v) for v, pair in zip((n3, m4, m5), self.heads, strict=True) for h in pair]
+            heads: Any = self.heads
+            return [h(v) for v, pair in zip((n3, m4, m5), heads, strict=True) for h in pair]
 
     return SiluDetector
 

@@ -16,6 +16,7 @@ import io
 import logging
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -63,7 +64,8 @@ def network(seed: int) -> nn.Sequential:
     with torch.no_grad():
         low, high = (np.log(v) for v in SPREAD)
         spread = torch.linspace(low, high, 24).exp()
-        net[1].weight.copy_(spread[torch.randperm(24)])
+        norm: Any = net[1]
+        norm.weight.copy_(spread[torch.randperm(24)])
     return net
 
 

@@ -131,6 +131,7 @@ class Sequences:
         random = np.random.default_rng([self.seed, index])
         shown, labels = story(random, animal)
         frames: list[Tensor] = []
+        place, step, mirror = np.zeros(2, int), np.zeros(2, int), False
         for t, k in enumerate(shown):
             if t == 0 or k != shown[t - 1]:
                 place = random.integers(0, LARGE - SIDE + 1, 2)
@@ -187,7 +188,10 @@ def train(net: McunetGru, seed: int) -> None:
             for start in range(0, len(pixels), 20):
                 part = range(start, min(start + 20, len(pixels)))
                 x = torch.stack(
-                    [cropped(pixels[k], *map(int, places[k]), bool(crop % 2)) for k in part]
+                    [
+                        cropped(pixels[k], int(places[k, 0]), int(places[k, 1]), bool(crop % 2))
+                        for k in part
+                    ]
                 )
                 with torch.no_grad():
                     x = x.contiguous(memory_format=torch.channels_last)

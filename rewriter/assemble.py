@@ -7,21 +7,21 @@ from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor, fx, nn
+from torch.utils.weak import WeakIdKeyDictionary
 
-from rewriter.damage.fisher import INPUTS as ALL
-from rewriter.damage.fisher import weigh
 from rewriter.damage.grouping import fidelity_of
-from rewriter.errors import RewriteError
+from rewriter.damage.measured import MEASURED, changed_nodes, measure, measure_changed
+from rewriter.errors import PlanError, RewriteError
 from rewriter.fitting.fit import FitReport, fit
 from rewriter.graph import facts
-from rewriter.graph.channel_ranges import input_marks, profile, weight_mark
 from rewriter.graph.edit import copy_graph
 from rewriter.graph.lookup import layers
 from rewriter.int8.annotate import annotate
-from rewriter.int8.calibrate import Calibration, ValueStats
+from rewriter.int8.calibrate import Calibration, Method, ValueStats
 from rewriter.int8.scheme import QuantScheme
 from rewriter.int8.simulate import Quantized
 from rewriter.plan import Plan, Step, rewrite, rule_named
+from rewriter.repair.alike import Alike
 from rewriter.repair.bias_and_rounding import refine
 from rewriter.repair.known_ranges import calibrated, refined
 from rewriter.rules._model_rule import WholeModelRule
@@ -33,15 +33,7 @@ __all__ = ["Assembled", "assemble", "prepare", "record", "repaired", "restored",
 
 Batches = Sequence[Tensor | tuple[Tensor, ...]]
 # Raised when the result of the repairs changes, so that stored ones are not reused.
-VERSION = 7
-_ENDS: dict[str, tuple[str, ...]] = {
-    "channel_range": ("low", "high"),
-    "influence": ("",),
-    "weight_influence": ("",),
-}
-_MEASURED = tuple(_ENDS)
-# Inputs that the influence of a rewritten network's values is measured on; that of the network as it is, once, on more.
-INPUTS = 24
+VERSION = 8
 
 
 @dataclass(frozen=True)
@@ -103,8 +95,10 @@ def assemble(
             shape = Plan(tuple(s for s in whole.steps if _whole(s).replaces))
             made = rewrite(base, shape, facts={"scheme": scheme})
             return Assembled(restored(made, found, scheme), fits)
-    scaled = _scaled(base, whole, plan, scheme, batches, store)
-    quantized = repaired(scaled, scheme, batches, store)
+    like = _builds_on_another(plan, whole)
+    alike = _alike(gm, whole, scheme, batches, store) if like else None
+    scaled = _scaled(base, whole, plan, scheme, batches, store, gm, alike)
+    quantized = repaired(scaled, scheme, batches, store, alike)
     if store is not None and name:
         save_to(store, name, *record(quantized))
     return Assembled(quantized, fits)
@@ -112,7 +106,7 @@ def assemble(
 
 def prepare(gm: fx.GraphModule, batches: Batches, store: Store | None = None) -> None:
     """Measure of the network as it is what plans without single places need; otherwise the first such plan does."""
-    _measure(gm, batches, store, again=False)
+    measure(gm, batches, store, again=False)
 
 
 def rewritten(
@@ -126,7 +120,42 @@ def rewritten(
 ) -> fx.GraphModule:
     """The float network of a plan: rewritten, fitted and scaled, but neither calibrated nor repaired; see ``assemble``."""
     base, whole, _ = _single(gm, plan, scheme, batches, store, seed, device)
-    return _scaled(base, whole, plan, scheme, batches, store)
+    like = _builds_on_another(plan, whole)
+    alike = _alike(gm, whole, scheme, batches, store) if like else None
+    return _scaled(base, whole, plan, scheme, batches, store, gm, alike)
+
+
+def _builds_on_another(plan: Plan, whole: Plan) -> bool:
+    """Whether a plan is the rules of the whole model on top of exact steps: it takes over what they made of the network itself."""
+    rules = [rule_named(s.rule) for s in plan.steps if s not in whole.steps]
+    acts = any(_whole(s).weighs or _whole(s).repair for s in whole.steps)
+    return bool(rules) and acts and all(r.contract != "approximate" for r in rules)
+
+
+# What the rules of the whole model made of networks that are still alive; of each the last few sets of rules.
+_alikes: Any = WeakIdKeyDictionary()
+KEPT = 2
+
+
+def _alike(
+    gm: fx.GraphModule, whole: Plan, scheme: QuantScheme, batches: Batches, store: Store | None
+) -> Alike | None:
+    """The network with the rules of the whole model alone, before and after its repairs; None where they do not apply to it."""
+    parts = [graph_digest(gm), data_digest(batches), scheme.identity, str(whole), str(VERSION)]
+    name = key([*parts, str(facts.CALIBRATION.get(gm)), fidelity_of(gm, batches).digest])
+    known: dict[str, Alike] = _alikes.setdefault(gm, {})
+    if name not in known:
+        try:
+            before = rewritten(gm, whole, scheme, batches, store)
+            made = assemble(gm, whole, scheme, batches, store).quantized
+        except PlanError:
+            return None
+        method: Method = facts.CALIBRATION.get(before, "minmax")
+        ranges = calibrated(before, scheme, batches, method, store).calibration.values
+        while len(known) >= KEPT:
+            known.pop(next(iter(known)))
+        known[name] = Alike(before, ranges, made)
+    return known[name]
 
 
 def _single(
@@ -141,6 +170,8 @@ def _single(
     """The graph after the steps at single places, the steps that are left, and how the fits came out."""
     whole = Plan(tuple(s for s in plan.steps if isinstance(rule_named(s.rule), WholeModelRule)))
     single = Plan(tuple(s for s in plan.steps if s not in whole.steps))
+    if _builds_on_another(plan, whole) and any(_whole(s).weighs for s in whole.steps):
+        measure(gm, batches, store, again=False)  # what the rewritten graph inherits
     fits = fit(gm, single, batches, scheme, store, seed, device=device)
     base = rewrite(gm, single, fits.weights, {"scheme": scheme}) if single.steps else gm
     return base, whole, fits.reports
@@ -153,8 +184,21 @@ def _scaled(
     scheme: QuantScheme,
     batches: Batches,
     store: Store | None,
+    gm: fx.GraphModule,
+    alike: Alike | None,
 ) -> fx.GraphModule:
-    """The graph after the rules of the whole model."""
+    """The graph after the rules of the whole model.
+
+    Args:
+        base: the graph after the steps at single places.
+        whole: the other steps.
+        plan: all steps.
+        scheme: the target.
+        batches: calibration inputs.
+        store: where measurements are kept.
+        gm: the network as it is.
+        alike: what the same rules make of it; None where this plan has nothing in common with that.
+    """
     single = len(plan.steps) > len(whole.steps)
     if not whole.steps:
         return base if single else copy_graph(base)
@@ -162,8 +206,16 @@ def _scaled(
         again = any(
             rule_named(s.rule).contract != "annotation" for s in plan.steps if s not in whole.steps
         )
-        _measure(base, batches, store, again)
-    return rewrite(base, whole, facts={"scheme": scheme})
+        if alike is None or not again:
+            measure(base, batches, store, again)
+        else:
+            measure_changed(base, gm, batches, store)
+    told: dict[str, Any] = {"scheme": scheme}
+    if alike is not None:
+        scales = facts.LOG_SCALES.get(alike.before, {})
+        changed = {n.name for n in changed_nodes(base, gm)}
+        told["known_scales"] = {k: v for k, v in scales.items() if k not in changed}
+    return rewrite(base, whole, facts=told)
 
 
 def _whole(step: Step) -> WholeModelRule:
@@ -172,60 +224,12 @@ def _whole(step: Step) -> WholeModelRule:
     return rule
 
 
-def _measure(gm: fx.GraphModule, batches: Batches, store: Store | None, again: bool) -> None:
-    """Write ranges and influences into the meta of a graph; those of the values before a rewrite are not those after it.
-
-    They depend on the float network alone: a plan that adds layers in float finds those of the plan without.
-    """
-    if not again and any(facts.INFLUENCE.known(n) for n in gm.graph.nodes):
-        return
-    what = _MEASURED if again else _MEASURED[1:]  # the ranges of the network as it is are given
-    name, found = "", None
-    if store is not None:
-        kind = f"{VERSION} {what} {fidelity_of(gm, batches).digest}"
-        name = key(["measured", graph_digest(gm), data_digest(batches), kind])
-        found = load(store, name)
-    if found is None:
-        if again:
-            _forget(gm, what)
-            facts.PROFILED.drop(gm)
-            profile(gm, batches)
-        weigh(gm, batches, INPUTS if again else ALL)
-        if store is not None:
-            save_to(store, name, _measured(gm, what), {})
-        return
-    _forget(gm, what)
-    if again:
-        facts.PROFILED.put(gm, (weight_mark(gm), *input_marks(batches)))
-    for node in gm.graph.nodes:
-        for known in what:
-            parts = [f"{known}.{end}.{node.name}" for end in _ENDS[known]]
-            if parts[0] in found[0]:
-                values = [found[0][part] for part in parts]
-                facts.named(known).put(node, tuple(values) if len(values) > 1 else values[0])
-
-
-def _forget(gm: fx.GraphModule, what: tuple[str, ...]) -> None:
-    for node in gm.graph.nodes:
-        for known in what:
-            facts.named(known).drop(node)
-
-
-def _measured(gm: fx.GraphModule, what: tuple[str, ...]) -> dict[str, Tensor]:
-    """What was measured of a graph, by kind, part and node."""
-    tensors: dict[str, Tensor] = {}
-    for node in gm.graph.nodes:
-        for known in what:
-            value = facts.named(known).get(node)
-            if value is not None:
-                parts = value if isinstance(value, tuple) else (value,)
-                for end, part in zip(_ENDS[known], parts, strict=True):
-                    tensors[f"{known}.{end}.{node.name}"] = part
-    return tensors
-
-
 def repaired(
-    gm: fx.GraphModule, scheme: QuantScheme, batches: Batches, store: Store | None = None
+    gm: fx.GraphModule,
+    scheme: QuantScheme,
+    batches: Batches,
+    store: Store | None = None,
+    alike: Alike | None = None,
 ) -> Quantized:
     """Calibrate and repair a rewritten graph as its steps asked for; edits its annotations.
 
@@ -235,9 +239,9 @@ def repaired(
     repairs: frozenset[str] = facts.REPAIRS.get(gm, frozenset())
     quantized = calibrated(gm, scheme, batches, facts.CALIBRATION.get(gm, "minmax"), store)
     if "ranges" in repairs:
-        quantized = refined(quantized, batches, store)
+        quantized = refined(quantized, batches, store, alike)
     if repairs & {"biases", "rounding"}:
-        quantized = refine(quantized, batches, repairs, store)
+        quantized = refine(quantized, batches, repairs, store, alike)
     return quantized
 
 
@@ -248,7 +252,8 @@ def record(quantized: Quantized) -> tuple[dict[str, Tensor], dict[str, Any]]:
     tensors |= {f"scale.{k}": v for k, v in found.weights.items()}
     tensors |= {f"low.{k}": s.channel_low for k, s in found.stats.items()}
     tensors |= {f"high.{k}": s.channel_high for k, s in found.stats.items()}
-    return tensors, {"ranges": found.values, "samples": found.samples}
+    noise = {n.name: facts.NOISE.of(n) for n in layers(quantized.gm) if facts.NOISE.known(n)}
+    return tensors, {"ranges": found.values, "samples": found.samples, "noise": noise}
 
 
 def reassemble(
@@ -269,7 +274,7 @@ def reassemble(
     known = {n.name: n for n in original.graph.nodes}
     for node in gm.graph.nodes:  # what rules decide by
         if node.name in known:
-            facts.keep(node, known[node.name], *map(facts.named, _MEASURED))
+            facts.keep(node, known[node.name], *map(facts.named, MEASURED))
     rules = [(s, rule_named(s.rule)) for s in plan.steps]
     single = Plan(tuple(s for s, r in rules if not isinstance(r, WholeModelRule)))
     whole = Plan(tuple(s for s, r in rules if isinstance(r, WholeModelRule) and r.replaces))
@@ -311,5 +316,8 @@ def restored(
         )
         for name, low in kinds["low"].items()
     }
+    for node in layers(gm):
+        if node.name in rest.get("noise", {}):
+            facts.NOISE.put(node, rest["noise"][node.name])
     ranges = {k: (low, high) for k, (low, high) in rest["ranges"].items()}
     return Quantized(gm, Calibration(ranges, kinds["scale"], stats, rest["samples"]), scheme)

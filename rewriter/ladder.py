@@ -47,6 +47,9 @@ SPLIT_GAIN = 0.2
 LEAST_GAIN = {"scale_norm": 0.0, "float_trunk": 0.05}
 # Damage below which nothing is replaced that the float network misses.
 FITTED_DAMAGE = 0.02
+# Nothing is free that slows the file by more than this. What it slows it by is weighed to this power: 10 % more
+# time are worth 38 % less damage.
+FREE_TIME, TIME_PRICE = 1.03, 5.0
 
 
 EMPTY = Plan()
@@ -63,6 +66,9 @@ class Measured(Protocol):
     @property
     def metric(self) -> float | None: ...
 
+    @property
+    def latency_ratio(self) -> float | None: ...
+
 
 @dataclass(frozen=True)
 class Rung:
@@ -75,6 +81,7 @@ class Rung:
         metric: of the task, None without labels.
         kept: whether it does less damage than the rungs kept before it.
         note: why it was not tried.
+        latency_ratio: time of its file relative to plain int8; None where it is not known.
     """
 
     name: str
@@ -83,6 +90,7 @@ class Rung:
     metric: float | None
     kept: bool
     note: str = ""
+    latency_ratio: float | None = None
 
 
 def climb(
@@ -90,51 +98,69 @@ def climb(
     score: Callable[[Plan], Measured],
     base: Plan = EMPTY,
     splits: Splits = (),
+    max_latency_ratio: float | None = None,
 ) -> tuple[Rung, ...]:
     """Measure plain int8, then every free remedy on top of those that helped.
 
     At last the ranges and scales that the later remedies started from are tried without.
     Exact splits come first: while one range for boxes and scores, or for very uneven channels,
-    leaves nothing of the answers, no other remedy can show what it is worth.
+    leaves nothing of the answers, no other remedy can show what it is worth. A rung that slows the
+    file is weighed, and one that slows it beyond the limit is not kept; of splits that are not kept together for that, each is tried
+    alone, and those that were kept are tried without at last: what came later may have made them superfluous.
 
     Args:
         gm: profiled canonical graph.
         score: measures a plan (an evaluator; whatever it remembers is not measured again).
         base: steps that every rung has.
         splits: names and steps of the rungs that split layers, see ``exact_splits``.
+        max_latency_ratio: longest time of a file, relative to plain int8; None: any.
 
     Returns:
         The rungs in order; ``best(rungs)`` is the plan to start from.
     """
     first = score(base)
-    rungs = [Rung("plain int8", base, _damage(first), first.metric, kept=True)]
+    most = max_latency_ratio
+    ratio = first.latency_ratio
+    rungs = [Rung("plain int8", base, _damage(first), first.metric, True, latency_ratio=ratio)]
     tried: tuple[Step, ...] = ()
     exact = [entry for entry in splits if not _is_fitted(entry[1])]
     for name, steps in exact:  # on top of all before: one may show nothing without the next
         tried = (*tried, *steps)
-        rungs.append(_split(score, best(rungs), name, tried))
+        below = best(rungs)
+        rungs.append(_split(score, below, name, tried, most))
+        if _slows(rungs[-1], below):
+            for step in steps if len(steps) > 1 else ():
+                at = f"{name}, {step.anchor} alone"
+                rungs.append(_split(score, best(rungs), at, (step,), most))
     for name, word in REMEDIES:
-        rungs.append(_rung(gm, score, best(rungs), name, word))
+        rungs.append(_rung(gm, score, best(rungs), name, word, most))
     # what did not help alone may help on top of the rest
     for rung in rungs[1:-1]:
         if not rung.kept and not rung.note and rung.name in dict(REMEDIES):
             word = dict(REMEDIES)[rung.name]
-            rungs.append(_rung(gm, score, best(rungs), f"{rung.name}, at last", word))
+            rungs.append(_rung(gm, score, best(rungs), f"{rung.name}, at last", word, most))
     # what helped early may do harm beside what came later
     for name, word in REMEDIES[:STARTS]:
         below = best(rungs)
         plan = Plan(tuple(s for s in below.plan.steps if s.rule != word or s in base.steps))
         if plan not in [r.plan for r in rungs]:
-            rungs.append(_measured(score, below, f"without {name}", plan, below.damage))
+            rungs.append(_measured(score, below, f"without {name}", plan, below.damage, most))
     # what changes the float network as well: only for damage that nothing else takes away
     for name, steps in splits:
         if _is_fitted(steps) and best(rungs).damage > FITTED_DAMAGE:
             below = best(rungs)
-            rungs.append(_split(score, below, name, steps))
+            rungs.append(_split(score, below, name, steps, most))
             if SCALED not in below.plan.steps:  # which may pass now
-                rungs.append(_split(score, below, f"{name}, equalized", (*steps, SCALED)))
+                rungs.append(_split(score, below, f"{name}, equalized", (*steps, SCALED), most))
                 better = rungs[-1].damage < best(rungs[:-1]).damage
                 rungs[-1] = replace(rungs[-1], kept=rungs[-1].kept and better)
+    for name, steps in splits:
+        below = best(rungs)
+        plan = Plan(tuple(s for s in below.plan.steps if s not in steps or s in base.steps))
+        slower = (below.latency_ratio or 1.0) > FREE_TIME
+        if slower and plan not in [r.plan for r in rungs]:
+            bound = below.damage / (1 - SPLIT_GAIN)
+            rungs.append(_measured(score, below, f"without {name}", plan, bound, most))
     return tuple(rungs)
 
 
@@ -142,41 +168,65 @@ def _is_fitted(steps: tuple[Step, ...]) -> bool:
     return any(rule_named(step.rule).contract == "approximate" for step in steps)
 
 
+def _slows(rung: Rung, below: Rung) -> bool:
+    """Whether a rung is not kept although it does less damage: because its file takes longer."""
+    return not rung.kept and rung.damage < (1 - SPLIT_GAIN) * below.damage
+
+
 def _damage(score: Measured) -> float:
     return float("inf") if score.damage is None else score.damage
 
 
 def _rung(
-    gm: fx.GraphModule, score: Callable[[Plan], Measured], below: Rung, name: str, word: str
+    gm: fx.GraphModule,
+    score: Callable[[Plan], Measured],
+    below: Rung,
+    name: str,
+    word: str,
+    most: float | None,
 ) -> Rung:
     site = next(iter(rule_named(word).match(gm)), None)
     plan = Plan((*below.plan.steps, Step(word, "model")))
     note = "the rule does not match" if site is None else site.blocked
     if note:
         return Rung(name, plan, float("inf"), None, kept=False, note=note)
-    return _measured(score, below, name, plan, below.damage)
+    return _measured(score, below, name, plan, below.damage, most)
 
 
 def _split(
-    score: Callable[[Plan], Measured], below: Rung, name: str, steps: tuple[Step, ...]
+    score: Callable[[Plan], Measured],
+    below: Rung,
+    name: str,
+    steps: tuple[Step, ...],
+    most: float | None,
 ) -> Rung:
     plan = Plan(tuple(dict.fromkeys((*below.plan.steps, *steps))))
     new = [step for step in steps if step not in below.plan.steps]
     gain = max((LEAST_GAIN.get(step.rule, SPLIT_GAIN) for step in new), default=SPLIT_GAIN)
-    return _measured(score, below, name, plan, (1 - gain) * below.damage)
+    return _measured(score, below, name, plan, (1 - gain) * below.damage, most)
 
 
 def _measured(
-    score: Callable[[Plan], Measured], below: Rung, name: str, plan: Plan, bound: float
+    score: Callable[[Plan], Measured],
+    below: Rung,
+    name: str,
+    plan: Plan,
+    bound: float,
+    most: float | None,
 ) -> Rung:
-    """The rung of a plan, which is kept where its damage is below a bound."""
+    """The rung of a plan, which is kept where its damage is below a bound, the less so the longer its file takes."""
     try:
         found = score(plan)
     except RewriteError as cause:
         return Rung(name, plan, float("inf"), None, kept=False, note=str(cause))
-    damage = _damage(found)
+    damage, ratio = _damage(found), found.latency_ratio
+    slower = 1.0 if ratio is None else ratio / (below.latency_ratio or 1.0)
+    if not 1 / FREE_TIME <= slower <= FREE_TIME:
+        bound *= slower**-TIME_PRICE
+    allowed = most is None or ratio is None or ratio <= most or slower < 1
     log.info("%s: damage %.4g, %.4g without", name, damage, below.damage)
-    return Rung(name, plan, damage, found.metric, kept=damage < bound)
+    kept = damage < bound and allowed
+    return Rung(name, plan, damage, found.metric, kept, latency_ratio=ratio)
 
 
 def best(rungs: tuple[Rung, ...] | list[Rung]) -> Rung:

@@ -38,9 +38,12 @@ from search.data.model import load_model
 from search.data.overlap import mark, warn_of_overlap
 from search.data.user_code import callable_digest
 from search.engines import Engine, EngineError, refusal, scoring_engine
+from search.latency.table import Table, this_machine, user_table
+from search.run_dir.files import RunError
 from search.run_dir.fingerprint import rules_digest, source_digest
 from search.run_dir.scores import Confirmations, Records, Score, fingerprint, open_run
 from search.scoring.evaluator import RewriteEvaluator
+from search.scoring.expected import unexpected
 from search.scoring.trial import trial
 from search.tasks import Task, task
 
@@ -177,7 +180,7 @@ def engine_of(cfg: Config, gm: fx.GraphModule, images: Tensor) -> Engine:
 
 
 def float_metric(network: Network, count: int = 256) -> str:
-    """What the float network reaches on its first samples, in words."""
+    """What the float network reaches on its first samples, in words; warns where it is not what the config expects."""
     found: list[list[Tensor]] = []
     targets: list[Any] = []
     marks: list[bytes] = []
@@ -199,6 +202,9 @@ def float_metric(network: Network, count: int = 256) -> str:
         return f"runs on the first {done} samples; no labels"
     stacked: Any = torch.stack(targets) if isinstance(targets[0], Tensor) else targets
     value = network.task.score(outputs, stacked)
+    odd = unexpected(network.cfg.expect.float, value, done, network.task.metric)
+    if odd:
+        log.warning("expect.float: %s", odd)
     return f"{network.task.metric} {value:.2%} on the first {done} samples"
 
 
@@ -282,9 +288,24 @@ def open_job(
         seed=cfg.search.seed,
         threads=threads or torch.get_num_threads(),
         confirmations=Confirmations.of(records, chosen) if chosen < samples.count else None,
-        timed=cfg.search.cost == "latency" or cfg.search.max_latency_ms is not None,
+        timed=cfg.search.max_latency_ms is not None,
+        table=table_of(cfg),
     )
     return Job(cfg, folder, evaluator, network.data, given)
+
+
+def table_of(cfg: Config) -> Table:
+    """The times of kernels that a run's plans are priced by.
+
+    Raises:
+        ConfigError: the config names a table that cannot be used.
+    """
+    if cfg.latency.table is None:
+        return this_machine()
+    try:
+        return user_table(cfg.resolve(cfg.latency.table))
+    except RunError as cause:
+        raise ConfigError(f"{cfg.path.name}: latency.table: {cause}") from cause
 
 
 def place_of(cfg: Config) -> Place | None:

@@ -28,12 +28,15 @@ from search.scoring.child_process import possible
 from search.scoring.confirm import confirm
 from search.scoring.deployed import score_deployed
 from search.scoring.evaluator import RewriteEvaluator
+from search.scoring.expected import unexpected
 from search.scoring.failure import to_be_tried_again
 from search.scoring.racing import Race
+from search.scoring.slow_steps import warn_of_slow_plan
 from search.sensitivity.run import Sensitivity, analyze, float_gains_on, read_sensitivity
-from search.strategy.budgets import Savings
+from search.strategy.budgets import STEP, Savings
 from search.strategy.ladder_replay import climbed
-from search.strategy.schedule import of_the_ladder, splits_of, worth_trying
+from search.strategy.recipe import architecture_digest, first, read_recipe
+from search.strategy.schedule import Worth, of_the_ladder, splits_of, worth_trying
 from search.strategy.space import KEEP_FLOAT, Budget, Space, make_space
 from search.strategy.step_conflicts import clashes
 from search.study.storage import storage_at
@@ -55,15 +58,21 @@ def sensitivity_of(job: Job, progress: Progress = silent, *, exact: bool = False
 
 def note_run(job: Job, storage: str | None = None, goal: Goal | None = None) -> None:
     """Write what readers of the run directory and further workers need."""
+    baseline = job.evaluator.baseline()
+    count, metric = job.evaluator.samples.count, job.evaluator.task.metric
+    odd = unexpected(job.cfg.expect.float, baseline.float, count, metric)
+    if odd:
+        log.warning("expect.float: %s", odd)
     note(
         job.folder,
-        baseline=asdict(job.evaluator.baseline()),
+        baseline=asdict(baseline),
         objective=job.objective,
         limits=limits_of(job).to_dict(),
         options=job.cfg.search.model_dump(),
         storage=storage,
         goal=None if goal is None else asdict(goal),
         places=places_of(job.gm),
+        architecture=architecture_digest(job.gm),
     )
 
 
@@ -87,6 +96,7 @@ def limits_of(job: Job) -> Limits:
         float_layers=most,
         float_islands=options.max_float_islands,
         latency_ms=options.max_latency_ms,
+        latency_ratio=options.max_latency_ratio or None,
     )
 
 
@@ -103,7 +113,8 @@ def space_of(job: Job, sensitivity: Sensitivity) -> Space:
     damage = sensitivity.damage_by_node()
     limits = limits_of(job)
     least = job.cfg.search.least_macs
-    budget = Budget(limits.macs, limits.float_layers, least * macs)
+    # a plan for the lowest budget comes out a little below it
+    budget = Budget(limits.macs, limits.float_layers, (least - STEP) * macs)
     fixed = job.cfg.search.resolution == "fixed"
     unwanted = [r.name for r in RULES if r.saves and (least >= 1 or (r.scales and fixed))]
     sites = [s for s in find_sites(job.gm) if s.rule not in unwanted]
@@ -152,7 +163,7 @@ def note_ladder(job: Job, sensitivity: Sensitivity) -> None:
     """Write those rungs of the ladder of free remedies into ``run.json`` that are scored."""
     scores = {s.plan: s for s in job.records.scores()}
     splits = splits_of(job.gm, space_of(job, sensitivity), sensitivity)
-    ladder = climbed(job.gm, scores, splits)
+    ladder = climbed(job.gm, scores, splits, limits_of(job).latency_ratio)
     note(job.folder, ladder=[[r.name, str(r.plan), r.kept] for r in ladder])
 
 
@@ -200,9 +211,19 @@ def run_search(
     place = storage_at(storage or str(job.folder / "journal.log"))
     gains_on = partial(float_gains_on, job.evaluator)
     savings = _savings(job, space)
-    worth = worth_trying(
-        job.gm, space, sensitivity, options.trials, settings.admits, gains_on, savings
+    worth: Worth = worth_trying(
+        job.gm,
+        space,
+        sensitivity,
+        options.trials,
+        settings.admits,
+        gains_on,
+        savings,
+        most_time=options.max_latency_ratio or None,
     )
+    if options.recipe is not None:
+        recipe = read_recipe(job.cfg.resolve(options.recipe), job.gm, job.cfg.target)
+        worth = first(recipe, worth, settings.admits)
     enough = _meets(job, goal)
     return search(evaluator, job.records, space, worth, settings, place, on_score, enough)
 
@@ -275,6 +296,9 @@ def confirm_front(job: Job, progress: Progress = silent) -> None:
         with progress("confirming the front") as tick:
             confirm(searching(job), list(dict.fromkeys(["", *plans])), tick)
         results = load_results(job.folder)
+    if results.front.points:
+        most = limits_of(job).latency_ratio
+        warn_of_slow_plan(job.evaluator, results.scores, results.best(), most)
     with progress("confirming on the runtime that ships"):
         shown = [s for s in (results.empty(), *results.front.points) if s is not None]
         score_deployed(job.evaluator, job.folder, shown)

@@ -11,10 +11,14 @@ for variable in ("OMP", "MKL", "OPENBLAS", "NUMEXPR", "VECLIB_MAXIMUM"):
     os.environ[f"{variable}_NUM_THREADS"] = "1"
 os.environ["OMP_WAIT_POLICY"] = "PASSIVE"
 
+import tempfile  # noqa: E402
 from pathlib import Path  # noqa: E402
 
 import pytest  # noqa: E402
 import torch  # noqa: E402
+
+# times of kernels are kept for the tests alone; processes that they start find them too
+os.environ.setdefault("QUANTFIX_CACHE", tempfile.mkdtemp(prefix="quantfix-tests-"))
 
 ROOT = Path(__file__).resolve().parents[1]
 MOST_WORKERS = 8  # each holds torch, up to 1.5 GiB

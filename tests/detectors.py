@@ -7,6 +7,8 @@ float network hardly changes, and int8 with one range for the stem's output lose
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
@@ -242,7 +244,7 @@ class Yolov5(nn.Module):
 
     def __init__(self, w: int = 8, n: int = 1) -> None:
         super().__init__()
-        stem = conv(3, w, 6, 2)
+        stem: Any = conv(3, w, 6, 2)
         stem[0].padding = (2, 2)
         self.neck = Neck(w, C3, stem, n) if n else Shallow(w, stem)
         self.no = CLASSES + 5
@@ -304,7 +306,7 @@ def _widen(model: nn.Module, wide: float) -> None:
     SiLU is not homogeneous: the values change where they are small, and the float network with
     them. It stays a network of the same kind; all is compared with what it is then.
     """
-    stem = model.neck.stem
+    stem: Any = model.neck.stem
     stem = stem.conv if isinstance(stem, Focus) else stem
     reader = model.neck.dark2[0][0]
     channels = list(range(0, stem[0].out_channels, 4))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import operator
 import random
-from typing import Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 from hypothesis import strategies as st
@@ -20,11 +20,13 @@ ARITHMETIC = (operator.add, operator.sub, operator.mul, operator.truediv)
 LAYERS = (nn.modules.conv._ConvNd, nn.Linear)
 SIZE = (3, 19, 17)  # odd and not square
 
+M = TypeVar("M", bound=nn.Module)
+
 seeds = st.integers(0, 10_000)
 """Hypothesis strategy: seeds for ``network``."""
 
 
-def randomise(model: nn.Module, seed: int = 0) -> nn.Module:
+def randomise(model: M, seed: int = 0) -> M:
     """Random, non-symmetric parameters and batch-norm statistics, in place; eval mode."""
     generator = torch.Generator().manual_seed(seed)
 
@@ -47,7 +49,7 @@ def randomise(model: nn.Module, seed: int = 0) -> nn.Module:
 class Affine(nn.Module):
     """Convolution, batch norm and, if given, an activation."""
 
-    def __init__(self, conv: nn.Module, act: type[nn.Module] | None) -> None:
+    def __init__(self, conv: nn.Conv2d | nn.ConvTranspose2d, act: type[nn.Module] | None) -> None:
         super().__init__()
         self.conv = conv
         transposed = isinstance(conv, nn.ConvTranspose2d)
@@ -241,7 +243,7 @@ def traced(
         shapes = shape_or_inputs if isinstance(shape_or_inputs[0], tuple) else (shape_or_inputs,)
         inputs = tuple(torch.randn(2, *s, generator=generator) for s in shapes)
     before, code = state(model), copy.deepcopy(inputs)
-    gm = trace(model, inputs if len(inputs) > 1 else inputs[0])
+    gm = trace(model, inputs[0] if len(inputs) == 1 else inputs)
     assert_same_state(before, state(model))
     for a, b in zip(inputs, code, strict=True):
         assert torch.equal(a, b)
@@ -316,6 +318,10 @@ def made(model: nn.Module, *shape: Any) -> list[str]:
 
 class Forward(nn.Module):
     """A network whose forward is the given function of (self, x), with the given sub-modules."""
+
+    if TYPE_CHECKING:  # the sub-modules, whatever they are
+
+        def __getattr__(self, name: str) -> Any: ...
 
     def __init__(self, function, **parts: object) -> None:
         super().__init__()

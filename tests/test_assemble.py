@@ -13,6 +13,7 @@ from torch import Tensor, fx, nn
 from rewriter import assemble as module
 from rewriter import profile, simulate, target, trace
 from rewriter.assemble import assemble, prepare
+from rewriter.damage import measured
 from rewriter.damage.fidelity import kl_divergence
 from rewriter.errors import PlanError
 from rewriter.plan import Plan
@@ -111,8 +112,8 @@ def test_what_is_stored_comes_back_to_the_last_bit(
     def fail(*args: object) -> None:
         raise AssertionError("made again")
 
-    for work in ("refine", "weigh", "refined"):
-        monkeypatch.setattr(module, work, fail)
+    for place, work in ((module, "refine"), (measured, "weigh"), (module, "refined")):
+        monkeypatch.setattr(place, work, fail)
     again = assemble(gm, plan, scheme, batches, tmp_path).quantized
     assert again.gm.code == first.gm.code
     assert again.calibration.values == first.calibration.values
@@ -140,16 +141,16 @@ def test_what_was_measured_of_a_float_network_is_not_measured_again(
     expected = assemble(alone, plan, scheme, batches).quantized
     counted: list[str] = []
     for work in ("weigh", "profile"):
-        whole = getattr(module, work)
+        whole = getattr(measured, work)
 
-        def count(*words: object, name: str = work, call: Any = whole) -> None:
+        def count(*words: object, name: str = work, call: Any = whole, **more: object) -> None:
             counted.append(name)
-            call(*words)
+            call(*words, **more)
 
-        monkeypatch.setattr(module, work, count)
+        monkeypatch.setattr(measured, work, count)
     if extra.startswith("split"):
         assemble(gm, Plan.parse(f"{extra} equalize@model"), scheme, batches, tmp_path)
-        assert counted == ["profile", "weigh"]
+        assert counted == ["weigh", "profile", "weigh"]  # of the network once, then of what is new
     else:
         prepare(gm, batches, tmp_path)
         assert counted == ["weigh"]

@@ -61,7 +61,7 @@ def errors(found: list[Tensor], expected: list[Tensor], ending: str) -> list[flo
     axis = 1 if ending in ("bins", "weighted_sum") else 2
     parts: list[tuple[Tensor, Tensor]] = []
     for pair in zip(found, expected, strict=True):
-        sizes = [BOXES, pair[1].shape[axis] - BOXES] if pair is not None else []
+        sizes = [BOXES, pair[1].shape[axis] - BOXES]
         first = pair[1].ndim == 3 and pair[1].shape[axis] in (BOXES + CLASSES, BOXES + 1 + CLASSES)
         parts += zip(*(t.split(sizes, axis) for t in pair), strict=True) if first else [pair]
     return [float((a - b).square().mean() / b.square().mean()) for a, b in parts]
@@ -160,7 +160,7 @@ def module(node: fx.Node) -> nn.Module:
     [
         pytest.param(Yolox, id="x", marks=pytest.mark.slow),
         pytest.param(lambda: Yolox(decode=True), id="xd", marks=pytest.mark.slow),
-        pytest.param(Yolov8, id="8"),
+        pytest.param(Yolov8, id="8", marks=pytest.mark.slow),
         pytest.param(Yolov5, id="5", marks=pytest.mark.slow),
     ],
 )
@@ -192,7 +192,7 @@ def test_a_whole_network_is_split_exactly_at_every_place(make: Callable[[], nn.M
     "make",
     [
         pytest.param(Yolox, id="x", marks=pytest.mark.slow),
-        pytest.param(Yolov8, id="8"),
+        pytest.param(Yolov8, id="8", marks=pytest.mark.slow),
         pytest.param(Yolov5, id="5", marks=pytest.mark.slow),
     ],
 )

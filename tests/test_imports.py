@@ -28,6 +28,7 @@ FORBIDDEN = {
 MAY_IMPORT_TIMM = {
     "search/data/sources/from_timm.py",
     "search/data/images.py",
+    "search/data/lite0.py",
     "rewriter/tracing/canonicalize.py",
 }
 # Rules that share the file of another one, without their parameter.
@@ -84,6 +85,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (
     ("search.engines",),
     ("search.config",),
     ("search.data", "search.run_dir"),
+    ("search.latency",),
     ("search.tasks", "search.pareto"),
     ("search.scoring",),
     ("search.job", "search.sensitivity"),

@@ -21,6 +21,7 @@ RANGES, SCALES, BIASES, ROUNDING = (
 class Score:
     damage: float | None
     metric: float | None = None
+    latency_ratio: float | None = None
 
 
 def graph(act: nn.Module | None = None) -> fx.GraphModule:

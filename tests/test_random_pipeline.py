@@ -121,6 +121,7 @@ def test_a_few() -> None:
     assert_agreement(range(1000, 1002))
 
 
+@pytest.mark.slow
 def test_a_wrong_range_is_seen() -> None:
     """The bound is no formality: a runtime with other ranges breaks it."""
     seen = 0

@@ -9,7 +9,7 @@ Source: Martens, 2014 (arXiv:1412.1193).
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from typing import Any
 
 import torch
@@ -34,6 +34,7 @@ def weigh(
     batches: Iterable[Tensor | tuple[Tensor, ...]],
     inputs: int = INPUTS,
     seed: int = 0,
+    only: Collection[fx.Node] | None = None,
 ) -> None:
     """Write the influence of every channel and of every filter into the nodes' meta, in place.
 
@@ -46,6 +47,7 @@ def weigh(
         batches: inputs (N, ...), or a tuple with one tensor for each input.
         inputs: how many of them are used.
         seed: of the projections.
+        only: nodes that it is measured of; None: all.
     """
     generator = torch.Generator().manual_seed(seed)
     batches = list(batches)
@@ -61,7 +63,7 @@ def weigh(
             for part in zip(*(x.split(ROWS) for x in whole), strict=True):
                 kept = tuple(x[: inputs - done] for x in part)
                 if len(kept[0]):
-                    _accumulate(gm, kept, sums, generator, fidelity)
+                    _accumulate(gm, kept, sums, generator, fidelity, only)
                     done += len(kept[0])
     finally:
         for p, flag in flags:
@@ -76,8 +78,9 @@ def _accumulate(
     sums: dict[tuple[fx.Node, str], Tensor],
     generator: torch.Generator,
     fidelity: Fidelity,
+    only: Collection[fx.Node] | None = None,
 ) -> None:
-    values, slopes = gradients(gm, inputs, generator, fidelity)
+    values, slopes = gradients(gm, inputs, generator, fidelity, only)
     channels, batch = channel_axes(gm), batch_axes(gm)
     for node, g in slopes.items():
         if g.ndim < 2:
@@ -103,19 +106,35 @@ def gradients(
     inputs: tuple[Tensor, ...],
     generator: torch.Generator,
     fidelity: Fidelity,
+    only: Collection[fx.Node] | None = None,
 ) -> tuple[dict[fx.Node, Any], dict[fx.Node, Tensor]]:
     """Every value of a graph, and g at every value that the answers depend on, for one projection of each input's answers.
 
     For an error d of a value, half the mean over inputs of (sum of g d)^2 is its damage to second order.
+
+    Args:
+        gm: canonical graph.
+        inputs: of one batch.
+        generator: of the projection.
+        fidelity: the damage.
+        only: nodes whose g is wanted, so that nothing is kept for others; None: all.
     """
     values: dict[fx.Node, Any] = {}
-    feed = iter(x.detach().requires_grad_(x.is_floating_point()) for x in inputs)
+    feed = iter(x.detach().requires_grad_(only is None and x.is_floating_point()) for x in inputs)
     with torch.enable_grad():
         for node in gm.graph.nodes:
-            if node.op != "output":
-                values[node] = run_node(gm, node, values, feed)
+            if node.op == "output":
+                continue
+            values[node] = value = run_node(gm, node, values, feed)
+            starts = only is not None and node in only and isinstance(value, Tensor)
+            if starts and value.is_floating_point() and not value.requires_grad:
+                values[node] = value.detach().requires_grad_()
         score = _score([values[n] for n in outputs(gm)], fidelity, generator)
-    watched = [n for n, v in values.items() if isinstance(v, Tensor) and v.requires_grad]
+    watched = [
+        n
+        for n, v in values.items()
+        if isinstance(v, Tensor) and v.requires_grad and (only is None or n in only)
+    ]
     found: Any = torch.autograd.grad(score, [values[n] for n in watched], allow_unused=True)
     slopes = {n: g for n, g in zip(watched, found, strict=True) if g is not None}
     return values, slopes

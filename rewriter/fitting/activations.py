@@ -210,7 +210,8 @@ def _distilled(
 def _state(gm: fx.GraphModule, first: fx.Node | None, others: Sequence[fx.Node]) -> State:
     """Weights of a layer, and of others under their names."""
     found: State = {}
-    for node in dict.fromkeys((*([] if first is None else [first]), *others)):
+    nodes = [*([] if first is None else [first]), *others]
+    for node in dict.fromkeys(nodes):
         owner = "" if node is first else f"{node.name}."
         for name, value in module_of(gm, node).state_dict().items():
             found[owner + name] = value.detach().cpu().clone()

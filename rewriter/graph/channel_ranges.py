@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 
 import torch
 from torch import Tensor, fx
@@ -18,7 +18,11 @@ Range = tuple[Tensor, Tensor]
 _marks: WeakIdKeyDictionary = WeakIdKeyDictionary()
 
 
-def profile(gm: fx.GraphModule, batches: Iterable[Tensor | tuple[Tensor, ...]]) -> None:
+def profile(
+    gm: fx.GraphModule,
+    batches: Iterable[Tensor | tuple[Tensor, ...]],
+    only: Collection[fx.Node] | None = None,
+) -> None:
     """Write ``facts.CHANNEL_RANGE``, (low, high), each (C,), at every value, in place.
 
     Channels are those of ``rewriter.graph.axes.channel_axes``.
@@ -26,25 +30,30 @@ def profile(gm: fx.GraphModule, batches: Iterable[Tensor | tuple[Tensor, ...]]) 
     Args:
         gm: canonical graph.
         batches: calibration inputs (N, ...), or a tuple with one tensor for each input.
+        only: nodes whose values are not known yet, where those of all others are, on the same inputs; None: all.
     """
     axes, clips = channel_axes(gm), clips_in_place(gm)
     marks = list(facts.PROFILED.get(gm, ()))[1:]
-    if not marks and any(facts.CHANNEL_RANGE.known(n) for n in gm.graph.nodes):
+    if only is not None:
+        marks = []
+    elif not marks and any(facts.CHANNEL_RANGE.known(n) for n in gm.graph.nodes):
         marks.append(math.nan)  # ranges of unknown inputs are among them, and stay there
     with torch.no_grad():
         for batch in batches:
             inputs = batch if isinstance(batch, tuple) else (batch,)
             marks += input_marks([inputs])
             seen: dict[fx.Node, Range] = {}
-            for node, value in walk(gm, inputs, in_place=True):
+            for node, value in walk(gm, inputs, True, only):
+                if only is not None and node not in only:
+                    continue
                 if not isinstance(value, Tensor) or value.ndim < 2 or node.op == "get_attr":
                     continue
                 if not value.is_floating_point():
                     continue
                 source = node.args[0] if node in clips else None
-                if isinstance(source, fx.Node) and axes.get(source, 1) == axes.get(node, 1):
+                if source in seen and axes.get(source, 1) == axes.get(node, 1):
                     # what a clip makes of the ends is what it makes of the values there
-                    low, high = (end.clamp(*clips[node]) for end in seen[source])
+                    low, high = (end.clamp(*clips[node]) for end in seen[source])  # type: ignore[index]
                 else:
                     low, high = channel_range(value, axes.get(node, 1))
                 found = seen[node] = low.cpu(), high.cpu()

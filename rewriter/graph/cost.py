@@ -39,6 +39,38 @@ def cost(gm: fx.GraphModule) -> Cost:
     >>> cost(trace(nn.Sequential(nn.Conv2d(3, 8, 3, padding=1)).eval(), zeros(2, 3, 10, 10))).macs
     21600
     """
+    params = sum(p.numel() for p in gm.parameters())
+    kept = [module_of(gm, n).weight for n in layers(gm) if not facts.KEEP_FLOAT.get(n)]
+    int8 = sum({id(w): w.numel() for w in kept}.values())  # a weight may have two layers
+    return Cost(_macs(gm), params, int8 + 4 * (params - int8))
+
+
+# MACs of networks that were counted, by their code, modules and input shapes; plans that keep layers in float share one.
+_counts: dict[str, int] = {}
+MOST_COUNTS = 1000
+
+
+def _macs(gm: fx.GraphModule) -> int:
+    """Multiply-accumulates for one input, counted once for all networks of the same structure."""
+    own = [m for m in gm.modules() if m is not gm and type(m) is not nn.Module]
+    torchs = all(type(m).__module__.startswith("torch.nn.modules.") for m in own)
+    if not torchs:  # what other modules compute, their names need not say
+        return _counted_macs(gm)
+    words = [
+        gm.code,
+        repr(facts.EXAMPLE.of(gm)),
+        repr([tuple(t.shape) for t in gm.state_dict().values()]),
+        *(f"{n} {m}" for n, m in gm.named_modules() if n),
+    ]
+    name = "\n".join(words)
+    if name not in _counts:
+        if len(_counts) >= MOST_COUNTS:
+            _counts.clear()
+        _counts[name] = _counted_macs(gm)
+    return _counts[name]
+
+
+def _counted_macs(gm: fx.GraphModule) -> int:
     zeros = [torch.zeros(1, *shape) for shape in facts.EXAMPLE.of(gm)]
     calls: list[tuple[nn.Module, Any]] = []
     hooks = [
@@ -51,11 +83,7 @@ def cost(gm: fx.GraphModule) -> Cost:
     finally:
         for hook in hooks:
             hook.remove()
-    macs += sum(_recurrent_macs(m, x) - _counted(m, x) for m, x in calls)
-    params = sum(p.numel() for p in gm.parameters())
-    kept = [module_of(gm, n).weight for n in layers(gm) if not facts.KEEP_FLOAT.get(n)]
-    int8 = sum({id(w): w.numel() for w in kept}.values())  # a weight may have two layers
-    return Cost(macs, params, int8 + 4 * (params - int8))
+    return macs + sum(_recurrent_macs(m, x) - _counted(m, x) for m, x in calls)
 
 
 def _counted(module: nn.Module, *inputs: Any) -> int:

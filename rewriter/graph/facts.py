@@ -103,18 +103,18 @@ LAYER: Fact[str] = Fact("layer", ("rules", "tracing"), ("graph", "rules", "traci
 """Qualified name of the user's module that it came from."""
 CHANNEL_RANGE: Fact[Ranges] = Fact(
     "channel_range",
-    ("assemble", "graph", "plan", "rules", "sensitivity", "surgery"),
-    ("fitting", "graph", "repair", "rules", "sensitivity", "surgery"),
+    ("damage", "graph", "plan", "rules", "sensitivity", "surgery"),
+    ("damage", "fitting", "graph", "repair", "rules", "sensitivity", "surgery"),
 )
 """Smallest and largest calibration value of each channel, (C,) each."""
 INFLUENCE: Fact[Tensor] = Fact(
     "influence",
-    ("assemble", "damage", "export", "surgery"),
-    ("assemble", "export", "fitting", "surgery"),
+    ("damage", "export", "surgery"),
+    ("damage", "export", "fitting", "surgery"),
 )
 """(C,) squared gradients of the damage, by channel of its value."""
 WEIGHT_INFLUENCE: Fact[Tensor] = Fact(
-    "weight_influence", ("assemble", "damage", "export", "surgery"), ("surgery",)
+    "weight_influence", ("damage", "export", "surgery"), ("surgery",)
 )
 """(C_out, C_in / groups) the same of the weights of a layer."""
 KEEP_FLOAT: Fact[bool] = Fact(
@@ -135,10 +135,12 @@ INT8: Fact[Any] = Fact(
     "int8", ("int8", "sensitivity"), ("export", "int8", "repair", "search", "sensitivity")
 )
 """What int8 does there: a ``rewriter.int8.annotate.Annotation``."""
+NOISE: Fact[float] = Fact("noise", ("assemble", "repair"), ("assemble", "repair"))
+"""Power of the int8 errors in the input of a layer, relative to the variance of that input."""
 REWRITTEN_BY: Fact[str] = Fact(
     "rewritten_by",
     ("rules", "surgery"),
-    ("export", "fitting", "int8", "plan", "rules", "search", "sensitivity"),
+    ("damage", "export", "fitting", "int8", "plan", "rules", "search", "sensitivity"),
 )
 """The step that made it."""
 FOLDED: Fact[bool] = Fact("folded_batch_norm", ("tracing",), ("export",))
@@ -178,13 +180,17 @@ CONSTANT_OUTPUTS: Fact[dict[int, Any]] = Fact(
 )
 """The outputs that are no tensors, by number."""
 PROFILED: Fact[tuple[float, ...]] = Fact(
-    "profiled", ("assemble", "graph", "plan"), ("graph", "plan")
+    "profiled", ("damage", "graph", "plan"), ("graph", "plan")
 )
 """Marks (``graph.channel_ranges``) of the weights and the inputs that the channel ranges of all nodes are of."""
 CALIBRATION: Fact[Any] = Fact("calibration", ("search",), ("assemble", "sensitivity"))
 """How ranges are found: ``minmax``, ``percentile`` or ``mse``."""
 SCHEME: Fact[Any] = Fact("scheme", ("plan", "quantfix", "search"), ("rules",))
 """The target, a ``rewriter.int8.QuantScheme``."""
+LOG_SCALES: Fact[dict[str, Tensor]] = Fact("log_scales", ("rules",), ("assemble",))
+"""(C,) float64, logarithms of the scales that equalization gave the channels of each value, by node."""
+KNOWN_SCALES: Fact[dict[str, Tensor]] = Fact("known_scales", ("rules",), ("rules",))
+"""The same of another plan, for equalization to keep; ``plan.rewrite`` is given it."""
 REPAIRS: Fact[frozenset[str]] = Fact("repairs", ("rules",), ("assemble", "rules"))
 """The repairs that steps of a plan asked for."""
 HEAD_GROUPS: Fact[dict[str, list[list[int]]]] = Fact("head_groups", (), ("rules",))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import operator
-from collections.abc import Generator, Iterator
+from collections.abc import Collection, Generator, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -84,7 +84,10 @@ def clips_in_place(gm: fx.GraphModule) -> dict[fx.Node, tuple[float, float]]:
 
 
 def walk(
-    gm: fx.GraphModule, inputs: tuple[Tensor, ...], in_place: bool = False
+    gm: fx.GraphModule,
+    inputs: tuple[Tensor, ...],
+    in_place: bool = False,
+    only: Collection[fx.Node] | None = None,
 ) -> Iterator[tuple[fx.Node, Any]]:
     """Run the graph where its weights are; yield each node with its value, which is dropped after its last use.
 
@@ -93,8 +96,10 @@ def walk(
         inputs: of one batch.
         in_place: whether an activation may write over the layer's value before it, so that a value that was yielded is
             good only until the next is asked for; a third of the time of small networks, without gradients alone.
+        only: nodes whose values are wanted: they and what they are computed from are run; None: all.
     """
     values: dict[fx.Node, Any] = {}
+    needed = None if only is None else _with_sources(gm, only)
     dying = last_uses(gm)
     device = device_of(gm)
     feed = iter([x.to(device) for x in inputs])
@@ -102,13 +107,24 @@ def walk(
     for node in gm.graph.nodes:
         if node.op == "output":
             return
+        if needed is not None and node not in needed and node.op != "placeholder":
+            continue
         if node in clips:
             values[node] = values[node.args[0]].clamp_(*clips[node])
         else:
             values[node] = run_node(gm, node, values, feed)
         yield node, values[node]
         for used in dying.get(node, ()):
-            del values[used]
+            values.pop(used, None)
+
+
+def _with_sources(gm: fx.GraphModule, nodes: Collection[fx.Node]) -> set[fx.Node]:
+    """Some nodes and all that they are computed from."""
+    found = set(nodes)
+    for node in reversed(gm.graph.nodes):
+        if node in found:
+            found.update(node.all_input_nodes)
+    return found
 
 
 def channels_last(x: Tensor) -> Tensor:

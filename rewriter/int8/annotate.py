@@ -48,7 +48,7 @@ class Annotation:
         output: how the value this node makes is stored; None: no int8 form of it exists.
         reads: names of the argument nodes that this node reads in int8.
         range_of: name of the value that owns the range; the same for all that share it.
-        inner: scale and zero point of the int8 value inside an activation of two kernels; None: it has none.
+        inner: whether this activation takes two kernels, with an int8 value (its gate) between them.
         float_bias: whether the layer adds its bias in float.
     """
 
@@ -56,7 +56,7 @@ class Annotation:
     output: QuantSpec | None = None
     reads: tuple[str, ...] = ()
     range_of: str = ""
-    inner: tuple[float, int] | None = None
+    inner: bool = False
     float_bias: bool = False
 
 
@@ -92,9 +92,9 @@ def notes_of(gm: fx.GraphModule, scheme: QuantScheme) -> dict[fx.Node, Annotatio
             else None,
             reads=tuple(n.name for n in node.all_input_nodes if n in reads[node]),
             range_of=owner[node].name if node in quantized else "",
-            inner=scheme.fixed("sigmoid")
-            if reads[node] and is_call(gm, node, *scheme.inner_values)
-            else None,
+            inner=bool(node in quantized and reads[node])
+            and found.is_int8_operation(node)
+            and is_call(gm, node, *scheme.inner_values),
             float_bias=scheme.float_bias,
         )
         for node in gm.graph.nodes

@@ -45,6 +45,23 @@ class Quantized:
         assert note.output is not None, node.name
         return note.output.params(*self.calibration.values[note.range_of])
 
+    def gate_params(self, node: fx.Node) -> tuple[float, int]:
+        """Scale and zero point of the gate g of an activation x g(x), over the int8 values that x can take."""
+        fixed = self.scheme.fixed("sigmoid")
+        if fixed is not None:
+            return fixed
+        note, (source,) = annotation(node), node.all_input_nodes
+        spec = annotation(source).output
+        assert note.output is not None and spec is not None, node.name
+        scale, zero = self.value_params(source)
+        most = torch.tensor((spec.qmax - zero) * scale)
+        highest = float(_gate_of(module_of(self.gm, node))(most))
+        return note.output.params(0.0, highest or 1.0)
+
+
+def _gate_of(module: nn.Module) -> nn.Module:
+    return nn.Hardsigmoid() if isinstance(module, nn.Hardswish) else nn.Sigmoid()
+
 
 class FakeQuantize(nn.Module):
     """Rounds its input to int8 values of one scale while ``enabled``."""
@@ -152,15 +169,15 @@ class QuantizedLayer(nn.Module):
         self._rounded = None
 
 
-class TwoKernelSiLU(nn.Module):
-    """x sigmoid(x) where the sigmoid is an int8 value of its own, as runtimes without such a kernel compute it."""
+class GatedActivation(nn.Module):
+    """x g(x) where the gate g is an int8 value of its own, as runtimes without one kernel for both compute it."""
 
-    def __init__(self, inner: tuple[float, int], spec: QuantSpec) -> None:
+    def __init__(self, gate: nn.Module, inner: tuple[float, int], spec: QuantSpec) -> None:
         super().__init__()
-        self.gate = FakeQuantize(*inner, replace(spec, fixed=inner))
+        self.function, self.gate = gate, FakeQuantize(*inner, replace(spec, fixed=inner))
 
     def forward(self, x: Tensor) -> Tensor:
-        return x * self.gate(torch.sigmoid(x))
+        return x * self.gate(self.function(x))
 
 
 class IntegerAdd(nn.Module):
@@ -218,7 +235,7 @@ def simulate(
     for before, after in zip(quantized.gm.graph.nodes, gm.graph.nodes, strict=True):
         facts.INT8.put(after, annotation(before))
     by_name = {n.name: n for n in gm.graph.nodes}
-    for node in list(gm.graph.nodes):
+    for before, node in zip(quantized.gm.graph.nodes, list(gm.graph.nodes), strict=True):
         note = annotation(node)
         if is_layer(gm, node) and note.weight is not None:
             source = node.args[0]
@@ -231,8 +248,10 @@ def simulate(
                 layer.writes = quantized.value_params(written)[0]
                 layer.fixed_point = fixed_point
             gm.set_submodule(str(node.target), layer)
-        elif note.inner is not None and note.output is not None:
-            gm.set_submodule(str(node.target), TwoKernelSiLU(note.inner, note.output))
+        elif note.inner and note.output is not None:
+            inner = quantized.gate_params(before)
+            gate = GatedActivation(_gate_of(module_of(gm, node)), inner, note.output)
+            gm.set_submodule(str(node.target), gate)
     if kernels:
         _add_integers(quantized, gm, by_name, fixed_point)
     made: dict[str, fx.Node] = {}
@@ -324,7 +343,7 @@ def _exact_type(spec: QuantSpec, dtype: torch.dtype) -> torch.dtype:
     return dtype if spec.bits <= 8 else torch.float64
 
 
-def switches(sim: fx.GraphModule) -> dict[str, nn.Module]:
+def switches(sim: fx.GraphModule) -> dict[str, QuantizedLayer | FakeQuantize]:
     """The layers and values of a simulation that ``enabled`` can switch, by module path."""
     return {
         name: m for name, m in sim.named_modules() if isinstance(m, (QuantizedLayer, FakeQuantize))

@@ -11,7 +11,7 @@ Source: after Nagel et al., 2021 (arXiv:2106.08295), section 3.1, with the Gauss
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
 import torch
@@ -45,7 +45,10 @@ LEAST_GAIN = 0.1
 
 
 def least_damage_ranges(
-    quantized: Quantized, batches: Sequence[Tensor | tuple[Tensor, ...]], seed: int = 0
+    quantized: Quantized,
+    batches: Sequence[Tensor | tuple[Tensor, ...]],
+    seed: int = 0,
+    given: Mapping[str, tuple[float, float]] | None = None,
 ) -> Quantized:
     """The same network with refined ranges.
 
@@ -53,6 +56,7 @@ def least_damage_ranges(
         quantized: annotated graph with min-max ranges.
         batches: calibration inputs, each (N, ...), or a tuple with one tensor for each input.
         seed: of the random projections.
+        given: ranges that are known already, by owner.
     """
     generator = torch.Generator().manual_seed(seed)
     fidelity = fidelity_of(quantized.gm, batches)
@@ -61,19 +65,25 @@ def least_damage_ranges(
     ranked = _ranked(quantized.gm)
     damages: dict[str, Tensor] = {}
     tables: dict[str, _Candidates] = {}
-    for inputs in _parts(batches):
-        values, slopes = gradients(quantized.gm, inputs, generator, fidelity)
+    looked_at = {
+        n
+        for n in quantized.gm.graph.nodes
+        if annotation(n).output is not None
+        and not (moves_values(quantized.gm, n) or n in ranked)
+        and annotation(n).range_of not in (given or {})
+    }
+    for inputs in _parts(batches) if looked_at else ():
+        values, slopes = gradients(quantized.gm, inputs, generator, fidelity, looked_at)
         for node, g in slopes.items():
             note = annotation(node)
-            if note.output is None or moves_values(quantized.gm, node) or node in ranked:
-                continue
+            assert note.output is not None
             owner = note.range_of
             if owner not in tables:
                 tables[owner] = _Candidates(*ranges[owner], note.output)
             rows = tables[owner].damages(values[node].detach(), g)
             damages[owner] = torch.cat([damages[owner], rows]) if owner in damages else rows
         del values, slopes
-    refined = dict(ranges)
+    refined = {**ranges, **(given or {})}
     for owner, table in damages.items():
         refined[owner] = tables[owner].ranges[_choice(table)]
     return replace(quantized, calibration=replace(quantized.calibration, values=refined))

@@ -19,13 +19,14 @@ from torch import Tensor, fx, nn
 
 from rewriter.graph import facts
 from rewriter.graph.edit import copy_graph
-from rewriter.graph.interpret import last_uses, run_node
+from rewriter.graph.interpret import clips_in_place, last_uses, run_node
 from rewriter.graph.lookup import is_call, module_of
 from rewriter.int8.annotate import annotation, is_layer, moves_values
 from rewriter.int8.calibrate import input_scale
 from rewriter.int8.integer_grid import dequantized_weight, fake_quantize, least_weight_scale
 from rewriter.int8.scheme import TINY, QuantSpec, channel_axis
 from rewriter.int8.simulate import Quantized
+from rewriter.repair.alike import Alike, input_noise
 from rewriter.repair.known_layers import KnownLayers, Repaired
 from rewriter.repair.layer_patches import patches
 from rewriter.repair.weight_rounding import (
@@ -48,6 +49,7 @@ def refine(
     batches: Sequence[Tensor | tuple[Tensor, ...]],
     repairs: frozenset[str],
     store: Store | None = None,
+    alike: Alike | None = None,
 ) -> Quantized:
     """Repair every int8 layer in the order in which they run.
 
@@ -56,6 +58,8 @@ def refine(
         batches: unlabelled calibration inputs, each (N, ...), or a tuple with one tensor for each input.
         repairs: what to do: "biases", or "rounding", which leaves every mean to the bias and so corrects it too.
         store: where repaired layers are kept for plans that begin like this one.
+        alike: a repaired network that this one differs from at a few places: layers that are the same there and find inputs as noisy
+            take its rounded weights.
 
     Returns:
         A copy with new weights (on their grid where they were rounded), biases and weight scales.
@@ -66,14 +70,15 @@ def refine(
     inputs = _in_two(_affordable(quantized.gm, batches))
     last = last_uses(quantized.gm)
     count = sum(len(x[0]) for x in inputs)
-    known = KnownLayers(quantized, batches, count, repairs, store)
+    # what comes of another network's repairs is not that of this one alone
+    known = KnownLayers(quantized, batches, count, repairs, store if alike is None else None)
     exact, rounded = _Side(quantized, inputs, _inside), _Side(result, inputs, _rounded)
     with torch.no_grad():
         for node, twin in zip(quantized.gm.graph.nodes, gm.graph.nodes, strict=True):
             if node.op == "output":
                 break
             if is_layer(gm, node) and annotation(node).weight is not None:
-                _repair(result, node, twin, exact, rounded, repairs, known)
+                _repair(result, node, twin, exact, rounded, repairs, known, alike)
             else:
                 exact.run(node)
                 rounded.run(twin)
@@ -107,12 +112,16 @@ class _Side:
         self.values: list[dict[str, Any]] = [{} for _ in inputs]
         self._feeds = [iter(x) for x in inputs]
         self._settled: set[str] = set()
+        self._clips = clips_in_place(self.gm)
 
     def run(self, node: fx.Node) -> list[Any]:
         """The value of a node on each batch; kept."""
         for values, feed in zip(self.values, self._feeds, strict=True):
             reads = {n: self.as_read(node, n, values) for n in node.all_input_nodes}
-            values[node.name] = run_node(self.gm, node, reads, feed)
+            if node in self._clips:
+                values[node.name] = reads[node.all_input_nodes[0]].clamp_(*self._clips[node])
+            else:
+                values[node.name] = run_node(self.gm, node, reads, feed)
         return [values[node.name] for values in self.values]
 
     def as_read(self, node: fx.Node, source: fx.Node, values: dict[str, Any]) -> Any:
@@ -210,6 +219,7 @@ def _repair(
     rounded: _Side,
     repairs: frozenset[str],
     known: KnownLayers,
+    alike: Alike | None,
 ) -> None:
     """Choose the layer's int8 weights and bias, and run it.
 
@@ -221,6 +231,7 @@ def _repair(
         rounded: the network under repair.
         repairs: what to do.
         known: layers that were repaired before; this one is added.
+        alike: the network whose rounded weights are taken where they fit.
     """
     layer: Any = module_of(quantized.gm, node)
     spec = annotation(node).weight
@@ -237,7 +248,14 @@ def _repair(
         quantized.calibration.weights[node.name] = found.scale
     elif rounds:
         clipped = [exact.as_read(original, before, values) for values in exact.values]
-        _round(quantized, node, layer, spec, clipped, inputs)
+        noise = input_noise(clipped, inputs)
+        facts.NOISE.put(node, noise)
+        given = None if alike is None else alike.layer_for(exact.quantized, original)
+        if alike is not None and given is not None and alike.as_noisy(node, noise):
+            layer.weight = nn.Parameter(given[0].clone(), requires_grad=False)
+            quantized.calibration.weights[node.name] = given[1]
+        else:
+            _round(quantized, node, layer, spec, clipped, inputs)
     scale = quantized.calibration.weights[node.name]
     weight = dequantized_weight(layer.weight, scale, spec, channel_axis(layer, spec))
     made = [torch.func.functional_call(layer, {"weight": weight}, (x,)) for x in inputs]

@@ -20,6 +20,7 @@ from rewriter.int8.calibrate import Calibration, Method, ValueStats, from_stats,
 from rewriter.int8.scheme import QuantScheme
 from rewriter.int8.simulate import Quantized, quantize
 from rewriter.repair.activation_ranges import least_damage_ranges
+from rewriter.repair.alike import Alike
 from rewriter.storage.cache import Store, load, save_to
 from rewriter.storage.digest import data_digest, graph_digest, key
 
@@ -88,19 +89,26 @@ def _stats(low: Tensor, high: Tensor) -> ValueStats:
     return ValueStats(float(low.min()), float(high.max()), low, high)
 
 
-def refined(quantized: Quantized, batches: Batches, store: Store | None = None) -> Quantized:
+def refined(
+    quantized: Quantized,
+    batches: Batches,
+    store: Store | None = None,
+    alike: Alike | None = None,
+) -> Quantized:
     """``least_damage_ranges``, or what it gave before of the same network with the same values in int8.
 
     Args:
         quantized: annotated graph with min-max ranges.
         batches: calibration inputs.
         store: where the ranges are kept; None: nowhere.
+        alike: a repaired network that has the same values but for a few; their ranges are taken over.
 
     Raises:
         OSError: the store cannot be written.
     """
+    given = None if alike is None else alike.ranges_for(quantized)
     if store is None:
-        return least_damage_ranges(quantized, batches)
+        return least_damage_ranges(quantized, batches, given=given)
     gm, values = quantized.gm, quantized.calibration.values
     parts = [
         "refined",
@@ -111,10 +119,11 @@ def refined(quantized: Quantized, batches: Batches, store: Store | None = None) 
         fidelity_of(gm, batches).digest,
         repr([(n.name, annotation(n)) for n in gm.graph.nodes]),
         repr(sorted(values.items())),
+        repr(None if given is None else sorted(given.items())),
     ]
     found = load(store, key(parts))
     if found is None:
-        result = least_damage_ranges(quantized, batches)
+        result = least_damage_ranges(quantized, batches, given=given)
         chosen = result.calibration.values
         save_to(store, key(parts), {}, {"ranges": {k: list(r) for k, r in chosen.items()}})
         return result

@@ -30,8 +30,13 @@ from torch import fx
 from rewriter.graph import facts
 from rewriter.rules._model_rule import WholeModelRule
 from rewriter.rules._rule import Contract, Site
-from rewriter.surgery.channel_scales import rescale, scale_variables
-from rewriter.surgery.equalization import Damage, dead_bounds, least_damage, log_bounds
+from rewriter.surgery.channel_scales import known_scales, rescale, scale_variables
+from rewriter.surgery.equalization import (
+    Damage,
+    dead_bounds,
+    least_damage,
+    log_bounds,
+)
 
 # What is left below the cap of a ReLU6 by the largest value seen.
 MARGIN = 0.1
@@ -61,5 +66,11 @@ class Equalize(WholeModelRule):
         upper, free = log_bounds(gm, channels, MARGIN)
         lower, most = dead_bounds(gm, channels)
         upper = torch.minimum(upper, most)
-        logs, _, _ = least_damage(Damage(gm, channels, *specs), upper, free, lower=lower)
+        start, settled = known_scales(gm, channels, facts.KNOWN_SCALES.get(gm, {}))
+        facts.KNOWN_SCALES.drop(gm)
+        start = torch.where(free, start.clamp(lower, upper), 0.0)
+        free &= ~settled
+        damage = Damage(gm, channels, *specs, moving=free if bool(settled.any()) else None)
+        logs = least_damage(damage, upper, free, lower=lower, start=start)[0]
         rescale(gm, channels, logs.exp())
+        facts.LOG_SCALES.put(gm, {name: logs[v] for name, v in channels.of.items()})

@@ -40,7 +40,7 @@ from rewriter.surgery.hidden_channels import (
 )
 
 # Percent of the channels that stay.
-AMOUNTS = (88, 75, 62, 50, 38)
+AMOUNTS = (88, 75, 62, 50, 38, 25)
 # Layers that are less wide count channels by 8, others by 16.
 WIDE = 96
 
@@ -127,7 +127,7 @@ def kept_counts(channels: int, unit: int) -> dict[int, int]:
     """How many channels stay, by percent; of amounts that come to as many the nearest is left.
 
     >>> kept_counts(144, 1)
-    {88: 128, 75: 112, 62: 96, 50: 80, 38: 48}
+    {88: 128, 75: 112, 62: 96, 50: 80, 38: 48, 25: 32}
     >>> kept_counts(32, 1)
     {75: 24, 50: 16}
     >>> kept_counts(10, 1)

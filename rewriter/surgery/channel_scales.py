@@ -10,6 +10,7 @@ something inhomogeneous reads are fixed at 1.
 from __future__ import annotations
 
 import operator
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -220,6 +221,37 @@ def _rank(node: fx.Node) -> int:
 def _dimension(node: fx.Node) -> Any:
     dim = node.kwargs.get("dim", node.args[1] if len(node.args) > 1 else 0)
     return dim % _rank(node) if isinstance(dim, int) else dim
+
+
+def known_scales(
+    gm: fx.GraphModule, channels: Channels, given: Mapping[str, Tensor]
+) -> tuple[Tensor, Tensor]:
+    """Logarithms (V,) of scales that are known already, and which variables (V,) stay at them.
+
+    The variables of values without known scales are looked for, and those of what such a layer
+    reads, from what is known of them on.
+
+    Args:
+        gm: canonical graph.
+        channels: its variables.
+        given: (C,) logarithms of the scales of values, by node name.
+    """
+    logs = torch.zeros(len(channels.fixed), dtype=torch.float64)
+    known, changed = torch.zeros_like(channels.fixed), torch.zeros_like(channels.fixed)
+    for node in gm.graph.nodes:
+        variables = channels.of.get(node.name)
+        if variables is None:
+            continue
+        scales = given.get(node.name)
+        if scales is not None and scales.shape == variables.shape:
+            logs[variables], known[variables] = scales, True
+        else:
+            weighted = is_call(gm, node, nn.Conv1d, nn.Conv2d, nn.Linear)
+            read = node.all_input_nodes if weighted else []
+            for value in (node, *read):
+                if value.name in channels.of:
+                    changed[channels.of[value.name]] = True
+    return logs, known & ~changed
 
 
 def rescale(gm: fx.GraphModule, channels: Channels, scales: Tensor) -> None:

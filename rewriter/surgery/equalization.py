@@ -143,6 +143,7 @@ class Damage:
         channels: the variables.
         weights: how weights of convolutions are stored; None: one scale per tensor.
         linear_weights: of linear layers.
+        moving: (V,) variables that are looked for; terms without any are left out. None: all.
     """
 
     def __init__(
@@ -151,6 +152,7 @@ class Damage:
         channels: Channels,
         weights: QuantSpec | None = None,
         linear_weights: QuantSpec | None = None,
+        moving: Tensor | None = None,
     ) -> None:
         self.count = len(channels.fixed)
         self.terms: list[tuple[_Dense | _Grouped | _Values, float]] = []
@@ -159,11 +161,15 @@ class Damage:
         for node in layers(gm):
             if not _scaled(gm, node, channels) or facts.KEEP_FLOAT.get(node):
                 continue
+            if not _moves(channels, moving, node, *node.all_input_nodes):
+                continue
             spec = linear_weights if is_call(gm, node, nn.Linear) else weights
             self.terms.append((_layer(gm, node, channels, known, spec), 1 / 127**2))
         for node in gm.graph.nodes:
             variables = channels.of.get(node.name)
             seen = None if variables is None else range_of(node, len(variables))
+            if not _moves(channels, moving, node):
+                continue
             if variables is not None and seen is not None and _stored(gm, node):
                 low, high = (r.double().numpy() for r in seen)
                 ends = np.maximum(-low, 0), np.maximum(high, 0)
@@ -179,6 +185,12 @@ class Damage:
             total += unit * term(logs, part)
             slope += unit * part
         return total / 24, slope / 24  # 1/12 of a step squared, and 1/2 of the second-order term
+
+
+def _moves(channels: Channels, moving: Tensor | None, *nodes: fx.Node) -> bool:
+    """Whether any of some values' scales is looked for."""
+    known = [channels.of[n.name] for n in nodes if n.name in channels.of]
+    return moving is None or any(bool(moving[v].any()) for v in known)
 
 
 def _scaled(gm: fx.GraphModule, node: fx.Node, channels: Channels) -> bool:
@@ -322,6 +334,7 @@ def least_damage(
     free: Tensor,
     steps: int = STEPS,
     lower: Tensor | None = None,
+    start: Tensor | None = None,
 ) -> tuple[Tensor, float, float]:
     """The scales that minimise ``damage``.
 
@@ -333,6 +346,7 @@ def least_damage(
         free: (V,) which may move.
         steps: of Adam.
         lower: (V,) bounds of the logarithms from below.
+        start: (V,) logarithms to begin at, which those that may not move keep; None: 0.
 
     Returns:
         (V,) logarithms of the scales, D before, D after.
@@ -341,7 +355,10 @@ def least_damage(
     above, moves = np.minimum(upper.numpy(), bound), free.numpy()
     below = np.full_like(above, -bound) if lower is None else np.maximum(lower.numpy(), -bound)
     below = np.minimum(below, above)
-    x, mean, square = (np.zeros(damage.count) for _ in range(3))
+    first, mean, square = (np.zeros(damage.count) for _ in range(3))
+    if start is not None:
+        first = start.numpy()
+    x = np.where(moves, np.clip(first, below, above), first)
     best, before, least = x, damage(x)[0], float("inf")
     for step in range(1, steps + 1):
         now, slope = damage(x)
@@ -352,5 +369,5 @@ def least_damage(
         square += 0.01 * (slope**2 - square)
         rate = RATE * (1 + np.cos(np.pi * step / steps)) / 2
         move = mean / (1 - 0.9**step) / (np.sqrt(square / (1 - 0.99**step)) + 1e-8)
-        x = np.where(moves, np.clip(x - rate * move, below, above), 0.0)
+        x = np.where(moves, np.clip(x - rate * move, below, above), first)
     return torch.from_numpy(best), before, least

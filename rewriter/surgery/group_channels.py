@@ -23,7 +23,11 @@ Array = np.ndarray[Any, Any]
 
 
 def group_by_range(
-    low: Tensor, high: Tensor, groups: int, importance: Tensor | None = None
+    low: Tensor,
+    high: Tensor,
+    groups: int,
+    importance: Tensor | None = None,
+    multiple: int = 1,
 ) -> list[list[int]]:
     """Put channels into groups that each share one range, with the least total rounding error.
 
@@ -39,6 +43,7 @@ def group_by_range(
         groups: number of groups, at most C.
         importance: (C,) or (V, C) what a squared error in a channel counts; by default each value
             counts by how uneven its channels are.
+        multiple: every group but the last has a multiple of so many channels, and the last at least so many; 1: any.
 
     Returns:
         Channel indices of each group, each in ascending order, the group of the widest range last.
@@ -46,12 +51,12 @@ def group_by_range(
     prepared = _prepared(low, high, importance)
     # every plan of a search asks the same of most values again, and of each value once per rule
     shape, content = prepared[0].shape, tuple(x.numpy().tobytes() for x in prepared)
-    return [list(group) for group in _grouped(content, tuple(shape), groups)]
+    return [list(group) for group in _grouped(content, tuple(shape), groups, multiple)]
 
 
 @lru_cache(maxsize=1024)
 def _grouped(
-    content: tuple[bytes, ...], shape: tuple[int, ...], groups: int
+    content: tuple[bytes, ...], shape: tuple[int, ...], groups: int, multiple: int
 ) -> tuple[tuple[int, ...], ...]:
     """``group_by_range`` of the bytes of lower ends, upper ends and importance, each (V, C) in float64."""
     low, high, weight = (
@@ -61,17 +66,17 @@ def _grouped(
     most = (widths.square() * weight).sum(1).argsort(descending=True)[:ORDERS]
     keys = [(widths / widths.amax(1, keepdim=True).clamp_min(1e-30)).amax(0), *widths[most]]
     orders = dict.fromkeys(tuple(torch.argsort(k, stable=True).tolist()) for k in keys)
-    found = [_best_cut(low, high, weight, list(order), groups) for order in orders]
+    found = [_best_cut(low, high, weight, list(order), groups, multiple) for order in orders]
     return tuple(tuple(group) for group in min(found, key=lambda f: f[0])[1])
 
 
 def _best_cut(
-    low: Tensor, high: Tensor, weight: Tensor, order: list[int], groups: int
+    low: Tensor, high: Tensor, weight: Tensor, order: list[int], groups: int, multiple: int
 ) -> tuple[float, list[list[int]]]:
     """Cost and groups of the best cut of channels in ``order`` into contiguous groups."""
     lo, hi = low[:, order].clamp_max(0).numpy(), high[:, order].clamp_min(0).numpy()
     total = np.pad(weight[:, order].numpy().cumsum(1), ((0, 0), (1, 0)))  # (V, n + 1)
-    places = _places(len(order))
+    places = _places(len(order), multiple)
     if len(places) <= len(order):  # channels between two places stay together
         starts = places[:-1]
         lo, hi = np.minimum.reduceat(lo, starts, 1), np.maximum.reduceat(hi, starts, 1)
@@ -102,8 +107,10 @@ def _best_cut(
     return found, [sorted(order[a:b]) for a, b in pairwise(bounds)]
 
 
-def _places(channels: int) -> Array:
+def _places(channels: int, multiple: int) -> Array:
     """Where channels in order of their width may be cut: everywhere among the widest, which the cost is made of."""
+    if multiple > 1:
+        return np.array([*range(0, max(channels - multiple, 0) + 1, multiple), channels])
     if channels <= PLACES:
         return np.arange(channels + 1)
     last = channels - PLACES // 2

@@ -16,7 +16,7 @@ from search.cli.finetune_commands import as_trained, train_chosen, with_training
 from search.cli.from_model import MAX_DAMAGE, config_of_model
 from search.cli.options import Plans
 from search.cli.summary import show_results
-from search.cli.tables import forms_table, sensitivity_table, sites_table
+from search.cli.tables import clock_table, forms_table, sensitivity_table, sites_table
 from search.config.schema import Config, ConfigError, load_config
 from search.export.forms import checked_forms, export_forms
 from search.export.ship import ship
@@ -309,6 +309,9 @@ def _export(job: Job, score: Score, folder: Path, quiet: bool, compared: bool = 
                 else f"simulation and ONNX Runtime first depart at {first.layer}: {first.differs:.2%} of its "
                 f"elements differ, {first.sqnr_db:.1f} dB"
             )
+        if exported.clocked is not None:
+            out.print(clock_table(exported.clocked))
+            say(exported.clocked.verdict)
         for file in shipped.files:
             say(f"written: {file}")
     return next(f for f in shipped.files if f.suffix in (".onnx", ".tflite"))

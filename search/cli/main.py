@@ -222,6 +222,24 @@ def front(
 
 
 @app.command()
+def recipe(
+    folder: RunFolder,
+    file: Annotated[
+        Path | None,
+        typer.Option("--out", metavar="FILE", help="Default: recipes/NAME OF THE CONFIG.yaml."),
+    ] = None,
+    quiet: Quiet = False,
+) -> None:
+    """The plans of a run's front as a recipe, for other weights of the same architecture.
+
+    Example: quantfix recipe runs/digits
+    """
+    from search.cli import recipe_command
+
+    recipe_command.recipe(folder, file, quiet)
+
+
+@app.command()
 def export(
     folder: RunFolder,
     pick: Annotated[
@@ -262,6 +280,27 @@ def export(
     from search.cli import commands
 
     commands.export(folder, pick, out_dir, compared, untrained, weights, quiet, to)
+
+
+@app.command()
+def devices(
+    config: Annotated[
+        Path | None, typer.Argument(metavar="[CONFIG]", help="Price its plain int8 file.")
+    ] = None,
+    out_file: Annotated[
+        Path | None, typer.Option("--out", metavar="FILE.csv", help="Write its kernels.")
+    ] = None,
+    quiet: Quiet = False,
+) -> None:
+    """Tables of kernel times: which there are, and the kernels of a network to measure on a device.
+
+    Example: quantfix devices
+
+    Example for a device of your own: quantfix devices configs/digits.yaml --out kernels.csv
+    """
+    from search.cli.devices import devices as listed
+
+    listed(config, out_file, quiet)
 
 
 @app.command()

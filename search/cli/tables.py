@@ -10,6 +10,7 @@ from torch import fx
 from rewriter import Plan, cost
 from rewriter.rules import Site
 from search.export.forms import Written
+from search.latency.clock import Clocked
 from search.pareto.plan_summary import plan_summary
 from search.report.rows import (
     chosen_few,
@@ -92,6 +93,16 @@ def forms_table(written: Sequence[Written], metric: str) -> Table:
         for w in written
     ]
     return _rich_table("Files for other runtimes, each run as written", columns, rows)
+
+
+def clock_table(found: Clocked) -> Table:
+    """Float, plain int8 and the chosen file on this machine, for the terminal."""
+    names = ["file", "ms, one thread", f"ms, {found.threads} threads", "MB"]
+    rows = [
+        [name, f"{t.one_ms:.3g}", f"{t.all_ms:.3g}", f"{t.bytes / 1e6:.2f}"]
+        for name, t in found.times.items()
+    ]
+    return _rich_table("One input on this machine, files in turns, medians", names, rows)
 
 
 def _rich_table(title: str, names: Sequence[str], rows: Sequence[Sequence[str]]) -> Table:

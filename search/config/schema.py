@@ -28,6 +28,7 @@ from search.engines import check_engines
 
 # tasks whose outputs may need code of the user's own to become a prediction
 POSTPROCESSED = ("detection", "segmentation", "keypoints", "regression", "ocr")
+float_ = float  # the name of a key below
 VIDEO_SOURCES = ("factory", "csv", "npz")
 
 
@@ -47,6 +48,16 @@ class CalibrationConfig(Section):
     method: Literal["minmax", "percentile", "mse"] = "minmax"
 
 
+class ExpectConfig(Section):
+    """What is known of the network beforehand; a run warns where it measures something else.
+
+    Attributes:
+        float: The metric of the float network, in percent or as a fraction of 1.
+    """
+
+    float: float_ | None = Field(default=None, gt=0, le=100)
+
+
 MOST_MACS, BELOW = 1.15, 0.9  # by default; of a largest cost under 1, how low the front goes
 
 
@@ -56,6 +67,7 @@ class SearchConfig(Section):
     Attributes:
         trials: How many plans are tried.
         macs: Costs to cover, as ratios to the original: below 1, channels may be taken away.
+        recipe: File of plans that proved good on this architecture (``quantfix recipe``), tried first.
         resolution: ``fixed``: images are not made smaller to save compute.
         max_macs: Largest cost alone: 1.15 allows 15 % more. Default: that of `macs`, or 1.15.
         max_params: Most parameters, as a ratio to the original.
@@ -65,10 +77,12 @@ class SearchConfig(Section):
             files compute less warns and says which layers run in float.
         max_float_islands: Most connected groups of such layers.
         max_latency_ms: Longest time for one input, in ONNX Runtime on the machine that searches.
+        max_latency_ratio: Longest time of a plan's file on one thread, relative to that of plain int8, by the
+            table of kernels (see `LatencyConfig`); where ONNX Runtime runs the target. 0: no bound.
         max_drop: Largest loss against the float model, in points of the metric; for ``fix``.
         max_damage: Largest damage, where there are no labels; for ``fix``.
-        cost: What quality is weighed against: ``macs``, or ``latency``, measured as for
-            `max_latency_ms`. A time never repeats exactly, and so does no front over it.
+        cost: What quality is weighed against: ``macs``, ``latency`` (by the table of kernels, so that equal
+            files cost the same; where there is none, measured as for `max_latency_ms`), or ``bytes`` of the file.
         objective: What stands against MACs. ``auto``: the metric, or the damage where there are no
             labels.
         seed: Of the sampler and of the fits.
@@ -85,6 +99,7 @@ class SearchConfig(Section):
         worker_gpus: The same of GPUs; a fraction where several share one.
     """
 
+    recipe: str | None = None
     trials: int = Field(default=100, ge=1)
     macs: tuple[float, float] | None = None
     resolution: Literal["free", "fixed"] = "free"
@@ -95,9 +110,10 @@ class SearchConfig(Section):
     min_int8_share: float = Field(default=0.95, ge=0, le=1)
     max_float_islands: int | None = Field(default=None, ge=0)
     max_latency_ms: float | None = Field(default=None, gt=0)
+    max_latency_ratio: float = Field(default=1.1, ge=0)
     max_drop: float | None = Field(default=None, ge=0, le=100)
     max_damage: float | None = Field(default=None, ge=0)
-    cost: Literal["macs", "latency"] = "macs"
+    cost: Literal["macs", "latency", "bytes"] = "macs"
     objective: Literal["metric", "damage", "auto"] = "auto"
     seed: int = Field(default=0, ge=0, le=2**63 - 1)
     timeout: float | None = Field(default=None, gt=0)
@@ -128,6 +144,17 @@ class SearchConfig(Section):
         if self.macs:
             return min(self.macs[0], self.most_macs)
         return 1.0 if self.most_macs >= 1 else self.most_macs * BELOW
+
+
+class LatencyConfig(Section):
+    """Where the times of kernels come from; see docs/latency.md.
+
+    Attributes:
+        table: CSV file of kernels and milliseconds that was measured on a device. Default: this machine's own,
+            in the user's cache folder; kernels that it lacks are measured.
+    """
+
+    table: str | None = Field(default=None, min_length=1)
 
 
 class FinetuneConfig(Section):
@@ -192,6 +219,7 @@ class Config(Section):
         target: Name of an int8 profile of `rewriter.TARGETS`.
         engine: What scores a candidate, or several, best first, of which the first that can run here does. ``auto``: the
             target's own kernels where they run here, else a simulation.
+        expect: What the float network is known to reach.
         device: Where torch runs. ``auto``: a GPU where there is one.
     """
 
@@ -217,7 +245,9 @@ class Config(Section):
     engine: str | list[str] = "auto"
     device: str = Field(default="auto", pattern=r"^(auto|cpu|cuda(:\d+)?)$")
     calibration: CalibrationConfig = Field(default_factory=CalibrationConfig)
+    expect: ExpectConfig = Field(default_factory=ExpectConfig)
     search: SearchConfig = Field(default_factory=SearchConfig)
+    latency: LatencyConfig = Field(default_factory=LatencyConfig)
     finetune: FinetuneConfig = Field(default_factory=FinetuneConfig)
 
     _path: Path = PrivateAttr(default=Path("config.yaml"))

@@ -1,6 +1,6 @@
 """What runs an int8 network: one file for each runtime, one line for each in the registry."""
 
-from search.engines.engine import Engine, Session, read_back
+from search.engines.engine import Engine, Session, open_and_read, read_back
 from search.engines.onnxruntime import OnnxRuntime
 from search.engines.registry import (
     ENGINES,
@@ -25,6 +25,7 @@ __all__ = [
     "engine_named",
     "engines_of_form",
     "forms",
+    "open_and_read",
     "read_back",
     "refusal",
     "scoring_engine",

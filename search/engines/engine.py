@@ -90,6 +90,24 @@ class ReadsBack(Protocol):
     def read_back(self, quantized: Quantized, model: Any) -> ReadBack: ...
 
 
+@runtime_checkable
+class OpensAndReads(Protocol):
+    """An engine that says so in the pass that opens the file."""
+
+    def open_and_read(
+        self, quantized: Quantized, model: Any, threads: int
+    ) -> tuple[Session, ReadBack]: ...
+
+
+def open_and_read(
+    engine: Engine, quantized: Quantized, model: Any, threads: int, device: str
+) -> tuple[Session, ReadBack]:
+    """A session on an emitted model, and what it computes in int8."""
+    if isinstance(engine, OpensAndReads):
+        return engine.open_and_read(quantized, model, threads)
+    return engine.open(model, threads, device), read_back(engine, quantized, model)
+
+
 def read_back(engine: Engine, quantized: Quantized, model: Any) -> ReadBack:
     """What an emitted model computes in int8: read from the file, or from the annotations where the engine cannot tell."""
     if isinstance(engine, ReadsBack):

@@ -19,7 +19,8 @@ class OnnxSession:
     """A session whose outputs are tensors."""
 
     def __init__(self, model: Any, threads: int) -> None:
-        self._session = Session(model, threads=threads)
+        known = isinstance(model, Session)
+        self._session = model if known else Session(model, threads=threads)
 
     def run(self, x: Tensor) -> list[Tensor]:
         return [torch.from_numpy(o) for o in self._session.run(x)]
@@ -49,6 +50,12 @@ class OnnxRuntime:
     def open(self, model: Any, threads: int, device: str) -> OnnxSession:
         del device
         return OnnxSession(model, threads)
+
+    def open_and_read(
+        self, quantized: Quantized, model: bytes, threads: int
+    ) -> tuple[OnnxSession, ReadBack]:
+        session, found = opened(quantized, onnx.load_from_string(model), threads)
+        return OnnxSession(session, threads), found
 
     def lint(self, quantized: Quantized, model: bytes) -> Sequence[Finding]:
         return lint(quantized, onnx.load_from_string(model))

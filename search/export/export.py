@@ -30,7 +30,9 @@ from rewriter.int8.onnx import (
 from rewriter.plan import rule_named
 from rewriter.storage import replacing
 from search.engines import engine_named
+from search.export.clock import on_the_clock, timed
 from search.export.forms import Written, engine_of_target, write_form
+from search.latency.clock import Clocked
 from search.run_dir.files import write_json
 from search.run_dir.scores import Score
 from search.scoring.evaluator import RewriteEvaluator
@@ -50,6 +52,7 @@ class Exported:
     findings: tuple[Finding, ...] = ()
     departure: Comparison | None = None
     quantized: Quantized | None = None
+    clocked: Clocked | None = None
 
 
 def export(
@@ -110,16 +113,21 @@ def export(
     with replacing(files[5]) as file:
         file.write(changes(evaluator, plan, assembled, source, score, searched, written.file.name))
         file.write(linted(findings))
+    times = on_the_clock(evaluator, written)
+    if times is not None:
+        files.append(folder / "latency.json")
+        write_json(files[-1], times.to_dict())
+        with open(files[5], "a", encoding="utf-8") as file:
+            file.write(timed(times))
     if not compared:
-        return Exported(folder, tuple(files), score, findings, quantized=quantized)
+        return Exported(folder, tuple(files), score, findings, None, quantized, times)
     rows = _compared(evaluator, quantized, written)
     files.append(folder / "comparison.json")
     # no difference at all is an infinite ratio, which JSON cannot hold
     values = [{**asdict(r), "sqnr_db": r.sqnr_db if r.differs else None} for r in rows]
     write_json(files[-1], {"format": 1, "samples": COMPARED, "values": values})
-    return Exported(
-        folder, tuple(files), score, findings, first_departure(rows, quantized), quantized
-    )
+    departure = first_departure(rows, quantized)
+    return Exported(folder, tuple(files), score, findings, departure, quantized, times)
 
 
 def _compared(

@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 
 from search.run_dir.scores import Array, Samples, Score
 
-Cost = Literal["macs", "latency"]
+Cost = Literal["macs", "latency", "bytes"]
 
 RESAMPLES = 2000
 # A quarter more damage is one decibel of noise, which no metric shows.
@@ -50,9 +50,13 @@ class Front:
 
 
 def cost_named(name: Cost) -> Callable[[Score], float]:
-    """What a plan costs: its multiply-accumulates, or the milliseconds that one input takes."""
+    """What a plan costs: its multiply-accumulates, the milliseconds that one input takes, or the bytes of its file."""
     if name == "latency":
-        return lambda score: _or_inf(score.latency_ms)
+        return lambda score: _or_inf(
+            score.latency_ms if score.predicted_ms is None else score.predicted_ms
+        )
+    if name == "bytes":
+        return lambda score: float((score.price or {}).get("bytes", score.weight_bytes))
     return lambda score: float(score.macs)
 
 
@@ -153,7 +157,6 @@ def _simpler(
     found: list[int] = []
     for i in kept:
         near = (macs <= macs[i]) & (damage <= HARDLY_MORE * damage[i]) & ~certain[i]
-        near &= kinds <= kinds[i]
         found.append(
             min(np.flatnonzero(near).tolist(), key=lambda j: (kinds[j], damage[j], j != i))
         )

@@ -7,6 +7,9 @@ from typing import Any
 from search.pareto.plan_summary import Places, plan_summary
 from search.run_dir.scores import Baseline, Score
 
+PRICES = ("bytes", "bytes_moved", "int8_macs", "float_macs", "operators", "reorders")
+"""What a file costs beside time, as `Score.price` has it."""
+
 
 def point(score: Score, places: Places | None = None) -> dict[str, Any]:
     """A plan with what it costs and keeps; with `places` of its network, in the names of its layers."""
@@ -22,6 +25,9 @@ def point(score: Score, places: Places | None = None) -> dict[str, Any]:
         "int8_share": score.int8_share,
         "float_ops": score.float_ops,
         "latency_ms": score.latency_ms,
+        "predicted_ms": score.predicted_ms,
+        "latency_ratio": score.latency_ratio,
+        **{name: (score.price or {}).get(name) for name in PRICES},
         "int8": score.metric,
         "int8_interval": None if score.interval is None else list(score.interval),
         "float": score.metric_float,

@@ -64,6 +64,18 @@ class Point(_Part):
     int8_share: float | None = _SHARE
     float_ops: dict[str, int] | None = _FLOAT_OPS
     latency_ms: float | None = Field(description="median for one input, where it was asked for")
+    predicted_ms: float | None = Field(
+        None, description="for one input on one thread, by the table of kernels"
+    )
+    latency_ratio: float | None = Field(None, description="that, relative to plain int8")
+    bytes: int | None = Field(None, description="of the file")
+    bytes_moved: int | None = Field(None, description="read and written by all its kernels")
+    int8_macs: int | None = Field(None, description="MACs of its kernels on integers")
+    float_macs: int | None = Field(None, description="MACs of its kernels on floats")
+    operators: int | None = Field(None, description="kernels that run")
+    reorders: int | None = Field(
+        None, description="of these, kernels that only change the layout of values"
+    )
     int8: float | None = Field(description="metric of the int8 network, null without labels")
     int8_interval: Interval | None = Field(
         description="95 %, paired with float on the same samples"
@@ -126,7 +138,7 @@ class FrontFile(_Part):
     confirmed: bool = Field(
         description="whether every plan of the front was run on those held back"
     )
-    cost: str = Field(description="macs, params, weight_bytes or latency")
+    cost: str = Field(description="macs, params, weight_bytes, latency or bytes")
     engine: str
     baseline: BaselineEntry
     limits: dict[str, float | None] = Field(description="what a plan on the front must meet")

@@ -15,6 +15,7 @@ from rewriter.int8 import is_decoding
 from rewriter.int8.onnx import ReadBack
 from rewriter.plan import rewrite, rule_named
 from rewriter.rules import WholeModelRule
+from search.latency.price import Price
 from search.run_dir.scores import Score
 
 # Layers in float that a score names, the largest.
@@ -33,6 +34,7 @@ class Limits:
         float_islands: Connected groups of such layers; each costs a runtime a way out of int8 and
             back.
         latency_ms: Milliseconds for one input, as measured on the machine that searches.
+        latency_ratio: Time of the file by the table of kernels, relative to that of plain int8.
     """
 
     macs: float | None = None
@@ -41,6 +43,7 @@ class Limits:
     float_layers: int | None = None
     float_islands: int | None = None
     latency_ms: float | None = None
+    latency_ratio: float | None = None
 
     @classmethod
     def of(cls, values: Mapping[str, float | None]) -> Limits:
@@ -81,7 +84,7 @@ class Limits:
             gm: Profiled canonical graph.
             facts: See `rewriter.plan.rewrite`.
         """
-        counted = replace(self, macs=None, latency_ms=None)
+        counted = replace(self, macs=None, latency_ms=None, latency_ratio=None)
         answers: dict[Plan, bool] = {}
 
         def admitted(plan: Plan) -> bool:
@@ -129,6 +132,20 @@ def with_file(score: Score, found: ReadBack) -> Score:
         float_ops=found.float_ops,
         float_reasons={layer.layer: layer.reason for layer in found.float_layers[:MOST_REASONS]},
     )
+
+
+def with_price(score: Score, price: Price, plain_ms: float) -> Score:
+    """A score with what the plan's file costs, and how that compares with the file of plain int8."""
+    counts = {
+        "bytes": price.size,
+        "bytes_moved": price.bytes_moved,
+        "int8_macs": price.int8_macs,
+        "float_macs": price.float_macs,
+        "operators": price.operators,
+        "reorders": sum(price.reorders.values()),
+    }
+    ratio = round(price.milliseconds / plain_ms, 4)
+    return replace(score, predicted_ms=price.milliseconds, latency_ratio=ratio, price=counts)
 
 
 def float_islands(gm: fx.GraphModule) -> int:

@@ -8,36 +8,37 @@ from pathlib import Path
 from typing import Any
 
 from rewriter.storage import replacing
+from search.pareto.plan_summary import plan_summary
+from search.report.cards import plan_cards, verdict_card
 from search.report.facts import commands, measured
-from search.report.front import effect_rows, front_figure
+from search.report.front_picture import front_picture
 from search.report.layers import layers_section
+from search.report.losses import losses_section
 from search.report.markdown import markdown_report
 from search.report.network import network_section
 from search.report.outputs import outputs_section
-from search.report.page import Section, listed, page, paragraph, plot, table
+from search.report.page import Section, listed, page, paragraph, table
 from search.report.ranges import ranges_section
 from search.report.rows import (
     finetuned_rows,
     front_rows,
+    in_words,
     ladder,
     ladder_rows,
     ladder_said,
     score_rows,
 )
 from search.report.snapshot import read_exhibits
-from search.report.verdict import advice
 from search.results import Results
 from search.run_dir.scores import fingerprint
 
 LEGEND = (
-    "Point at a plan for its steps and numbers. Filled: on the front; hollow: costs more, does less damage, and its "
-    "metric cannot be told from a point's on these samples. Bars: 95 % intervals, paired with float on the same "
-    "samples. Free remedies and layers in float stand a little beside their cost, so as not to hide the others. "
-    "Plans far below plain int8 lie outside; zoom out to see them. Where images are held back, plans that were not "
-    "run on these are drawn by their drop against float on the others."
+    "Point at a plan for its numbers, click for its steps. Bars: 95 % intervals, paired with float on the same samples. Hollow: costs "
+    "more, does less damage, and its metric cannot be told from a point's on these samples. Small dots: other plans, as far as they "
+    "hide no mark; one that was not run on held-back images is drawn by its drop against float on the others."
 )
-EFFECTS = "Each row compares two plans that were scored, of which one has this step more; several rows need not add up."
-
+# Of each picture: on a wide screen or paper, and on a phone.
+PICTURES = {"on-wide": (820, 430), "on-narrow": (360, 400)}
 TRAINED = "Before and after training; the control is the same training without the rewrites that cost MACs."
 
 
@@ -59,35 +60,42 @@ def html_report(results: Results, exhibits: Mapping[str, Any] | None = None) -> 
         results: Of the run.
         exhibits: What the network itself was needed for (``search.report.snapshot``); None: these sections are left out.
     """
-    from plotly.offline import get_plotlyjs
-
     title = f"quantfix: {Path(str(results.facts['config'])).stem} on {results.facts['target']}"
     sections = [
-        Section("front", "Front: compute against int8 quality", _front(results)),
-        Section("finetuned", "Fine-tuned", _trained(results)),
         layers_section(results.sensitivity),
-        network_section(exhibits, results.sensitivity),
+        network_section(exhibits, results.sensitivity, results.places),
         ranges_section(exhibits),
+        losses_section(exhibits),
         outputs_section(exhibits),
-        Section("failures", "Plans that could not be scored", _failures(results)),
-        Section("measured", "How it was measured", listed(measured(results))),
+        Section("finetuned", "Fine-tuned", _trained(results)),
+        Section(
+            "plans", "All plans of the front, remedies and references", _tables(results), True
+        ),
+        Section("failures", "Plans that could not be scored", _failures(results), True),
+        Section("measured", "How it was measured", listed(measured(results)), True),
         Section("repeat", "How to repeat it", _repeat(results)),
     ]
-    lead = f'<p class="advice">{escape(advice(results))}</p>' + _stale(results, exhibits)
-    return page(title, lead, sections, get_plotlyjs())
+    return page(title, _first_screen(results, exhibits), sections)
 
 
-def _front(results: Results) -> str:
-    count = len(results.front.points)
-    said = f"{count} plans on the front of {len(results.scores)} scored; the table below has their numbers"
-    parts = [
-        plot("front-plot", front_figure(results).to_json(), said, LEGEND),
-        table(*front_rows(results)),
-    ]
-    best = results.best() if results.front.points else None
-    if best is not None and best.plan:
-        parts.append("<h3>What each step of the best plan costs and gains</h3>")
-        parts.append(table(*effect_rows(results, best), EFFECTS))
+def _first_screen(results: Results, exhibits: Mapping[str, Any] | None) -> str:
+    if not results.front.points:
+        return paragraph("No plan is scored yet.")
+    pictures = "".join(
+        f'<div class="{name}">{front_picture(results, *size)}</div>'
+        for name, size in PICTURES.items()
+    )
+    return (
+        '<div class="first"><section id="verdict" aria-labelledby="verdict-title">'
+        f'<h2 id="verdict-title">What to do now</h2>{verdict_card(results)}{_stale(results, exhibits)}</section>'
+        '<section id="front" aria-labelledby="front-title"><h2 id="front-title">Front: compute against int8 quality</h2>'
+        f'<figure id="front-plot">{pictures}<figcaption>{escape(LEGEND)}</figcaption></figure></section></div>'
+        f'<div id="plan-cards">{plan_cards(results)}</div>'
+    )
+
+
+def _tables(results: Results) -> str:
+    parts = [table(*front_rows(results))]
     if ladder(results):
         parts.append(f"<h3>{escape(ladder_said(results))}</h3>")
         parts.append(table(*ladder_rows(results)))
@@ -109,9 +117,8 @@ def _stale(results: Results, exhibits: Mapping[str, Any] | None) -> str:
             f"Without pictures of the network, which a run makes when it ends: quantfix front {results.folder} --pictures"
         )
     if results.front.points and exhibits["plan"] != results.best().plan:
-        return paragraph(
-            f'Pictures of the network are of an earlier best plan: "{exhibits["plan"]}".'
-        )
+        earlier = plan_summary(exhibits["plan"], results.places)
+        return paragraph(f"Pictures of the network are of an earlier best plan: {earlier}.")
     return ""
 
 
@@ -120,7 +127,7 @@ def _failures(results: Results) -> str:
     if not lost:
         return ""
     counted = ", ".join(f"{kind} {n}" for kind, n in results.failures().items())
-    rows = [[s.plan, s.error or "", s.traceback or ""] for s in lost]
+    rows = [[in_words(results, s.plan), s.error or "", s.traceback or ""] for s in lost]
     said = f"{len(lost)} of {len(results.scores)} plans failed, by kind: {counted}."
     return paragraph(said) + table(["plan", "error", "traceback"], rows)
 

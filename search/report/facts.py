@@ -84,6 +84,7 @@ def _limits(results: Results) -> str:
         "float_layers": lambda v: f"at most {v:.0f} layer{'' if v == 1 else 's'} in float",
         "float_islands": lambda v: f"at most {v:.0f} groups of them",
         "latency_ms": lambda v: f"at most {v:g} ms for one input on this machine",
+        "latency_ratio": lambda v: f"at most {v:g} times the time of plain int8",
     }
     limits = results.limits
     said = [word(limits[key]) for key, word in words.items() if limits.get(key) is not None]

@@ -60,7 +60,7 @@ def front_figure(results: Results) -> Any:
             go.Scatter(
                 name=name,
                 x=[_percent_more(s) + aside * ASIDE.get(name, 0) for s in scores],
-                y=[_height(results, s) for s in scores],
+                y=[height(results, s) for s in scores],
                 text=[hover(results, s) for s in scores],
                 hovertemplate="%{text}<extra></extra>",
                 **style,
@@ -74,7 +74,7 @@ def front_figure(results: Results) -> Any:
 
 def groups(results: Results) -> dict[str, list[Score]]:
     """Every scored plan in one group, or in two where it is a reference on the front."""
-    usable = [s for s in results.scores if s.error is None and _height(results, s) is not None]
+    usable = [s for s in results.scores if s.error is None and height(results, s) is not None]
     front, ties = list(results.front.points), list(results.front.ties)
     references = [s for s in results.references if s.plan]
     rungs = _ladder(results, usable)
@@ -91,7 +91,7 @@ def groups(results: Results) -> dict[str, list[Score]]:
 
 
 def hover(results: Results, score: Score) -> str:
-    """What is known about a plan, as plotly's own small HTML."""
+    """What is known about a plan, in words, as plotly's own small HTML."""
     effects = step_effects(score.plan, results.scores)
     lines = [_step_said(results, e) for e in effects[:MOST_STEPS]]
     if len(effects) > MOST_STEPS:
@@ -114,20 +114,6 @@ def _step_said(results: Results, effect: StepEffect) -> str:
     return f"<b>{escape(effect.step)}</b>: <i>{escape(said)}</i>"
 
 
-def effect_rows(results: Results, score: Score) -> tuple[list[str], list[list[str]]]:
-    """What each step of a plan costs and gains, as a table."""
-    names = ["step", "MACs", "damage", f"int8 {results.metric}", "measured"]
-    rows: list[list[str]] = []
-    for e in step_effects(score.plan, results.scores):
-        if e.beside is None:
-            rows.append([e.step, "", "", "", e.on])
-            continue
-        points = "" if e.metric is None else f"{100 * e.metric:+.2f} points"
-        added = f"{e.macs / 1e6:+.2f} M" if e.macs else "0"
-        rows.append([e.step, added, f"{e.damage:+.3g}", points, e.on])
-    return names, rows
-
-
 def _ladder(results: Results, usable: Sequence[Score]) -> list[Score]:
     """The rungs in the order in which they were climbed; before all are scored, what is known of them."""
     climbed = ladder(results)
@@ -143,7 +129,7 @@ def _ladder(results: Results, usable: Sequence[Score]) -> list[Score]:
     return sorted(known, key=lambda s: (len(s.plan.split()), -(s.damage or 0.0)))
 
 
-def _height(results: Results, score: Score) -> float | None:
+def height(results: Results, score: Score) -> float | None:
     """Where a plan is drawn; one that was run on the choosing images alone by its drop against float on those."""
     if results.objective == "damage":
         return score.damage
@@ -226,7 +212,7 @@ def _extent(results: Results, drawn: Mapping[str, Sequence[Score]]) -> list[floa
     wanted = ("front", "ties", "plain int8", "free remedies", "harmful layers in float")
     known: Iterable[Score] = (s for name in wanted for s in drawn[name])
     values = [
-        v for s in known for v in (_height(results, s), *_bounds(results, s)) if v is not None
+        v for s in known for v in (height(results, s), *_bounds(results, s)) if v is not None
     ]
     if results.baseline.float is not None:
         values.append(results.baseline.float)
@@ -238,7 +224,7 @@ def _extent(results: Results, drawn: Mapping[str, Sequence[Score]]) -> list[floa
 
 def _bounds(results: Results, score: Score) -> tuple[float, ...]:
     """The interval, where the plan is drawn at its own metric."""
-    return score.interval or () if _height(results, score) == score.metric else ()
+    return score.interval or () if height(results, score) == score.metric else ()
 
 
 def _marker(color: str, size: int, symbol: str, opacity: float = 1.0) -> dict[str, Any]:

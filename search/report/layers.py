@@ -6,13 +6,15 @@ from html import escape
 from typing import TYPE_CHECKING, Any
 
 from search.report.cause_style import LOOKS, NO_CAUSE, look
-from search.report.page import Section, folded, listed, paragraph, plot, table
+from search.report.page import Section, folded, listed, paragraph, table
 from search.report.rows import layer_rows
 
 if TYPE_CHECKING:
     from search.sensitivity.run import Layer, Sensitivity, Value
 
 BARS = 20
+SHOWN = 8
+KINDS = 4  # of rules that answer a layer
 ROWS = 40
 
 
@@ -21,25 +23,59 @@ def layers_section(sensitivity: Sensitivity | None) -> Section:
     title = "What int8 breaks, and why"
     if sensitivity is None or not sensitivity.layers:
         return Section("layers", title, "")
-    first = sensitivity.layers[0]
-    said = (
-        f"Damage of each layer alone in int8, the {min(BARS, len(sensitivity.layers))} most harmful of "
-        f"{len(sensitivity.layers)}; the first is {first.layer} with {first.damage:.3g}"
-    )
     how = (
         f"Each layer alone in int8, all others in float; at most {sensitivity.layer_samples} samples, engine "
-        f"{sensitivity.engine}. Where there is no drop, the damage is an estimate. Colors: the strongest cause."
+        f"{sensitivity.engine}. Where there is no drop, the damage is an estimate."
     )
     answered = table(*layer_rows(sensitivity, ROWS))
-    body = plot("layers-plot", layers_figure(sensitivity).to_json(), said, how)
     return Section(
         "layers",
         title,
-        listed(sensitivity.remarks)
-        + body
-        + folded("The layers as a table, with the rules that answer them", answered)
-        + _meanings(sensitivity),
+        _bars(sensitivity)
+        + paragraph(how)
+        + (
+            folded("Remarks of the analysis", listed(remarks))
+            if (remarks := sensitivity.remarks)
+            else ""
+        )
+        + folded("More layers as a table, with the rules that answer them", answered),
     )
+
+
+def _bars(sensitivity: Sensitivity) -> str:
+    """The most harmful layers: a bar of the damage, the cause in words, and what answers it."""
+    shown = sensitivity.layers[:SHOWN]
+    ends = sensitivity.uncharged()
+    worst = max([d.damage for d in shown] + [v.damage for v in ends]) or 1.0
+    rows = [(d.damage, d.node, d.layer, look(_cause(d)), _answers(d)) for d in shown]
+    rows += [
+        (
+            v.damage,
+            v.value,
+            v.value,
+            look("shared_range"),
+            "no layer reads it: its one range hurts the output",
+        )
+        for v in ends
+    ]
+    items = "".join(
+        f'<li data-layer="{escape(node)}"><span class="name">{escape(name)}</span>'
+        f'<span class="bar" style="--part: {100 * damage / worst:.1f}%; --hue: {style.color}"></span>'
+        f'<span class="number">{damage:.3g}</span>'
+        f'<span class="why">{escape(style.words)}{"; " if said else ""}{escape(said)}</span></li>'
+        for damage, node, name, style, said in sorted(rows, key=lambda r: -r[0])
+    )
+    return f'<ol class="causes" aria-label="Damage of each layer alone in int8">{items}</ol>'
+
+
+def _answers(layer: Layer) -> str:
+    """The kinds of rules that act at a layer, in words."""
+    rules = [
+        s.partition("@")[0].rstrip("0123456789").replace("_", " ").strip() for s in layer.answers
+    ]
+    at_it = [r for r, s in zip(rules, layer.answers, strict=True) if not s.endswith("@model")]
+    kinds = list(dict.fromkeys(r for r in at_it if r != "keep float")) or at_it[:1]
+    return f"answers: {', '.join(kinds[:KINDS])}" if kinds else ""
 
 
 def layers_figure(sensitivity: Sensitivity) -> Any:
@@ -118,9 +154,3 @@ def _end_said(value: Value) -> str:
 
 def _cause(layer: Layer) -> str:
     return layer.causes[0] if layer.causes else NO_CAUSE.words
-
-
-def _meanings(sensitivity: Sensitivity) -> str:
-    named = dict.fromkeys(c for d in sensitivity.layers[:ROWS] for c in d.causes)
-    said = [f"{c}: {LOOKS[c].words}" for c in named if c in LOOKS]
-    return paragraph("Causes. " + "; ".join(said) + ".") if said else ""

@@ -6,8 +6,9 @@ import re
 from collections.abc import Sequence
 from pathlib import Path
 
+from search.pareto.step_effects import step_effects
+from search.report.cards import effect_rows
 from search.report.facts import commands, measured
-from search.report.front import effect_rows
 from search.report.rows import front_rows, layer_rows
 from search.report.verdict import advice
 from search.results import Results
@@ -22,7 +23,12 @@ def markdown_report(results: Results) -> str:
     lines += _table(*front_rows(results))
     best = results.best() if results.front.points else None
     if best is not None and best.plan:
-        lines += ["", "## Steps of the best plan", "", *_table(*effect_rows(results, best))]
+        lines += [
+            "",
+            "## Steps of the best plan",
+            "",
+            *_table(*effect_rows(results, step_effects(best.plan, results.scores))),
+        ]
     if results.sensitivity is not None and results.sensitivity.layers:
         lines += [
             "",

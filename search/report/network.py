@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-import difflib
 import itertools
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from html import escape
 from typing import TYPE_CHECKING, Any
 
+from search.pareto.plan_summary import Places, plan_summary
+from search.report.graph import jumps, network_graph
+from search.report.network_rows import Row, aligned, named, shortened
 from search.report.page import Section, drawing, folded, paragraph, table
 
 if TYPE_CHECKING:
@@ -17,40 +19,15 @@ if TYPE_CHECKING:
 HARMFUL = 5  # layers that are marked with their cause
 WIDTH, ROW, BOX = 980, 34, 26
 COLUMN, LEFT, RIGHT = 460, 4, 516
-AROUND = 1  # unchanged layers that are shown beside a changed one
 LONGEST = 70
 
 
-@dataclass(frozen=True)
-class Row:
-    """One line of the picture: the layer before and after, either of them None; or so many left out.
-
-    ``harm`` is the rank and the cause of a harmful layer.
-    """
-
-    before: Mapping[str, Any] | None = None
-    after: Mapping[str, Any] | None = None
-    left_out: int = 0
-    harm: str = ""
-
-    @property
-    def changed(self) -> str:
-        """What happened, in words; "" where nothing did."""
-        if self.before is None and self.after is not None:
-            return f"new, by {self.after['made_by'] or 'a rewrite'}"
-        if self.after is None:
-            return "replaced" if self.before is not None else ""
-        if self.after["in_float"] and self.before is not None and not self.before["in_float"]:
-            return "left in float"
-        if self.before is not None and self.before["size"] != self.after["size"]:
-            return f"{self.before['size']} becomes {self.after['size']}"
-        return f"by {self.after['made_by']}" if self.after["made_by"] else ""
-
-
 def network_section(
-    exhibits: Mapping[str, Any] | None, sensitivity: Sensitivity | None = None
+    exhibits: Mapping[str, Any] | None,
+    sensitivity: Sensitivity | None = None,
+    places: Places | None = None,
 ) -> Section:
-    """The picture with the harmful layers and what changed, its table, and the steps that act everywhere."""
+    """The graph to pan over, on paper what changed of it, its table, and the steps that act everywhere."""
     title = "The network before and after"
     if exhibits is None:
         return Section("network", title, "")
@@ -63,30 +40,41 @@ def network_section(
     parts = [paragraph(_everywhere(plan))]
     if not changed and plan:
         parts.append(paragraph("No layer is added, replaced or left in float by this plan."))
+    damage = {} if sensitivity is None else sensitivity.damage_by_node()
+    changes = {s: plan_summary(s, places) for s in plan.split()}
+    links = "".join(
+        f'<button type="button" data-jump="{escape(node)}">{escape(name)}</button>'
+        for node, name in jumps(rows)
+    )
+    parts.append(
+        f'<div class="tools"><button type="button" data-zoom="0.7" aria-label="smaller">\u2212</button>'
+        f'<button type="button" data-zoom="1.43" aria-label="larger">+</button>{links}</div>'
+        f"{network_graph(rows, damage, changes, said)}"
+        f'<p class="soft small key"><span class="swatch heat"></span>damage of the layer alone in int8 '
+        f'<span class="swatch new"></span>new or changed <span class="swatch gone"></span>replaced '
+        f'<span class="swatch kept-float"></span>left in float. Drag or scroll; a click shows the ranges of a layer.</p>'
+    )
     if changed or harmful:
-        caption = (
-            f"Left: as it is, the most harmful layers and values with their cause. Right: rewritten. {said}; green: new or "
-            "changed, red: replaced, amber: left in float. Runs of other layers are left out."
-        )
-        parts.append(drawing(network_svg(rows, said), caption))
-        named = [
-            [_named(r.before), _named(r.after), r.changed, r.harm]
+        caption = f"Left: as it is. Right: rewritten. {said}. Runs of other layers are left out."
+        parts.append(f'<div class="paper">{drawing(network_svg(rows, said), caption)}</div>')
+        listed = [
+            [named(r.before), named(r.after), r.changed, r.harm]
             for r in rows
             if r.changed or r.harm
         ]
-        listing = table(["before", "after", "what happened", "causes"], named)
-        parts.append(folded("The picture as a table", listing))
+        listing = table(["before", "after", "what happened", "causes"], listed)
+        parts.append(folded("What changed, as a table", listing))
     return Section("network", title, "".join(parts))
 
 
 def _everywhere(plan: str) -> str:
-    whole = [s.partition("@")[0] for s in plan.split() if s.endswith("@model")]
+    whole = [s for s in plan.split() if s.endswith("@model")]
     if not plan:
         return "Nothing is to be changed: the best plan is the empty one."
     if not whole:
         return "Every step of the plan acts at one place."
     return (
-        f"Throughout the network, without a change of its layers: {', '.join(whole)}. "
+        f"Throughout the network, without a change of its layers: {plan_summary(' '.join(whole))}. "
         "They act on weights, biases and ranges only."
     )
 
@@ -98,41 +86,6 @@ def _harmful(sensitivity: Sensitivity) -> dict[str, str]:
         d.node: f"{i}. {d.causes[0] if d.causes else 'harmful'}" for i, d in enumerate(worst, 1)
     }
     return said | {v.value: "its one range hurts" for v in sensitivity.uncharged()}
-
-
-def aligned(before: Sequence[Mapping[str, Any]], after: Sequence[Mapping[str, Any]]) -> list[Row]:
-    """The layers of both networks side by side, by name, in running order."""
-    names = [[str(d["name"]) for d in side] for side in (before, after)]
-    rows: list[Row] = []
-    matcher = difflib.SequenceMatcher(None, *names, autojunk=False)
-    for kind, a, b, c, d in matcher.get_opcodes():
-        if kind == "equal":
-            rows += [Row(x, y) for x, y in zip(before[a:b], after[c:d], strict=True)]
-        else:
-            rows += [Row(before=x) for x in before[a:b]]
-            rows += [Row(after=y) for y in after[c:d]]
-    return rows
-
-
-def shortened(rows: Sequence[Row]) -> list[Row]:
-    """Changed rows and their neighbors; each run of others is one row that counts them."""
-    near = {
-        i + k
-        for i, row in enumerate(rows)
-        if row.changed or row.harm
-        for k in range(-AROUND, AROUND + 1)
-    }
-    found: list[Row] = []
-    skipped = 0
-    for i, row in enumerate(rows):
-        if i in near:
-            if skipped:
-                found.append(Row(left_out=skipped))
-            found.append(row)
-            skipped = 0
-        else:
-            skipped += 1
-    return [*found, Row(left_out=skipped)] if skipped else found
 
 
 def network_svg(rows: Sequence[Row], said: str) -> str:
@@ -165,11 +118,11 @@ def _box(row: Row, column: str, x: float, y: float) -> str:
     entry = row.before if column == "before" else row.after
     assert entry is not None
     fill, stroke, note = _look(row, column)
-    text = _named(entry)
+    text = named(entry)
     text = _cut(text, LONGEST - len(note))
     marked = f'<tspan font-style="italic"> {escape(note)}</tspan>' if note else ""
     return (
-        f"<g><title>{escape(' '.join((_named(entry), row.harm, row.changed)).strip())}</title>"
+        f"<g><title>{escape(' '.join((named(entry), row.harm, row.changed)).strip())}</title>"
         f'<rect x="{x}" y="{y}" width="{COLUMN}" height="{BOX}" rx="5" style="fill: var({fill}); '
         f'stroke: var({stroke})"/><text x="{x + 10}" y="{y + 17}">{escape(text)}{marked}</text></g>'
     )
@@ -187,13 +140,6 @@ def _look(row: Row, column: str) -> tuple[str, str, str]:
         return "--floatbox", "--ref", row.changed
     made = "" if row.after is None else str(row.after["made_by"]).partition("@")[0]
     return "--newbox", "--new", made
-
-
-def _named(entry: Mapping[str, Any] | None) -> str:
-    if entry is None:
-        return ""
-    size = f" {entry['size']}" if entry["size"] else ""
-    return f"{entry['layer'] or entry['name']}: {entry['kind']}{size}"
 
 
 def _cut(text: str, length: int) -> str:

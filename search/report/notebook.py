@@ -9,7 +9,7 @@ from typing import Any
 
 from search import results as stored
 from search.report.front import front_figure
-from search.report.front_svg import front_svg
+from search.report.front_picture import front_picture
 from search.report.layers import layers_figure
 from search.report.rows import InWords, front_rows, layer_rows, percent
 from search.report.verdict import advice
@@ -36,7 +36,7 @@ class NotebookResults(Results):
         if not self.front.points:
             return _framed(f"<p>{escape(str(self.folder))}: no plan is scored yet.</p>")
         said = f"<p><b>{escape(advice(self))}</b></p>"
-        return _framed(f"{said}{front_svg(self)}{_table(*front_rows(self))}")
+        return _framed(f"{said}{front_picture(self)}{_table(*front_rows(self))}")
 
     def plot(self) -> Any:
         """The front as an interactive ``plotly.graph_objects.Figure``, as in the report."""

@@ -38,7 +38,7 @@ def _boxes(found: Mapping[str, Any]) -> str:
     ]
     rows: list[list[str]] = []
     for image in found["images"]:
-        halves = [_image(image, name, names) for name in image["boxes"]]
+        halves = [_image(image, name, names, i == 0) for i, name in enumerate(image["boxes"])]
         parts.append(
             f"<h3>Evaluation sample {image['sample']}</h3>"
             f'<div class="side">{"".join(halves)}</div>'
@@ -58,7 +58,7 @@ def _class(box: Sequence[float], names: Mapping[str, str]) -> str:
     return names.get(number, number)
 
 
-def _image(image: Mapping[str, Any], name: str, names: Mapping[str, str]) -> str:
+def _image(image: Mapping[str, Any], name: str, names: Mapping[str, str], first: bool) -> str:
     width, height = image["size"]
     boxes, truth = image["boxes"][name], image["truth"] or []
     line = max(width, height) / 240
@@ -80,12 +80,17 @@ def _image(image: Mapping[str, Any], name: str, names: Mapping[str, str]) -> str
             f'<text x="{x + line:.1f}" y="{y - line:.1f}" style="fill: #fff; stroke: {color}; '
             f'stroke-width: {size / 4:.1f}; paint-order: stroke; font-size: {size:.1f}px">{label}</text>'
         )
+    key = f"sample-{image['sample']}"
+    pixels = (
+        f'<image id="{key}" href="data:image/jpeg;base64,{image["jpeg"]}" width="{width}" height="{height}"/>'
+        if first  # the same pixels stand in the page once
+        else f'<use href="#{key}"/>'
+    )
     said = f"Sample {image['sample']} with {_count(boxes)} of the {name} network"
     return (
         f"<figure><h4>{escape(name)}: {_count(boxes)}</h4>"
         f'<svg viewBox="0 0 {width} {height}" role="img" aria-label="{escape(said)}">'
-        f'<image href="data:image/jpeg;base64,{image["jpeg"]}" width="{width}" height="{height}"/>'
-        f"{''.join(drawn)}</svg></figure>"
+        f"{pixels}{''.join(drawn)}</svg></figure>"
     )
 
 

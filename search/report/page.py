@@ -1,91 +1,15 @@
-"""The frame of the HTML report: style, script, tables, figures, sections with an index."""
+"""The frame of the HTML report: style, script, tables, sections with an index."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
 from html import escape
+from pathlib import Path
 
-STYLE = """
-:root { color-scheme: light dark; --ink: #1b1f24; --paper: #fff; --soft: #57606a;
-  --line: #d0d7de; --panel: #f6f8fa; --mark: #0b6bcb; --ref: #b35900; --new: #1a7f37;
-  --gone: #b3261e; --box: #e9edf1; --newbox: #d7f5df; --gonebox: #ffe1de; --floatbox: #fdeccf; }
-@media (prefers-color-scheme: dark) { :root { --ink: #e6edf3; --paper: #0d1117; --soft: #9aa4ae;
-  --line: #30363d; --panel: #161b22; --mark: #58a6ff; --ref: #f0a35e; --new: #56d364;
-  --gone: #ff8a80; --box: #21262d; --newbox: #12351f; --gonebox: #45191a; --floatbox: #41300f; } }
-* { box-sizing: border-box; }
-body { font: 16px/1.55 system-ui, sans-serif; color: var(--ink); background: var(--paper);
-  max-width: 68rem; margin: 2rem auto; padding: 0 1.25rem; }
-h1 { font-size: 1.55rem; margin-bottom: .4rem; } h2 { font-size: 1.2rem; margin: 2.4rem 0 .5rem; }
-h3 { font-size: 1rem; margin: 1.4rem 0 .3rem; overflow-wrap: anywhere; }
-a { color: var(--mark); } nav a { margin-right: 1rem; display: inline-block; }
-.advice { font-size: 1.1rem; border-left: 4px solid var(--mark); background: var(--panel);
-  padding: .7rem 1rem; margin: 1rem 0; overflow-wrap: anywhere; }
-table { border-collapse: collapse; width: 100%; font-variant-numeric: tabular-nums;
-  font-size: .88rem; }
-caption { text-align: left; color: var(--soft); padding-bottom: .3rem; }
-th, td { text-align: right; padding: .28rem .6rem; border-bottom: 1px solid var(--line);
-  vertical-align: top; }
-th:first-child, td:first-child { text-align: left; overflow-wrap: anywhere; min-width: 11rem; }
-td.text, th.text { text-align: left; }
-.wide { overflow-x: auto; } .soft { color: var(--soft); } .small { font-size: .88rem; }
-figure { margin: .6rem 0 1rem; } figcaption { color: var(--soft); font-size: .88rem; }
-details { margin: .6rem 0; } summary { cursor: pointer; color: var(--mark); }
-svg { max-width: 100%; height: auto; display: block; } svg text { fill: var(--ink); font-size: 12px; }
-svg .quiet { fill: var(--soft); } .axis { stroke: var(--line); } .plotly text { fill: inherit; }
-.plot { width: 100%; } .plot svg { max-width: none; display: initial; }
-.side { display: grid; grid-template-columns: repeat(auto-fit, minmax(17rem, 1fr)); gap: 1rem; }
-.side figure { margin: 0; } .side h4 { margin: 0 0 .2rem; font-size: .9rem; }
-code, pre { font: .88rem/1.5 ui-monospace, monospace; }
-pre { background: var(--panel); border: 1px solid var(--line); border-radius: 6px;
-  padding: .7rem; overflow-x: auto; white-space: pre-wrap; overflow-wrap: anywhere; }
-.skip { position: absolute; left: -100rem; } .skip:focus { left: 1rem; }
-@page { margin: 14mm; }
-@media print { :root { color-scheme: light; --ink: #000; --paper: #fff; --soft: #444; --line: #bbb;
-  --panel: #f4f4f4; --mark: #0b4f9c; --ref: #8a4500; --new: #1a7f37; --gone: #b3261e;
-  --box: #e9edf1; --newbox: #d7f5df; --gonebox: #ffe1de; --floatbox: #fdeccf; }
-  body { margin: 0; max-width: none; font-size: 11pt; } nav, .skip, .modebar { display: none; }
-  figure, tr, .advice { break-inside: avoid; } h2, h3 { break-after: avoid; }
-  .wide { overflow: visible; } table { font-size: 8pt; }
-  th, td { padding: .2rem .35rem; } th:first-child, td:first-child { min-width: 7rem; } * { print-color-adjust: exact; } }
-"""
+from search.report.rows import InWords
 
-# Plotly writes its colors into the figure, so they are set again when the theme or the medium changes.
-SCRIPT = """
-(() => {
-  const dark = matchMedia('(prefers-color-scheme: dark)');
-  const color = name => getComputedStyle(document.documentElement).getPropertyValue(name).trim();
-  const plots = [];
-  const theme = print => {
-    const light = {'--ink': '#000', '--paper': '#fff', '--line': '#bbb', '--soft': '#444'};
-    const of = name => print ? light[name] : color(name);
-    for (const plot of plots) {
-      const ink = of('--ink'), line = of('--line'), paper = of('--paper'), change = {
-        'font.color': ink, 'paper_bgcolor': paper, 'plot_bgcolor': paper,
-        'legend.bgcolor': paper, 'hoverlabel.bgcolor': paper, 'hoverlabel.font.color': ink,
-        'hoverlabel.bordercolor': of('--soft')};
-      for (const axis of ['xaxis', 'yaxis'])
-        for (const part of ['gridcolor', 'linecolor', 'zerolinecolor', 'tickcolor'])
-          change[axis + '.' + part] = line;
-      Plotly.relayout(plot, change);
-    }
-  };
-  for (const source of document.querySelectorAll('script[type="application/json"][data-plot]')) {
-    const plot = document.getElementById(source.dataset.plot);
-    const {data, layout} = JSON.parse(source.textContent);
-    Plotly.newPlot(plot, data, layout,
-      {responsive: true, displaylogo: false, modeBarButtonsToRemove: ['lasso2d', 'select2d']});
-    plots.push(plot);
-  }
-  theme(false);
-  dark.addEventListener('change', () => theme(false));
-  addEventListener('beforeprint', () => {
-    for (const part of document.querySelectorAll('details')) part.open = true;
-    theme(true);
-  });
-  addEventListener('afterprint', () => theme(false));
-})();
-"""
+ASSETS = Path(__file__).with_name("assets")
 
 TEXT_COLUMNS = (
     "engine",
@@ -100,6 +24,8 @@ TEXT_COLUMNS = (
     "measured",
     "kept",
     "adds",
+    "plan",
+    "what it does",
     "",
 )
 
@@ -111,51 +37,43 @@ class Section:
     key: str
     title: str
     body: str
+    folded: bool = False
 
 
-def page(title: str, lead: str, sections: Sequence[Section], plotly: str) -> str:
-    """A whole page.
+def page(title: str, first: str, sections: Sequence[Section]) -> str:
+    """A whole page, which needs nothing but itself.
 
     Args:
         title: As text.
-        lead: HTML above the sections.
-        sections: In order.
-        plotly: The library's source, or "" where the page has no plots.
+        first: HTML of the first screen.
+        sections: Below it, in order.
     """
     shown = [s for s in sections if s.body]
     index = "".join(f'<a href="#{s.key}">{escape(s.title)}</a> ' for s in shown)
-    body = "".join(
-        f'<section id="{s.key}" aria-labelledby="{s.key}-title">'
-        f'<h2 id="{s.key}-title">{escape(s.title)}</h2>\n{s.body}\n</section>\n'
-        for s in shown
-    )
-    scripts = f"<script>{plotly}</script><script>{SCRIPT}</script>" if plotly else ""
+    body = "".join(map(_section, shown))
+    style, script = ((ASSETS / n).read_text(encoding="utf-8") for n in ("report.css", "report.js"))
     return (
         '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
         f"<title>{escape(title)}</title>"
         '<meta name="viewport" content="width=device-width, initial-scale=1">'
-        f'<link rel="icon" href="data:,"><style>{STYLE}</style></head>\n<body>\n'
+        f'<link rel="icon" href="data:,"><style>{style}</style></head>\n<body>\n'
         '<a class="skip" href="#content">To the content</a>'
         f"<header><h1>{escape(title)}</h1>\n"
         f'<nav aria-label="Sections" class="small">{index}</nav></header>\n'
-        f'<main id="content">\n{lead}\n{body}</main>\n{scripts}</body></html>\n'
+        f'<main id="content">\n{first}\n{body}</main>\n<script>{script}</script></body></html>\n'
     )
 
 
-def plot(key: str, figure: str, said: str, caption: str) -> str:
-    """A plotly figure from its JSON.
-
-    Args:
-        key: An id.
-        figure: JSON of the figure.
-        said: What it shows, for those who do not see it; a table must hold the same numbers.
-        caption: Below it.
-    """
-    safe = figure.replace("<", "\\u003c")
+def _section(section: Section) -> str:
+    key, title = section.key, escape(section.title)
+    if section.folded:
+        return (
+            f'<section id="{key}" aria-labelledby="{key}-title"><details><summary><h2 id="{key}-title">{title}</h2>'
+            f"</summary>\n{section.body}</details></section>\n"
+        )
     return (
-        f'<figure><div id="{key}" class="plot" role="img" aria-label="{escape(said)}"></div>'
-        f'<script type="application/json" data-plot="{key}">{safe}</script>'
-        f"<figcaption>{escape(caption)}</figcaption></figure>"
+        f'<section id="{key}" aria-labelledby="{key}-title"><h2 id="{key}-title">{title}</h2>\n'
+        f"{section.body}\n</section>\n"
     )
 
 
@@ -194,4 +112,8 @@ def paragraph(text: str) -> str:
 
 
 def _cell(text: str, kind: str) -> str:
+    """A plan in words has its exact text one click away."""
+    if isinstance(text, InWords) and text.exact:
+        exact = f"<code>{escape(text.exact)}</code>"
+        return f'<td class="text"><details><summary>{escape(text)}</summary>{exact}</details></td>'
     return f"<td{kind}>{escape(text)}</td>"

@@ -1,42 +1,39 @@
-"""Ranges of the channels of the most harmful layers, before and after."""
+"""Ranges of the channels of a layer, before and after, as small multiples that stay readable when one channel is a million."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from html import escape
 from typing import Any
 
 from search.report.page import Section, folded, paragraph, table
 
-WIDTH, HEIGHT, LEFT, TOP, BOTTOM = 420, 170, 64, 10, 150
-MAX_CHANNELS = 170  # channels that fit side by side; of more the widest and an even choice of the others are drawn
+WIDTH, HEIGHT, LEFT, TOP, BOTTOM = 260, 124, 46, 8, 116
 SIDES = {"weights": "weights", "reads": "what it reads", "writes": "what it writes"}
 ROWS = 12
+# Where the widest channel, or what int8 can hold, is so many times the median one, a linear axis would show nothing of the others.
+LINEAR_SPREAD = 30.0
+HOW = (
+    "One bar for each channel, from its lowest to its highest value, the widest first; of many channels an even choice. "
+    "The dashed lines are what int8 can hold: one pair for the tensor, or marks for each channel. int8 has 255 steps "
+    "between them, so a channel whose bar is a hundredth of the range has two or three. Where one channel is far wider than the "
+    "others the axis is logarithmic on both sides of zero. Spread: the widest channel over the median one. Activations: "
+)
 
 
 def ranges_section(exhibits: Mapping[str, Any] | None) -> Section:
-    """For each harmful layer its weights and activations by channel, the worst mismatch first."""
-    title = "Ranges of the channels of the most harmful layers"
+    """The most harmful layers at once, the worst mismatch first; any other when it is clicked in the network."""
+    title = "Ranges of the channels"
     if exhibits is None or not exhibits["ranges"]:
         return Section("ranges", title, "")
+    entries, shown = exhibits["ranges"], int(exhibits["ranges_shown"])
     samples = exhibits["calibration_samples"]
-    parts = [
-        paragraph(
-            "One bar for each channel, from its lowest to its highest value, the widest first. The dashed lines are "
-            "what int8 can hold: one pair for the tensor, or marks for each channel. int8 has 255 steps between "
-            f"them, so a channel whose bar is a hundredth of the range has two or three. Activations: {samples} "
-            "calibration samples. Spread: the widest channel over the median one."
-        ),
-        table(
-            ["layer", *(f"{s}, spread" for s in SIDES.values())],
-            [_spreads(r) for r in exhibits["ranges"]],
-            "Spread before, and after",
-        ),
-    ]
-    for entry in exhibits["ranges"]:
-        parts.append(f"<h3>{escape(entry['layer'])}</h3>")
-        parts += [_pair(entry, key) for key in SIDES if entry["before"][key]]
-        parts.append(folded(f"The widest channels of {entry['layer']} as a table", _table(entry)))
+    names = ["layer", *(f"{s}, spread" for s in SIDES.values())]
+    parts = [paragraph(f"{HOW}{samples} calibration samples.")]
+    parts += [_panel(e, hidden=i >= max(shown, 1)) for i, e in enumerate(entries)]
+    listing = table(names, [_spreads(r) for r in entries], "Spread before, and after")
+    parts.append(folded("Spread of all layers as a table", listing))
     return Section("ranges", title, "".join(parts))
 
 
@@ -44,73 +41,113 @@ def ranges_svg(tensors: Sequence[Mapping[str, Any]], said: str) -> str:
     """Vertical bars from low to high; several tensors (a layer that was split) side by side.
 
     Args:
-        tensors: With ``low``, ``high`` by channel and ``limits``; all on one scale of values.
+        tensors: With ``channels``, ``low``, ``high`` by channel and ``limits``; all on one scale of values.
         said: What it shows.
     """
-    lows, highs = ([v for t in tensors for v in t[k]] for k in ("low", "high"))
-    limits = [v for t in tensors for pair in _pairs(t) for v in pair]
-    bottom, top = min(0.0, *lows, *limits), max(0.0, *highs, *limits)
-    extent = top - bottom or 1.0
-
-    def y(value: float) -> float:
-        return BOTTOM - (value - bottom) / extent * (BOTTOM - TOP)
-
-    drawn = [
-        f'<line class="axis" x1="{LEFT}" y1="{y(0):.1f}" x2="{WIDTH}" y2="{y(0):.1f}"/>',
-        *[
-            f'<text class="quiet" x="{LEFT - 6}" y="{y(v) + 4:.1f}" text-anchor="end">{v:.3g}</text>'
-            for v in sorted({top, bottom, 0.0 if min(top, -bottom) > 0.12 * extent else top})
-        ],
+    y, ticks = _axis(tensors)
+    drawn = [f'<line class="axis" x1="{LEFT}" y1="{y(0):.1f}" x2="{WIDTH}" y2="{y(0):.1f}"/>']
+    drawn += [
+        f'<text class="quiet" x="{LEFT - 5}" y="{y(v) + 4:.1f}" text-anchor="end">{_short(v)}</text>'
+        for v in ticks
     ]
     share = (WIDTH - LEFT - 8 * (len(tensors) - 1)) / len(tensors)
     for k, tensor in enumerate(tensors):
         start = LEFT + k * (share + 8)
-        shown = _picked(tensor)
-        step = share / len(shown)
+        step = share / len(tensor["low"])
+        bars: list[str] = []
         pairs = _pairs(tensor)
-        for i, channel in enumerate(shown):
-            low, high = float(tensor["low"][channel]), float(tensor["high"][channel])
-            x, upper = start + i * step, y(max(high, low))
-            size = max(y(min(high, low)) - upper, 1.0)
-            width = max(step * 0.72, 0.8)
-            drawn.append(
-                f'<rect x="{x:.1f}" y="{upper:.1f}" width="{width:.1f}" height="{size:.1f}" '
-                f'style="fill: var(--mark)"><title>channel {channel}: {low:.4g} to {high:.4g}</title></rect>'
-            )
-            if len(pairs) > 1:
-                drawn += [_limit(x, x + width, y(v)) for v in pairs[channel]]
-        if len(pairs) == 1:
-            drawn += [_limit(start, start + share, y(v)) for v in pairs[0]]
+        for i, (low, high) in enumerate(zip(tensor["low"], tensor["high"], strict=True)):
+            middle = start + (i + 0.5) * step
+            top, bottom = y(max(high, low)), y(min(high, low))
+            bars.append(f"M{middle:.1f} {top:.1f}V{max(bottom, top + 1):.1f}")
+        drawn.append(
+            f'<path class="range" d="{"".join(bars)}" stroke-width="{max(step * 0.72, 0.8):.1f}"/>'
+        )
+        ends = (
+            [
+                (start + i * step, start + (i + 0.8) * step, v)
+                for i, p in enumerate(pairs)
+                for v in p
+            ]
+            if len(pairs) > 1
+            else [(start, start + share, v) for p in pairs for v in p]
+        )
+        limits = "".join(f"M{a:.1f} {y(v):.1f}H{b:.1f}" for a, b, v in ends)
+        if limits:
+            drawn.append(f'<path class="limit" d="{limits}"/>')
     return (
-        f'<svg viewBox="0 0 {WIDTH} {HEIGHT - 12}" width="100%" role="img" aria-label="{escape(said)}">'
+        f'<svg viewBox="0 0 {WIDTH} {HEIGHT}" width="{WIDTH}" role="img" aria-label="{escape(said)}">'
         f"{''.join(drawn)}</svg>"
     )
 
 
-def _pair(entry: Mapping[str, Any], key: str) -> str:
-    """The same tensors before and after, side by side."""
-    halves: list[str] = []
+def _axis(tensors: Sequence[Mapping[str, Any]]) -> tuple[Any, list[float]]:
+    """Where a value is drawn, and which values are written beside the axis."""
+    values = [v for t in tensors for k in ("low", "high") for v in t[k]]
+    values += [v for t in tensors for pair in _pairs(t) for v in pair]
+    bottom, top = min(0.0, *values), max(0.0, *values)
+    widths = sorted(w for t in tensors for w in _widths(t) if w > 0)
+    middle = widths[len(widths) // 2] if widths else 1.0
+    extent = top - bottom or 1.0
+    # linear up to a tenth of the median channel, beyond by decades
+    linear = middle / 10 if widths and max(top, -bottom) > LINEAR_SPREAD * middle else 0.0
+
+    def bent(value: float) -> float:
+        return math.asinh(value / linear) if linear else value
+
+    low, high = bent(bottom), bent(top)
+
+    def y(value: float) -> float:
+        return BOTTOM - (bent(value) - low) / (high - low or 1.0) * (BOTTOM - TOP)
+
+    far = sorted({top, bottom} - {0.0}, key=abs, reverse=True)
+    ticks = [v for i, v in enumerate(far) if not i or abs(y(v) - y(far[0])) > 12]
+    if linear:
+        size = max(abs(top), abs(bottom))
+        for power in range(math.floor(math.log10(size)), math.floor(math.log10(linear)), -1):
+            for value in (10.0**power, -(10.0**power)):
+                clear = all(abs(y(value) - y(t)) > 13 for t in (*ticks, 0.0))
+                if bottom <= value <= top and clear:
+                    ticks.append(value)
+    if all(abs(y(0) - y(t)) > 11 for t in ticks) and extent:
+        ticks.append(0.0)
+    return y, ticks
+
+
+def _short(value: float) -> str:
+    """A number of at most six characters."""
+    said = f"{value:.2g}"
+    return said.replace("e+0", "e").replace("e-0", "e-").replace("e+", "e")
+
+
+def _panel(entry: Mapping[str, Any], hidden: bool) -> str:
+    """One layer: what it holds, reads and writes, as it is above and rewritten below."""
+    rows: list[str] = []
     for side, word in (("before", "as it is"), ("after", "rewritten")):
-        tensors = entry.get(side, {}).get(key)
-        if not tensors:
-            continue
-        factor = entry["spread"][side][key]
-        known = "" if factor is None else f", spread {factor:.3g}"
-        count = sum(len(t["low"]) for t in tensors)
-        parts = f" in {len(tensors)} tensors" if len(tensors) > 1 else ""
-        caption = f"{SIDES[key]}, {word}: {count} channels{parts}{known}"
-        caption += "" if any(_pairs(t) for t in tensors) else ", in float"
-        said = f"{entry['layer']}, {caption}; numbers in the table below"
-        halves.append(
-            f"<figure>{ranges_svg(tensors, said)}<figcaption>{escape(caption)}</figcaption></figure>"
-        )
-    return f'<div class="side">{"".join(halves)}</div>'
-
-
-def _limit(x1: float, x2: float, y: float) -> str:
+        figures = [
+            _figure(entry, side, word, key) for key in SIDES if entry.get(side, {}).get(key)
+        ]
+        rows += [f'<div class="multiples">{"".join(figures)}</div>'] if figures else []
+    state = " hidden" if hidden else ""
+    listing = folded(f"The widest channels of {entry['layer']} as a table", _table(entry))
     return (
-        f'<line x1="{x1:.1f}" y1="{y:.1f}" x2="{x2:.1f}" y2="{y:.1f}" '
-        'style="stroke: var(--ref); stroke-dasharray: 5 3; stroke-width: 1.3"/>'
+        f'<article class="ranges" id="ranges-{escape(entry["node"])}"{state}>'
+        f'<h3>{escape(entry["layer"])}</h3><div class="pair">{"".join(rows)}</div>'
+        f"{listing if not hidden else ''}</article>"
+    )
+
+
+def _figure(entry: Mapping[str, Any], side: str, word: str, key: str) -> str:
+    tensors = entry[side][key]
+    factor = entry["spread"][side][key]
+    known = "" if factor is None else f", spread {factor:.3g}"
+    count = sum(t["count"] for t in tensors)
+    parts = f" in {len(tensors)} tensors" if len(tensors) > 1 else ""
+    caption = f"{SIDES[key]}, {word}: {count} channels{parts}{known}"
+    caption += "" if any(_pairs(t) for t in tensors) else ", in float"
+    said = f"{entry['layer']}, {caption}"
+    return (
+        f"<figure>{ranges_svg(tensors, said)}<figcaption>{escape(caption)}</figcaption></figure>"
     )
 
 
@@ -124,17 +161,6 @@ def _pairs(tensor: Mapping[str, Any]) -> list[Sequence[float]]:
 
 def _widths(tensor: Mapping[str, Any]) -> list[float]:
     return [max(h, 0.0) - min(v, 0.0) for v, h in zip(tensor["low"], tensor["high"], strict=True)]
-
-
-def _picked(tensor: Mapping[str, Any]) -> list[int]:
-    """The channels that are drawn, the widest first."""
-    widths = _widths(tensor)
-    order = sorted(range(len(widths)), key=lambda c: -widths[c])
-    if len(order) <= MAX_CHANNELS:
-        return order
-    rest = order[MAX_CHANNELS // 4 :]
-    count = MAX_CHANNELS - MAX_CHANNELS // 4
-    return order[: MAX_CHANNELS // 4] + [rest[i * len(rest) // count] for i in range(count)]
 
 
 def _spreads(entry: Mapping[str, Any]) -> list[str]:
@@ -153,10 +179,10 @@ def _table(entry: Mapping[str, Any]) -> str:
                 rows += [
                     [
                         f"{word}, {side}: {tensor['name']}",
-                        str(c),
-                        f"{tensor['low'][c]:.4g}",
-                        f"{tensor['high'][c]:.4g}",
+                        str(tensor["channels"][i]),
+                        f"{tensor['low'][i]:.4g}",
+                        f"{tensor['high'][i]:.4g}",
                     ]
-                    for c in _picked(tensor)[: ROWS // 3]
+                    for i in range(min(ROWS // 3, len(tensor["low"])))
                 ]
     return table(["tensor", "channel", "low", "high"], rows)

@@ -225,14 +225,14 @@ def layer_rows(sensitivity: Sensitivity, count: int) -> tuple[list[str], list[li
             "" if d.drop is None else f"{100 * d.drop:.2f}",
             "" if d.sqnr_db is None else f"{d.sqnr_db:.1f} dB",
             ", ".join(d.causes),
-            _answers(d.answers),
+            answers_said(d.answers),
         ]
         for d in sensitivity.layers[:count]
     ]
     return names, rows
 
 
-def _answers(steps: Sequence[str]) -> str:
+def answers_said(steps: Sequence[str]) -> str:
     """The first rules that act at this very layer; each is listed by ``quantfix sites``."""
     rules = [rule for rule, _, anchor in (s.partition("@") for s in steps) if anchor != "model"]
     rules = [rule for rule in rules if rule != "keep_float"] or rules
@@ -248,7 +248,7 @@ def short_layer_rows(sensitivity: Sensitivity, count: int) -> tuple[list[str], l
             f"{d.damage:.3g}",
             "" if d.drop is None else f"{100 * d.drop:.2f}",
             ", ".join(d.causes),
-            _answers(d.answers),
+            answers_said(d.answers),
         ]
         for d in sensitivity.layers[:count]
     ]

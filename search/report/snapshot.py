@@ -11,15 +11,18 @@ from rewriter.assemble import assemble
 from rewriter.errors import RewriteError
 from search.data.evaluation_set import Tick
 from search.job import Job
-from search.report.snapshot_network import channel_ranges, layer_list, spread
+from search.report.snapshot_losses import losses_shown
+from search.report.snapshot_network import channel_ranges, layer_list, spread, trimmed
 from search.report.snapshot_outputs import outputs_shown
 from search.results import Results
 from search.run_dir.files import RunError, read_json, write_json
 
 log = logging.getLogger(__name__)
 
-FORMAT = 1
-HARMFUL = 4  # layers whose ranges are shown
+FORMAT = 2
+HARMFUL = 4  # layers whose ranges are shown at once
+MOST_LAYERS = 120  # those of the others can be asked for
+CHANNELS = 96, 28  # of a tensor that are kept: of the most harmful layers, and of others
 PLAIN, REWRITTEN = "plain int8", "rewritten int8"
 
 
@@ -72,7 +75,11 @@ def _exhibits(job: Job, results: Results, plan: str) -> dict[str, Any]:
     )
     plain = assemble(evaluator.gm, Plan(), *given).quantized
     rewritten = assemble(evaluator.gm, Plan.parse(plan), *given).quantized if plan else plain
-    ranges = [_ranges(plain, rewritten if plan else None, *names) for names in _shown(results)]
+    shown = _shown(results)
+    rest = [names for names in _others(results) if names not in shown]
+    after = rewritten if plan else None
+    ranges = [_ranges(plain, after, *names, CHANNELS[0]) for names in shown]
+    ranges += [_ranges(plain, after, *names, CHANNELS[1]) for names in rest]
     networks = {PLAIN: plain} | ({REWRITTEN: rewritten} if plan else {})
     data = job.cfg.data
     return {
@@ -84,7 +91,9 @@ def _exhibits(job: Job, results: Results, plan: str) -> dict[str, Any]:
         "macs": [cost(plain.gm).macs, cost(rewritten.gm).macs],
         "calibration_samples": plain.calibration.samples,
         "ranges": ranges,
+        "ranges_shown": len(shown),
         "outputs": outputs_shown(evaluator, networks, data.mean, data.std, job.data.names),
+        "losses": losses_shown(evaluator, networks, data.mean, data.std, job.data.names),
     }
 
 
@@ -99,8 +108,14 @@ def _shown(results: Results) -> list[tuple[str, str]]:
     return ends + [(d.node, d.layer) for d in worst]
 
 
+def _others(results: Results) -> list[tuple[str, str]]:
+    """Node and name of further layers, the most harmful first."""
+    found = results.sensitivity
+    return [] if found is None else [(d.node, d.layer) for d in found.layers[:MOST_LAYERS]]
+
+
 def _ranges(
-    plain: Quantized, rewritten: Quantized | None, node: str, layer: str
+    plain: Quantized, rewritten: Quantized | None, node: str, layer: str, most: int
 ) -> dict[str, Any]:
     sides = {"before": channel_ranges(plain, node, layer)}
     if rewritten is not None:
@@ -109,4 +124,8 @@ def _ranges(
         side: {key: spread(tensors) for key, tensors in values.items()}
         for side, values in sides.items()
     }
-    return {"layer": layer, "node": node, **sides, "spread": spreads}
+    kept = {
+        side: {key: [trimmed(t, most) for t in tensors] for key, tensors in values.items()}
+        for side, values in sides.items()
+    }
+    return {"layer": layer, "node": node, **kept, "spread": spreads}

@@ -19,12 +19,16 @@ def layer_list(gm: fx.GraphModule) -> list[dict[str, Any]]:
     """Weighted layers and joins (sum, concatenation) in running order.
 
     Each has ``name`` (in the graph), ``layer`` (the user's module), ``kind``, ``size``, ``made_by`` (the step that
-    wrote it, "" where none did) and ``in_float``.
+    wrote it, "" where none did), ``in_float`` and ``reads``: the names of those among them that it reads, through
+    whatever lies between.
     """
     weighted = set(layers(gm))
     found: list[dict[str, Any]] = []
+    behind: dict[fx.Node, list[str]] = {}
     for node in gm.graph.nodes:
         joins = node.op == "call_function" and len(node.all_input_nodes) > 1
+        reads = list(dict.fromkeys(n for x in node.all_input_nodes for n in behind[x]))
+        behind[node] = [node.name] if node in weighted or joins else reads
         if node not in weighted and not joins:
             continue
         found.append(
@@ -35,6 +39,7 @@ def layer_list(gm: fx.GraphModule) -> list[dict[str, Any]]:
                 "size": _size(module_of(gm, node)) if node in weighted else "",
                 "made_by": str(facts.REWRITTEN_BY.get(node) or ""),
                 "in_float": bool(facts.KEEP_FLOAT.get(node)),
+                "reads": reads,
             }
         )
     return found
@@ -71,6 +76,31 @@ def channel_ranges(quantized: Quantized, node: str, layer: str) -> dict[str, lis
             if said is not None and said["name"] not in {v["name"] for v in found[key]}:
                 found[key].append(said)
     return found
+
+
+def trimmed(tensor: dict[str, Any], most: int) -> dict[str, Any]:
+    """At most so many channels of a tensor's ranges: the widest, and an even choice of the others, the widest first.
+
+    ``channels`` says which they are, ``count`` how many there were.
+    """
+    widths = [
+        max(h, 0.0) - min(v, 0.0) for v, h in zip(tensor["low"], tensor["high"], strict=True)
+    ]
+    order = sorted(range(len(widths)), key=lambda c: -widths[c])
+    if len(order) > most:
+        rest, count = order[most // 4 :], most - most // 4
+        order = order[: most // 4] + [rest[i * len(rest) // count] for i in range(count)]
+    limits = tensor["limits"]
+    if limits is not None and isinstance(limits[0], list):
+        limits = [limits[c] for c in order]
+    return {
+        "name": tensor["name"],
+        "count": len(widths),
+        "channels": order,
+        "low": [tensor["low"][c] for c in order],
+        "high": [tensor["high"][c] for c in order],
+        "limits": limits,
+    }
 
 
 def spread(tensors: Sequence[dict[str, Any]]) -> float | None:

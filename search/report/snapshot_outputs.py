@@ -61,7 +61,7 @@ def outputs_shown(
         {
             "sample": numbers[i],
             "size": [int(x.shape[-1]), int(x.shape[-2])],
-            "jpeg": _jpeg(x[i], mean, std),
+            "jpeg": jpeg(x[i], mean, std),
             "boxes": {name: _boxes(rows[i]) for name, rows in found.items()},
             "truth": None if labels is None else _boxes(labels[i]),
         }
@@ -104,7 +104,12 @@ def _boxes(found: Mapping[str, Tensor]) -> list[list[float]]:
     return [[round(v, 3) for v in row] for row in rows.tolist()]
 
 
-def _jpeg(x: Tensor, mean: Sequence[float] | None, std: Sequence[float] | None) -> str:
+def jpeg(
+    x: Tensor,
+    mean: Sequence[float] | None,
+    std: Sequence[float] | None,
+    side: int = LONGEST_SIDE,
+) -> str:
     """An input (C, H, W) as a JPEG in base64."""
     pixels = x.detach().float().cpu()
     if mean is not None and std is not None:
@@ -117,7 +122,7 @@ def _jpeg(x: Tensor, mean: Sequence[float] | None, std: Sequence[float] | None) 
     pixels = pixels[:3] if len(pixels) >= 3 else pixels[:1].expand(3, -1, -1)
     array = (pixels.clamp(0, 1) * 255).round().byte().permute(1, 2, 0).numpy()
     image = Image.fromarray(np.ascontiguousarray(array))
-    image.thumbnail((LONGEST_SIDE, LONGEST_SIDE))
+    image.thumbnail((side, side))
     stream = io.BytesIO()
     image.save(stream, "JPEG", quality=82)
     return base64.b64encode(stream.getvalue()).decode()

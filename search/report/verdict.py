@@ -6,6 +6,8 @@ from search.pareto.plan_summary import plan_summary
 from search.results import Results
 from search.run_dir.scores import Score
 
+WORTH = 1.15  # times as fast as float, below which int8 is said to gain little
+
 
 def advice(results: Results) -> str:
     """What to do now, in one sentence."""
@@ -72,7 +74,7 @@ def _against_plain(results: Results, best: Score, empty: Score) -> str:
     factor = (
         ""
         if not best.damage or empty.damage is None
-        else f" Its damage is {empty.damage / best.damage:.3g} times smaller."
+        else f" Its damage is {_times(empty.damage / best.damage)} times smaller."
     )
     if results.objective == "damage" or best.interval is None or empty.interval is None:
         return f"Chosen by its damage, which needs no labels.{factor}"
@@ -86,6 +88,10 @@ def _against_plain(results: Results, best: Score, empty: Score) -> str:
         "In the metric it cannot be told from plain int8 on these samples (the 95 % intervals overlap); "
         f"the damage decides.{factor}"
     )
+
+
+def _times(factor: float) -> str:
+    return f"{factor:.3g}" if factor < 100 else f"{factor:.0f}"
 
 
 def luck(results: Results) -> str:
@@ -105,3 +111,20 @@ def luck(results: Results) -> str:
         f"The best plan was chosen on {parts[0].samples} images, where it has {said[0]}; on the "
         f"{parts[1].samples} images held back it has {said[1]}."
     )
+
+
+def worth(results: Results) -> list[str]:
+    """Whether int8 is worth it on this machine, where its time was measured."""
+    best, level = results.best(), getattr(results.baseline, "float_latency_ms", None)
+    if best.latency_ms is None or not level:
+        return []
+    factor = level / best.latency_ms
+    if factor >= WORTH:
+        return [
+            f"Int8 is worth it on this machine: {best.latency_ms:.3g} ms for one input, float "
+            f"{level:.3g} ms, {factor:.2f} times as fast."
+        ]
+    return [
+        f"Int8 gains little time on this machine: {best.latency_ms:.3g} ms for one input, float "
+        f"{level:.3g} ms; it is worth it for the size of the file, or on another device."
+    ]

@@ -43,6 +43,11 @@ class Score:
         float_layers: Weighted layers left in float, in ``float_islands`` connected groups.
         latency_ms: Median milliseconds for one input in ONNX Runtime on the machine that scored
             the plan; None where nobody asked for it.
+        predicted_ms: The same on one thread, by the table of kernels (`search.latency`): equal files give equal
+            numbers. None where the engine is another.
+        latency_ratio: That, relative to the file of plain int8.
+        price: What else the file costs: ``int8_macs``, ``float_macs``, ``bytes_moved``, ``operators``, ``reorders``
+            (how many operators only change the layout of values) and ``bytes`` (of the file).
         metric: The task's metric of the int8 network, None without labels or where the plan
             failed.
         interval: 95 % interval of ``metric``, paired with the float network on the same samples.
@@ -72,6 +77,9 @@ class Score:
     float_layers: int = 0
     float_islands: int = 0
     latency_ms: float | None = None
+    predicted_ms: float | None = None
+    latency_ratio: float | None = None
+    price: dict[str, int] | None = field(default=None, hash=False)
     metric: float | None = None
     interval: tuple[float, float] | None = None
     original: float | None = None

@@ -18,17 +18,21 @@ from rewriter.damage import fidelity_of
 from rewriter.errors import RewriteError
 from rewriter.graph import channels_last
 from rewriter.int8 import QuantScheme
-from rewriter.int8.onnx import float_onnx
+from rewriter.int8.onnx import ReadBack, float_onnx
 from rewriter.plan import rule_named
 from rewriter.storage import Store
 from search.data.evaluation_set import SampleSet, Tick, check_outputs
-from search.engines import OnnxRuntime, engine_named, read_back
-from search.pareto.limits import size_of, with_file
+from search.engines import OnnxRuntime, engine_named, open_and_read
+from search.latency.price import price_of, price_of_plan
+from search.latency.table import Table
+from search.pareto.limits import size_of, with_file, with_price
 from search.run_dir.scores import Records, Samples, Score
 from search.scoring.failure import CandidateError, blamed, failed
 from search.scoring.measure import Measure, Part, Runner, latency
 from search.scoring.racing import Race
 from search.tasks import Task
+
+FEW = 2  # inputs whose ranges stand for the calibration where only the kernels matter
 
 
 @dataclass
@@ -39,11 +43,13 @@ class Once:
         of: The network and the samples that it is of; a bench with others computes it anew.
         reference: Flat float outputs.
         measure: What compares with them.
+        plain_ms: What the file of plain int8 takes, by the table of kernels.
     """
 
     of: tuple[fx.GraphModule, SampleSet] | None = None
     reference: list[Tensor] | None = None
     measure: Measure | None = None
+    plain_ms: float | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -63,6 +69,7 @@ class Bench:
         seed: Of the fits.
         threads: Of engines that run on the CPU.
         timed: Whether a score carries the time that one input takes.
+        table: Times of kernels, by which a score carries what its file takes; None: it does not.
         maker: Makes a plan's network; None: rewriting and fitting alone.
         tick: Told how many samples are run.
         once: What was computed of the float network already.
@@ -80,6 +87,7 @@ class Bench:
     seed: int = 0
     threads: int = 2
     timed: bool = False
+    table: Table | None = None
     maker: Callable[[Plan], Assembled] | None = None
     tick: Tick = lambda done, total: None
     once: Once = field(default_factory=Once, repr=False, compare=False)
@@ -168,6 +176,12 @@ class Bench:
         """The same of what the engine has emitted."""
         return engine_named(self.engine).open(model, self.threads, self.device).run
 
+    def opened_and_read(self, quantized: Quantized, model: Any) -> tuple[Runner, ReadBack]:
+        """The same, and what of it runs in int8: a file is opened once for both."""
+        engine = engine_named(self.engine)
+        session, found = open_and_read(engine, quantized, model, self.threads, self.device)
+        return session.run, found
+
     def unscored(self, plan: Plan, macs: int, limit_s: float | None = None) -> Score:
         """A plan of which nothing is known but what would run it."""
         version = engine_named(self.engine).version()
@@ -183,13 +197,29 @@ class Bench:
             quantized = self.assembled(plan).quantized
             engine = engine_named(self.engine)
             model = engine.emit(quantized)
-            known = with_file(size_of(plan, quantized.gm), read_back(engine, quantized, model))
-            runner = self.opened(model)
+            runner, found = self.opened_and_read(quantized, model)
+            known = with_file(size_of(plan, quantized.gm), found)
+        if self.table is not None and self.engine == OnnxRuntime.name:
+            (x,) = self.samples.batches(1, 0, 1)
+            with blamed():
+                price = price_of(model, x, self.table)
+            plain = self.plain_ms()
+            known = with_price(known, price, plain or price.milliseconds)
         if self.timed:
             (x,) = self.samples.batches(1, 0, 1)
             with blamed():
                 known = replace(known, latency_ms=latency(runner, x))
         return known, runner, quantized.gm
+
+    def plain_ms(self) -> float | None:
+        """What the file of plain int8 takes by the table; None without one, or where it cannot be made. Computed once."""
+        if self.table is None or self.engine != OnnxRuntime.name:
+            return None
+        if self.once.plain_ms is None:
+            few = self.calibration[0][:FEW]
+            found = price_of_plan(self.gm, Plan(()), self.scheme, few, self.table)
+            self.once.plain_ms = found.milliseconds
+        return self.once.plain_ms
 
     def _raced(
         self, runner: Runner, known: Score, count: int, race: Race | None

@@ -115,6 +115,7 @@ class RewriteEvaluator(Bench):
         if self.limit_s is None:
             return action()
         self.measured.float_metric(self.choosing)  # once, and not in each child
+        self.plain_ms()
         prepare(self.gm, self.calibration, self.store)
         try:
             return apart(action, self.limit_s)

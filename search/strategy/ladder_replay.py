@@ -22,7 +22,10 @@ class _UnknownError(Exception):
 
 
 def rungs(
-    gm: fx.GraphModule, scores: Mapping[str, Score], splits: Splits = ()
+    gm: fx.GraphModule,
+    scores: Mapping[str, Score],
+    splits: Splits = (),
+    max_latency_ratio: float | None = None,
 ) -> tuple[Rung, ...] | Plan:
     """The whole ladder where every rung is scored, else the plan that is to be scored next.
 
@@ -30,6 +33,7 @@ def rungs(
         gm: Profiled canonical graph.
         scores: By plan text; a failed plan counts as a rung that does not help.
         splits: Rungs that split layers.
+        max_latency_ratio: Longest time of a rung's file, relative to plain int8; None: any.
     """
 
     def known(plan: Plan) -> Score:
@@ -38,16 +42,23 @@ def rungs(
         return scores[str(plan)]
 
     try:
-        return climb(gm, known, splits=splits)
+        return climb(gm, known, splits=splits, max_latency_ratio=max_latency_ratio)
     except _UnknownError as missing:
         return missing.plan
 
 
 def climbed(
-    gm: fx.GraphModule, scores: Mapping[str, Score], splits: Splits = ()
+    gm: fx.GraphModule,
+    scores: Mapping[str, Score],
+    splits: Splits = (),
+    max_latency_ratio: float | None = None,
 ) -> tuple[Rung, ...]:
     """The rungs that are scored; one that is not is passed over as one that does not help."""
-    found = climb(gm, lambda p: scores.get(str(p), Score(str(p), macs=0)), splits=splits)
+
+    def known(plan: Plan) -> Score:
+        return scores.get(str(plan), Score(str(plan), macs=0))
+
+    found = climb(gm, known, splits=splits, max_latency_ratio=max_latency_ratio)
     tried = {r.plan: r for r in reversed(found) if not r.note and str(r.plan) in scores}
     return tuple(r for r in found if tried.get(r.plan) is r)
 

@@ -12,6 +12,7 @@ import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
+from typing import Any
 
 from torch import fx
 
@@ -48,17 +49,9 @@ Scores = Mapping[str, Score]
 Phase = Callable[[Scores], Sequence[Plan]]
 
 
-def worth_trying(
-    gm: fx.GraphModule,
-    space: Space,
-    sensitivity: Sensitivity,
-    trials: int,
-    admits: Callable[[Plan], bool] = lambda plan: True,
-    gains_on: Callable[[Plan], Mapping[str, float]] | None = None,
-    savings: Savings | None = None,
-) -> Schedule:
+def worth_trying(gm: fx.GraphModule, space: Space, *rest: Any, **more: Any) -> Schedule:
     """What to score before TPE is asked, given the scores so far by plan text; arguments as for `Schedule`."""
-    return Schedule(gm, space, sensitivity, trials, admits, gains_on, savings)
+    return Schedule(gm, space, *rest, **more)
 
 
 @dataclass(frozen=True)
@@ -107,6 +100,7 @@ class Schedule:
             name; asked of the ladder's best rung, where other layers hurt than in plain int8. None:
             the shares of plain int8 stand for it.
         savings: Plans that cost less than the network as it is; None: none are wanted.
+        most_time: Longest time of a rung's file, relative to plain int8; None: any.
     """
 
     gm: fx.GraphModule
@@ -116,6 +110,7 @@ class Schedule:
     admits: Callable[[Plan], bool] = lambda plan: True
     gains_on: Callable[[Plan], Mapping[str, float]] | None = None
     savings: Savings | None = None
+    most_time: float | None = None
     _shares: dict[Plan, dict[Step, float]] = field(
         default_factory=dict[Plan, dict[Step, float]], init=False, repr=False, compare=False
     )
@@ -153,7 +148,7 @@ class Schedule:
         """Plain int8 and the free remedies, one on top of the other; it may be all that a small budget reaches."""
         ladder = self._climbed(scores)
         if isinstance(ladder, Plan):
-            plans = (*self._curve[:1], *_below(self.gm, scores, self._splits), ladder)
+            plans = (*self._curve[:1], *self._below(scores), ladder)
             return list(dict.fromkeys(plans))
         return [*self._curve[:1], *(r.plan for r in ladder if not r.note)]
 
@@ -249,12 +244,21 @@ class Schedule:
     def _splits(self) -> Splits:
         return splits_of(self.gm, self.space, self.sensitivity)
 
+    def _below(self, scores: Scores) -> list[Plan]:
+        """The rungs that are scored already, in the order in which they were climbed."""
+        known: dict[str, Score] = {}
+        while isinstance(
+            following := rungs(self.gm, known, self._splits, self.most_time), Plan
+        ) and (str(following) in scores):
+            known[str(following)] = scores[str(following)]
+        return [Plan.parse(text) for text in known]
+
     def _climbed(self, scores: Scores) -> tuple[Rung, ...] | Plan:
         """The ladder as far as it is scored; every phase asks for that of the same scores."""
         key = tuple((s.plan, s.damage, s.metric) for s in scores.values())
         if key not in self._ladders:
             self._ladders.clear()
-            self._ladders[key] = rungs(self.gm, scores, self._splits)
+            self._ladders[key] = rungs(self.gm, scores, self._splits, self.most_time)
         return self._ladders[key]
 
     def _rung(self, scores: Scores) -> Basis | None:
@@ -353,18 +357,6 @@ def splits_of(gm: fx.GraphModule, space: Space, sensitivity: Sensitivity) -> Spl
 def of_the_ladder(plan: Plan, more: tuple[str, ...] = ()) -> bool:
     """Whether a plan has only free remedies, or steps of ``more`` rules."""
     return all(step.rule in (*dict(REMEDIES).values(), *more) for step in plan.steps)
-
-
-def _below(gm: fx.GraphModule, scores: Mapping[str, Score], splits: Splits) -> list[Plan]:
-    """The rungs that are scored already, in the order in which they were climbed."""
-    known: list[Plan] = []
-    while isinstance(
-        following := rungs(gm, {str(p): scores[str(p)] for p in known}, splits), Plan
-    ):
-        if str(following) not in scores:
-            break
-        known.append(following)
-    return known
 
 
 def _without_harmful(

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from torch import Tensor, nn
@@ -81,15 +83,14 @@ def test_weight_influence_is_the_square_of_each_samples_gradient(layer: nn.Modul
     read = x.double()[(..., *steps)] if steps else x.double()
     centered = x.double() - read.mean([d for d in range(x.ndim) if d != 1], keepdim=True)
     for i in range(4):
+        without_bias: dict[str, Any] = {"weight": m.weight, "bias": None}
         out = m(x[i : i + 1].double())
         z = out.detach().requires_grad_(True)
         root = p[i].sqrt().diag() - torch.outer(p[i], p[i].sqrt())
         assert torch.allclose(root @ root.T, p[i].diag() - torch.outer(p[i], p[i]))
         g = torch.autograd.grad(torch.tanh(z.flatten(1))[0], z, root @ signs[i])[0]
         through = torch.autograd.grad(
-            torch.func.functional_call(
-                m, {"weight": m.weight, "bias": None}, (centered[i : i + 1],)
-            ),
+            torch.func.functional_call(m, without_bias, (centered[i : i + 1],)),
             m.weight,
             g,
         )[0]

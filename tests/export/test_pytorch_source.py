@@ -86,7 +86,7 @@ def test_a_rewritten_network_names_the_steps_in_its_source() -> None:
         nn.ConvTranspose2d(4, 6, 3, 2, 1, 1, 2),
         nn.Linear(4, 5, bias=False),
         nn.BatchNorm2d(5, eps=1e-3),
-        nn.LayerNorm((4, 5)),
+        nn.LayerNorm([4, 5]),
         nn.ReLU6(),
         nn.Hardtanh(-2.0, 3.0),
         nn.LeakyReLU(0.3),

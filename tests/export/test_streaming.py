@@ -67,6 +67,7 @@ def test_chunks_give_the_scores_of_the_whole(make: Any, chunk: int) -> None:
     assert (forgotten - expected).abs().max() > 1e-3  # the state matters
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("run", [by_reshape, by_loop, by_cell])
 @pytest.mark.parametrize(
     "text", ["", "merge_separable@trunk_dw equalize@model correct_bias@model"]

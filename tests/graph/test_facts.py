@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import ast
+import functools
 from collections import defaultdict
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 
@@ -23,6 +25,7 @@ def package(path: Path) -> str:
     return parts[1] if parts[0] == "rewriter" else parts[0]
 
 
+@functools.cache
 def used() -> dict[str, tuple[set[str], set[str]]]:
     """By the name of a fact, the packages that write and that read it."""
     found: dict[str, tuple[set[str], set[str]]] = defaultdict(lambda: (set(), set()))
@@ -61,13 +64,13 @@ def test_keys_are_unique_and_found() -> None:
 
 
 def test_what_is_put_is_known_until_it_is_dropped() -> None:
-    owner = SimpleNamespace(meta={})
+    owner: Any = SimpleNamespace(meta={})
     assert not facts.SHAPE.known(owner)
     assert facts.SHAPE.get(owner) is None
     assert facts.SHAPE.get(owner, ()) == ()
     facts.SHAPE.put(owner, (1, 3))
     assert facts.SHAPE.of(owner) == facts.SHAPE.get(owner) == (1, 3)
-    other = SimpleNamespace(meta={"dtype": 1})
+    other: Any = SimpleNamespace(meta={"dtype": 1})
     facts.keep(other, owner, facts.SHAPE, facts.LAYER)
     assert other.meta == {"dtype": 1, "shape": (1, 3)}
     facts.inherit(owner, other, facts.DTYPE)

@@ -19,6 +19,7 @@ from rewriter.int8.calibrate import (
     BINS,
     PERCENTILE,
     Histogram,
+    Method,
     ValueStats,
     calibrate,
     input_scale,
@@ -183,7 +184,7 @@ def test_ranges_and_channel_ranges_against_all_values_at_once() -> None:
 
 @pytest.mark.parametrize("method", ["minmax", "percentile", "mse"])
 @pytest.mark.parametrize("name", ["onnxruntime", "per_tensor", "tensorrt", "tflite"])
-def test_every_method_gives_every_range(method: str, name: str) -> None:
+def test_every_method_gives_every_range(method: Method, name: str) -> None:
     gm = trace(network(7), torch.randn(2, *SIZE))
     annotate(gm, target(name))
     found = calibrate(gm, [torch.randn(4, *SIZE)], method)
@@ -276,6 +277,7 @@ def test_weight_scales_by_layer_and_target() -> None:
                 found.weights[node.name].ndim, 1 if "Transpose" in str(layer) else 0
             )
             spec = annotation(node).weight
+            assert spec is not None
             expected = oracle.weight(layer.weight.numpy(), axis)
             got = dequantized_weight(layer.weight, found.weights[node.name], spec, axis)
             np.testing.assert_allclose(got.numpy(), expected, rtol=1e-5, atol=1e-7)

@@ -89,7 +89,7 @@ def by_hand(q: Quantized, x: Tensor, levels: Any = uint16) -> np.ndarray:
     def array(t: Tensor) -> np.ndarray:
         return t.detach().double().numpy()
 
-    def layer(name: str, value: np.ndarray, step: float, *rest: int) -> np.ndarray:
+    def layer(name: str, value: np.ndarray, step: np.float32, *rest: int) -> np.ndarray:
         m: Any = q.gm.get_submodule(name)
         w = array(m.weight)
         scales = np.float32(np.abs(w).max((1, 2, 3)) / 127).astype(float) * step
@@ -107,7 +107,7 @@ def by_hand(q: Quantized, x: Tensor, levels: Any = uint16) -> np.ndarray:
 def simulated(q: Quantized, x: Tensor, kernels: bool) -> np.ndarray:
     """The depthwise layer's value in the simulation; its own rounding is switched off to 16 bits."""
     sim = simulate(q, kernels=False) if not kernels else simulate(q, kernels=True)
-    found: list[Tensor] = []
+    found: list[Any] = []
     node = next(n for n in sim.graph.nodes if n.name == "dw")
     sim.get_submodule(str(node.target)).register_forward_hook(
         lambda module, args, output: found.append(output)
@@ -299,7 +299,7 @@ def test_conversions_are_exact() -> None:
         once = oracle.quantized(x, scale, zero, 0, 255)
         wide = oracle.rounded(x, np.float32(scale / 257), zero * 257, 0, 65535)
         assert (oracle.quantized(wide, scale, zero, 0, 255) == once).all()
-        back = np.float32((once - zero) * np.float32(scale))
+        back = ((once - zero) * np.float32(scale)).astype(np.float32)
         up = oracle.quantized(back, np.float32(scale / 257), zero * 257, 0, 65535)
         assert (up == once * 257).all()
 

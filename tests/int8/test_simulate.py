@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import pytest
 import torch
@@ -7,6 +9,7 @@ from torch import Tensor, fx, nn
 
 from rewriter.graph.lookup import find, layers, module_of, outputs, unflatten
 from rewriter.int8.annotate import annotation
+from rewriter.int8.calibrate import Method
 from rewriter.int8.scheme import QuantSpec, target
 from rewriter.int8.simulate import FakeQuantize, QuantizedLayer, quantize, simulate, switches
 from rewriter.tracing.trace import trace
@@ -32,7 +35,7 @@ class Small(nn.Module):
         return x, self.fc(x.mean((2, 3)))
 
 
-def spread_out(model: nn.Module) -> nn.Module:
+def spread_out(model: Small) -> Small:
     """Weights of very different size in each channel, so that the axis of a scale matters."""
     randomise(model)
     with torch.no_grad():
@@ -40,6 +43,7 @@ def spread_out(model: nn.Module) -> nn.Module:
             weight = getattr(model, name).weight
             weight.mul_(torch.tensor([1.0, 0.05, 0.4, 2.0]).view(-1, 1, 1, 1))
         model.stem.weight.mul_(4.0)
+        assert model.stem.bias is not None
         model.stem.bias.add_(2.0)
     return model
 
@@ -84,7 +88,7 @@ def reference(gm: fx.GraphModule, q, x: np.ndarray) -> tuple[np.ndarray, np.ndar
     return total, value(y, "fc")
 
 
-def case(name: str, method: str = "minmax"):
+def case(name: str, method: Method = "minmax"):
     torch.manual_seed(5)
     gm = trace(spread_out(Small()), torch.randn(2, 3, 9, 8))
     q = quantize(gm, target(name), [torch.randn(8, 3, 9, 8), torch.randn(3, 3, 9, 8) * 2], method)
@@ -103,7 +107,7 @@ def worst(gm: fx.GraphModule, q, sim: fx.GraphModule, x: Tensor) -> float:
 
 @pytest.mark.parametrize("method", ["minmax", "mse"])
 @pytest.mark.parametrize("name", TARGETS)
-def test_small_network_against_numpy(name: str, method: str) -> None:
+def test_small_network_against_numpy(name: str, method: Method) -> None:
     gm, q, x = case(name, method)
     with torch.no_grad():
         assert simulate(q)(x)[0].unique().numel() > 30
@@ -135,7 +139,8 @@ def test_planted_faults_are_seen(fault: str, monkeypatch: pytest.MonkeyPatch) ->
             if fault == "add in float" and name in ("int8_act", "int8_pw"):
                 part.enabled = False
             if fault == "no bias" and name == "dw":
-                part.layer.bias.zero_()
+                layer: Any = part.layer
+                layer.bias.zero_()
     assert worst(gm, q, sim, x) > 1.5
 
 

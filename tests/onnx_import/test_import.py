@@ -18,7 +18,7 @@ from rewriter import quantize, target, trace
 from rewriter.errors import TraceError
 from rewriter.graph.lookup import is_call
 from rewriter.int8.onnx import Session, to_onnx
-from rewriter.onnx_import import import_onnx, importer
+from rewriter.onnx_import import OnnxNetwork, import_onnx, importer
 
 RANDOM = np.random.default_rng(0)
 
@@ -48,7 +48,7 @@ def file(
     return path
 
 
-def same_as_the_runtime(path: Path, sizes: list[int] | None = None, batch: int = 1) -> nn.Module:
+def same_as_the_runtime(path: Path, sizes: list[int] | None = None, batch: int = 1) -> OnnxNetwork:
     net = import_onnx(path, sizes)
     x = torch.randn(batch, *net.input_sizes[0])
     session = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
@@ -64,7 +64,7 @@ N = helper.make_node
 IMAGE = ["n", 4, 9, 11]
 TWICE = {"s": np.array([1, 1, 2, 2], np.float32)}
 FLOOR = {"coordinate_transformation_mode": "asymmetric", "nearest_mode": "floor"}
-UPWARDS = {"strides": [2, 2], "pads": [1, 1, 1, 1], "output_padding": [1, 1]}
+UPWARDS: dict[str, Any] = {"strides": [2, 2], "pads": [1, 1, 1, 1], "output_padding": [1, 1]}
 STATISTICS = {"s": array(4), "b": array(4), "m": array(4), "v": np.abs(array(4)) + 0.5}
 ints = lambda *v: np.array(v, np.int64)  # noqa: E731
 CASES: list[tuple[str, list[onnx.NodeProto], dict[str, Any], int]] = [
@@ -238,7 +238,7 @@ def test_refusals_name_the_subject_and_the_value(tmp_path: Path) -> None:
         )
     quantized = [N("QuantizeLinear", ["x", "s"], ["q"]), N("DequantizeLinear", ["q", "s"], ["y"])]
     with pytest.raises(TraceError, match="is quantized already"):
-        import_onnx(file(tmp_path, quantized, {"s": np.float32(1)}, ["n", 3]))
+        import_onnx(file(tmp_path, quantized, {"s": np.array(1, np.float32)}, ["n", 3]))
 
 
 def test_a_wrong_operator_does_not_pass(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -34,6 +34,9 @@ def collate(rows: list[Any]) -> tuple[Tensor, list[int]]:
     return torch.stack([torch.as_tensor(x) for x, _ in rows]), [int(y) for _, y in rows]
 
 
+# no Dataset by its class, but torch takes what has a length and items
+PAIRS: Any = Pairs()
+
 FORMS: dict[str, Any] = {
     "a tuple": (X, Y),
     "arrays": (X.numpy(), Y.numpy()),
@@ -43,7 +46,7 @@ FORMS: dict[str, Any] = {
     "a data set of arrays": Pairs(),
     "a loader": DataLoader(TensorDataset(X, Y), 4),
     "a loader that shuffles": DataLoader(TensorDataset(X, Y), 4, shuffle=True),
-    "a loader that collates": DataLoader(Pairs(), 4, shuffle=True, collate_fn=collate),
+    "a loader that collates": DataLoader(PAIRS, 4, shuffle=True, collate_fn=collate),
     "a loader of a stream": DataLoader(Stream(), 4),
     "samples": list(zip(X, Y, strict=True)),
     "batches": [(X[:6], Y[:6]), (X[6:], Y[6:])],

@@ -231,10 +231,9 @@ def test_arguments_that_cannot_be_used_are_named(
     change: dict[str, Any], message: str, tmp_path: Path
 ) -> None:
     splits = data()
+    options: dict[str, Any] = OPTIONS | {"out": tmp_path} | change
     with pytest.raises(quantfix.ConfigError, match=message):
-        quantfix.optimize(
-            small(), splits.calibration, splits.evaluation, **OPTIONS | {"out": tmp_path} | change
-        )
+        quantfix.optimize(small(), splits.calibration, splits.evaluation, **options)
     with pytest.raises(quantfix.ConfigError, match="model: must be an nn"):
         quantfix.optimize("resnet", splits.calibration)  # type: ignore[arg-type]
     with pytest.raises(quantfix.ConfigError, match="how much may be lost"):

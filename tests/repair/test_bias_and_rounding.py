@@ -32,7 +32,7 @@ class Net(nn.Module):
         return self.head(x.mean((2, 3)))
 
 
-def uneven() -> nn.Module:
+def uneven() -> Net:
     model = check.randomise(Net())
     with torch.no_grad():
         for layer in (model.dw, model.dw2):
@@ -191,6 +191,7 @@ def test_rounded_weights_leave_room_for_the_int32_bias(name: str) -> None:
     model = uneven()
     with torch.no_grad():
         model.pw.weight *= 1e-8
+        assert model.pw.bias is not None
         model.pw.bias.copy_(torch.linspace(3.0, 9.0, 8))
     x = check.inputs(SHAPE, 24).float()
     gm = trace(model, x[:2])

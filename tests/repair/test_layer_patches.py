@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+from typing import Any, Literal
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -19,7 +21,7 @@ from rewriter.repair.layer_patches import patches
         nn.Linear(7, 3),
     ],
 )
-def test_patches_times_weights_are_the_layers_outputs(layer: nn.Module) -> None:
+def test_patches_times_weights_are_the_layers_outputs(layer: Any) -> None:
     shapes = {
         nn.Conv2d: (3, layer.weight.shape[1] * getattr(layer, "groups", 1), 9, 11),
         nn.Conv1d: (3, 4, 13),
@@ -60,7 +62,7 @@ def test_unfold_agrees_with_torch() -> None:
 
 @pytest.mark.parametrize("mode", ["zeros", "reflect"])
 def test_a_sample_of_a_depthwise_layer_is_the_same_by_channel_and_by_pixel(
-    mode: str, monkeypatch: pytest.MonkeyPatch
+    mode: Literal["zeros", "reflect"], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Small images are read channel by channel, large ones pixel by pixel; here both ways give outputs of the layer."""
     layer = nn.Conv2d(6, 6, 5, padding=2, stride=2, groups=6, bias=False, padding_mode=mode)

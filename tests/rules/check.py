@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from typing import TypeVar
 
 import torch
 from torch import Tensor, fx, nn
@@ -14,9 +15,10 @@ from rewriter.graph.lookup import layers
 from rewriter.rules import RewriteRule, Site
 
 SEED = 20
+M = TypeVar("M", bound=nn.Module)
 
 
-def randomise(model: nn.Module, seed: int = SEED) -> nn.Module:
+def randomise(model: M, seed: int = SEED) -> M:
     """Random, non-symmetric weights and batch norm statistics, in eval mode."""
     generator = torch.Generator().manual_seed(seed)
 

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any, Literal
 
 import pytest
 import torch
@@ -13,14 +14,15 @@ from tests.rules import check
 
 RULE = DropDeadChannels()
 SHAPE = (3, 12, 9)
+Mode = Literal["zeros", "reflect"]
 
 
-def kill(layer: nn.Module, *channels: int, bias: float | None = None) -> None:
+def kill(layer: Any, *channels: int, bias: float | None = None) -> None:
     """Take the weights of some filters away; edits the layer."""
     with torch.no_grad():
-        layer.weight[list(channels)] = 0  # type: ignore[index]
+        layer.weight[list(channels)] = 0
         if bias is not None:
-            layer.bias[list(channels)] = bias  # type: ignore[index]
+            layer.bias[list(channels)] = bias
 
 
 def graph(model: nn.Module, change: Callable[[nn.Module], None]):
@@ -88,7 +90,7 @@ def test_all_dead_but_one_that_stays() -> None:
 
 class Separable(nn.Module):
     def __init__(
-        self, padding: int = 1, mode: str = "zeros", pool: nn.Module | None = None
+        self, padding: int = 1, mode: Mode = "zeros", pool: nn.Module | None = None
     ) -> None:
         super().__init__()
         self.expand, self.first = nn.Conv2d(3, 8, 1), nn.ReLU6()
@@ -107,7 +109,7 @@ def test_a_dead_filter_in_between() -> None:
 
 
 @pytest.mark.parametrize(("padding", "mode"), [(0, "zeros"), (1, "reflect")])
-def test_a_constant_goes_through_a_depthwise_layer(padding: int, mode: str) -> None:
+def test_a_constant_goes_through_a_depthwise_layer(padding: int, mode: Mode) -> None:
     drops(Separable(padding, mode), lambda m: kill(m.expand, 5, bias=0.7), "expand", 7)
 
 

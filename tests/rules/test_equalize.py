@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import operator
+from typing import Any
 
 import numpy as np
 import pytest
@@ -23,8 +24,8 @@ RULE = Equalize()
 SHAPE = (3, 13, 11)
 
 
-def conv(i: int, o: int, k: int = 1, **kw: object) -> nn.Conv2d:
-    return nn.Conv2d(i, o, k, **kw)  # type: ignore[arg-type]
+def conv(i: int, o: int, k: int | tuple[int, int] = 1, **kw: Any) -> nn.Conv2d:
+    return nn.Conv2d(i, o, k, **kw)
 
 
 class Residual(nn.Module):
@@ -267,6 +268,7 @@ def test_a_wrong_scale_would_be_seen() -> None:
     assert not torch.allclose(gm(x), expected, rtol=1e-4)
 
 
+@pytest.mark.slow
 @settings(deadline=None, max_examples=15, derandomize=True)
 @given(networks.seeds)
 def test_random_networks_keep_their_function(seed: int) -> None:

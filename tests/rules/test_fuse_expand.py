@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from torch import nn
@@ -16,20 +18,20 @@ SETTINGS = [
 ]
 
 
-def block(act: nn.Module, first: nn.Module | None = None, **kw: object) -> nn.Module:
-    depthwise = nn.Conv2d(6, 6, groups=6, **kw)  # type: ignore[arg-type]
+def block(act: nn.Module, first: nn.Module | None = None, **kw: Any) -> nn.Module:
+    depthwise = nn.Conv2d(6, 6, groups=6, **kw)
     return nn.Sequential(first or nn.Conv2d(4, 6, 1), act, depthwise, nn.ReLU())
 
 
 @pytest.mark.parametrize("setting", SETTINGS)
 @pytest.mark.parametrize("act", [nn.ReLU6(), nn.SiLU(), nn.Identity()])
-def test_shapes_are_kept(setting: dict[str, object], act: nn.Module) -> None:
+def test_shapes_are_kept(setting: dict[str, Any], act: nn.Module) -> None:
     new = check.rewrites(RULE, block(act, **setting), SHAPE)
     assert check.layer_count(new) == 1
 
 
 @pytest.mark.parametrize("setting", SETTINGS[1:])
-def test_where_all_is_linear_the_start_is_exact(setting: dict[str, object]) -> None:
+def test_where_all_is_linear_the_start_is_exact(setting: dict[str, Any]) -> None:
     setting = {**setting, "padding": 0}  # a bias before a padded convolution is no bias behind it
     gm = check.graph_of(check.randomise(block(nn.Identity(), **setting)), SHAPE)
     new = check.rewritten_by_plan(gm, "fuse_expand@_0")

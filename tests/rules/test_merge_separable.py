@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from torch import fx, nn
@@ -23,23 +25,21 @@ SETTINGS = [
 
 
 def separable(
-    channels: int = 4, out: int = 6, act: nn.Module | None = None, **kw: object
+    channels: int = 4, out: int = 6, act: nn.Module | None = None, **kw: Any
 ) -> nn.Module:
-    depthwise = nn.Conv2d(channels, channels, groups=channels, **kw)  # type: ignore[arg-type]
+    depthwise = nn.Conv2d(channels, channels, groups=channels, **kw)
     between = [] if act is None else [act]
     return nn.Sequential(depthwise, *between, nn.Conv2d(channels, out, 1))
 
 
 @pytest.mark.parametrize("setting", SETTINGS)
-def test_without_an_activation_the_product_is_exact(setting: dict[str, object]) -> None:
+def test_without_an_activation_the_product_is_exact(setting: dict[str, Any]) -> None:
     check.rewrites(MergeLinearSeparable(), separable(**setting), SHAPE)
 
 
 @pytest.mark.parametrize("setting", SETTINGS)
 @pytest.mark.parametrize("act", [nn.ReLU6(), nn.SiLU(), nn.PReLU(4)])
-def test_with_an_activation_the_shapes_are_kept(
-    setting: dict[str, object], act: nn.Module
-) -> None:
+def test_with_an_activation_the_shapes_are_kept(setting: dict[str, Any], act: nn.Module) -> None:
     new = check.rewrites(MergeSeparable(), separable(act=act, **setting), SHAPE)
     assert check.layer_count(new) == 1
 
@@ -102,7 +102,7 @@ class Faulty(MergeLinearSeparable):
 
     def apply(self, gm: fx.GraphModule, site: Site) -> None:
         if self.fault == "edits its argument":
-            gm.get_submodule("0").weight.data.mul_(1.5)
+            gm.get_parameter("0.weight").data.mul_(1.5)
         before = {n.name: n for n in gm.graph.nodes}
         depthwise, pointwise = before[site.nodes[0]], before[site.nodes[-1]]
         shared = gm.get_submodule(str(depthwise.target))
@@ -136,6 +136,8 @@ def _spoil(m: nn.Conv2d, fault: str) -> None:
             m.stride = (1, 1)
         case "nan":
             m.weight[0, 0, 0, 0] = float("nan")
+        case _:
+            assert fault == "none"
 
 
 @pytest.mark.parametrize(
@@ -170,7 +172,7 @@ class EditsTheSource(MergeLinearSeparable):
 
     def apply(self, gm: fx.GraphModule, site: Site) -> None:
         super().apply(gm, site)
-        self.source[0].get_submodule("1").weight.data.mul_(1.01)
+        self.source[0].get_parameter("1.weight").data.mul_(1.01)
 
 
 def test_an_edit_of_the_source_is_found() -> None:

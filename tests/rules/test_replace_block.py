@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from torch import nn
@@ -12,16 +14,16 @@ SHAPE = (4, 13, 10)
 
 
 def block(
-    act: type[nn.Module] = nn.LeakyReLU, last: nn.Module | None = None, **kw: object
+    act: type[nn.Module] = nn.LeakyReLU, last: nn.Module | None = None, **kw: Any
 ) -> nn.Module:
-    settings: dict[str, object] = {"kernel_size": 3, **kw}
-    depthwise = nn.Conv2d(6, 6, groups=6, **settings)  # type: ignore[arg-type]
+    settings: dict[str, Any] = {"kernel_size": 3, **kw}
+    depthwise = nn.Conv2d(6, 6, groups=6, **settings)
     return nn.Sequential(nn.Conv2d(4, 6, 1), act(), depthwise, act(), last or nn.Conv2d(6, 5, 1))
 
 
 @pytest.mark.parametrize("act", [nn.LeakyReLU, nn.ReLU6, nn.SiLU, nn.Identity])
 @pytest.mark.parametrize("setting", [{"padding": 1}, {"kernel_size": (1, 5), "stride": 2}])
-def test_shapes_are_kept(act: type[nn.Module], setting: dict[str, object]) -> None:
+def test_shapes_are_kept(act: type[nn.Module], setting: dict[str, Any]) -> None:
     new = check.rewrites(RULE, block(act, **setting), SHAPE)
     assert check.layer_count(new) == 1
 

@@ -67,12 +67,13 @@ def test_refuses(model: nn.Module, reason: str) -> None:
 def test_refuses_inputs_of_like_ranges() -> None:
     gm = check.graph_of(check.randomise(Joined(nn.Conv2d(7, 4, 1))), SHAPE)
     node = next(n for n in gm.graph.nodes if n.target is torch.cat)
-    for source in node.args[0]:
+    sources = node.args[0]
+    for source in sources:
         count = source.meta["shape"][1]
         source.meta["channel_range"] = (torch.zeros(count), torch.ones(count))
     (site,) = RULE.match(gm)
     assert "alike" in site.blocked
-    del source.meta["channel_range"]
+    del sources[-1].meta["channel_range"]
     (site,) = RULE.match(gm)
     assert site.blocked == "no calibrated channel ranges"
 

@@ -9,7 +9,7 @@ from torch import Tensor, fx, nn
 from rewriter import quantize, rewrite, simulate, target, trace
 from rewriter.graph.channel_ranges import profile
 from rewriter.plan import Plan
-from rewriter.rules.split_range import SplitRange, SplitWeights
+from rewriter.rules.split_range import SplitRange, SplitWeights, multiple_of
 from rewriter.surgery.group_channels import group_by_range, rounding_error
 from tests.rules import check
 
@@ -232,3 +232,27 @@ def test_groups_are_the_best_contiguous_cut() -> None:
     cuts = [(0, i, j, 7) for i in range(1, 6) for j in range(i + 1, 7)]
     groups = [[order[a:b] for a, b in pairwise(cut)] for cut in cuts]
     assert found == pytest.approx(min(rounding_error(low, high, g) for g in groups))
+
+
+def test_groups_have_as_many_channels_as_kernels_compute_at_once() -> None:
+    """A depthwise layer of 16 channels is cut into 8 and 8, and never into three."""
+    model = nn.Sequential(
+        stem(16, padding=1), nn.SiLU(), nn.Conv2d(16, 16, 3, groups=16, padding=1), nn.SiLU(),
+        nn.Conv2d(16, 4, 1),
+    )  # fmt: skip
+    gm = check.graph_of(check.spread(check.randomise(model)), SHAPE)
+    reason = "16 channels make at most 2 groups of multiples of 8"
+    assert all(s.blocked == reason for s in SplitRange(3).match(gm) if "4 ch" not in s.blocked)
+    two = [s for s in SplitRange(2).match(gm) if not s.blocked or "rounding" in s.blocked]
+    made = check.check_site(SplitRange(2), gm, two[0], SHAPE)
+    depthwise = [
+        m.out_channels for m in made.modules() if isinstance(m, nn.Conv2d) and m.groups > 1
+    ]
+    assert depthwise == [8, 8]
+
+
+@pytest.mark.parametrize(
+    ("channels", "unit"), [(15, 1), (16, 8), (127, 8), (128, 16), (511, 16), (512, 32)]
+)
+def test_multiples_by_the_number_of_channels(channels: int, unit: int) -> None:
+    assert multiple_of(channels) == unit

@@ -11,7 +11,9 @@ from search.strategy.space import Budget, Space, make_space
 
 MACS = 1_000_000
 LAYERS = ("stem", "dw0", "pw0", "dw1", "pw1", "dw2", "head")
-DAMAGE = dict(zip(LAYERS, (0.05, 0.2, 0.01, 0.08, 0.005, 0.03, 0.002), strict=True))
+DAMAGE: dict[str, float] = dict(
+    zip(LAYERS, (0.05, 0.2, 0.01, 0.08, 0.005, 0.03, 0.002), strict=True)
+)
 TOTAL = 0.4
 GAIN = {
     **{Step("keep_float", name): damage for name, damage in DAMAGE.items()},

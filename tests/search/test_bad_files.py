@@ -60,7 +60,7 @@ def flipped(folder: Path) -> None:
     (folder / "d.npz").write_bytes(bytes(content))
 
 
-def annotations(**changes: Any) -> Callable[[Path], None]:
+def annotated(**changes: Any) -> Callable[[Path], None]:
     def write(folder: Path) -> None:
         images(folder)
         entry = {"image_id": 0, "category_id": 1, "bbox": [1, 2, 3, 4]}
@@ -249,19 +249,19 @@ FILES = [
         "box of two numbers",
         ("a/0.png: bbox is not x, y, w, h: [1, 2]",),
         COCO,
-        annotations(bbox=[1, 2]),
+        annotated(bbox=[1, 2]),
     ),
     Bad(
         "unknown category",
         ("a/0.png: category_id not among the categories: 9",),
         COCO,
-        annotations(category_id=9),
+        annotated(category_id=9),
     ),
     Bad(
         "image without height",
         ("width and height must be above 0: 20 x 0",),
         COCO,
-        annotations(height=0),
+        annotated(height=0),
     ),
     Bad("no labels", ("data.yolo: no such folder:",), YOLO, images),
     Bad(

@@ -74,7 +74,7 @@ def test_the_search_goes_on_past_plans_that_fail_in_every_way(
         "keep_float@stem_0": lambda: os.kill(os.getpid(), signal.SIGKILL),
         "keep_float@fc": too_much,
     }
-    whole, opened = bench.assemble, bench.Bench.opened
+    whole, opened = bench.assemble, bench.Bench.opened_and_read
     spoilt = "merge_separable@dw_0"
     running: list[str] = []
 
@@ -84,13 +84,13 @@ def test_the_search_goes_on_past_plans_that_fail_in_every_way(
             faults[str(plan)]()
         return whole(gm, plan, *rest)
 
-    def spoiling(self: Any, model: Any) -> Any:
-        run = opened(self, model)
+    def spoiling(self: Any, quantized: Any, model: Any) -> Any:
+        run, found = opened(self, quantized, model)
         factor = math.nan if spoilt in running[0].split() else 1.0
-        return lambda x: [o * factor for o in run(x)]
+        return lambda x: [o * factor for o in run(x)], found
 
     monkeypatch.setattr(bench, "assemble", assemble)
-    monkeypatch.setattr(bench.Bench, "opened", spoiling)
+    monkeypatch.setattr(bench.Bench, "opened_and_read", spoiling)
     search = {"trials": 24, "max_macs": 3.0, "candidate_timeout": 5.0, "max_float_layers": 2}
     config, out = write_config(tmp_path, search=search), tmp_path / "out"
     assert quantfix(monkeypatch, "run", config, "--out", out, "-q") == 0

@@ -44,7 +44,7 @@ def network(kind: str) -> Any:
     made = {"none": None, "class": Small, "state": small().state_dict()}
     if kind in made:
         return made[kind]
-    model = small()
+    model: Any = small()
     if kind == "half":
         return model.half()
     if kind == "nan":

@@ -44,6 +44,7 @@ def healthy(seed: int = 0, activation: type[nn.Module] = nn.ReLU) -> Healthy:
             fan = m.weight[0].numel()
             signs = torch.randint(0, 2, m.weight.shape) * 2.0 - 1
             m.weight.data = signs * (0.5 + torch.rand_like(m.weight)) * (2 / fan) ** 0.5
+            assert m.bias is not None
             m.bias.data = 0.2 * torch.rand_like(m.bias)
     # the mean over places would leave little but noise, of a different size in each channel
     model.join.bias.data = torch.randint(0, 2, (20,)) * 2.0 - 1

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -12,9 +13,7 @@ from rewriter.sensitivity import THRESHOLDS, LayerDamage
 from tests.sensitivity.planted import Healthy, analyzed, healthy, inputs
 
 
-def entry(
-    model: nn.Module, layer: str, name: str = "per_tensor", **options: object
-) -> LayerDamage:
+def entry(model: nn.Module, layer: str, name: str = "per_tensor", **options: Any) -> LayerDamage:
     found = analyzed(model, name, **options)
     return next(x for x in found.layers if x.layer == layer)
 

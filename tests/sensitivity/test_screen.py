@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from typing import Any
 
 import pytest
 import torch
@@ -118,6 +119,7 @@ def test_screened_damage_comes_near_the_measured(kind: str, name: str) -> None:
     assert screening.predict([n.name for n in layers(q.gm)]) < 0.5 * screening.predict()
 
 
+@pytest.mark.slow
 def test_value_damage_is_that_of_rounding_one_value_for_all_its_readers() -> None:
     q, fidelity, x = setup(Small, "values")
     screening = screened(q, fidelity, x)
@@ -136,7 +138,7 @@ def test_a_candidate_is_priced_by_its_own_local_error() -> None:
     q, fidelity, x = setup(Small, "values")
     node = next(n for n in layers(q.gm) if n.name == "dw")
     layer = module_of(q.gm, node)
-    source = node.args[0]
+    source: Any = node.args[0]
     same = copy.deepcopy(layer)
     same.weight = nn.Parameter(rounded_weight(q, node), requires_grad=False)
     spec = q.value_params(source), source.meta["int8"].output

@@ -80,7 +80,7 @@ def switched(q: Quantized, layer: fx.Node) -> fx.GraphModule:
             while not hasattr(sim, fake):  # a moved value is rounded before it is moved
                 value = find(q.gm, value).all_input_nodes[0].name
                 fake = f"int8_{value}"
-            sim.get_submodule(fake).enabled = True
+            switches(sim)[fake].enabled = True
     return sim
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -73,7 +74,7 @@ def test_the_importance_of_a_channel_is_the_noise_that_arrives(between: nn.Modul
 def uneven_then(gains: Callable[[Tensor], Tensor], outputs: int) -> tuple[fx.GraphModule, Tensor]:
     """Uneven channels, a depthwise layer that multiplies each by ``gains`` of it, a pointwise one."""
     torch.manual_seed(0)
-    net = nn.Sequential(
+    net: Any = nn.Sequential(
         nn.Conv2d(3, 8, 1), nn.ReLU(), nn.Conv2d(8, 8, 3, groups=8), nn.Conv2d(8, outputs, 1)
     )
     size = torch.tensor([1.0, 1, 1, 1, 60, 60, 60, 60])

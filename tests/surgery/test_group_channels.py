@@ -131,3 +131,20 @@ def test_each_of_several_values_counts_relative_to_its_own_mean_square() -> None
     """(2 * 9 / 5 + 2 * 4 / 4) over (2 + 2): worked out by hand."""
     high = torch.tensor([[1.0, 3.0], [2.0, 2.0]])
     assert rounding_error(torch.zeros(2, 2), high, [[0, 1]]) == pytest.approx(5.6 / 4)
+
+
+@pytest.mark.parametrize(("channels", "groups"), [(16, 2), (24, 2), (40, 3), (44, 3), (21, 2)])
+def test_groups_of_multiples(channels: int, groups: int) -> None:
+    """The best cut among those that are allowed, by trying all of them."""
+    torch.manual_seed(channels)
+    widths = torch.rand(channels).pow(4) + 0.01
+    found = group_by_range(-widths, widths, groups, multiple=8)
+    sizes = [len(g) for g in found]
+    assert len(sizes) == groups
+    assert all(s % 8 == 0 for s in sizes[:-1])
+    assert sizes[-1] >= 8
+    order = widths.argsort().tolist()
+    cuts = itertools.combinations(range(8, channels - 7, 8), groups - 1)
+    allowed = [[order[a:b] for a, b in itertools.pairwise((0, *cut, channels))] for cut in cuts]
+    least = min(rounding_error(-widths, widths, g) for g in allowed)
+    assert rounding_error(-widths, widths, found) == pytest.approx(least)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import operator
+from typing import Any
 
 import pytest
 import torch
@@ -16,7 +17,7 @@ IMAGE = (3, 11, 9)
 
 
 class FunctionalConv(nn.Module):
-    def __init__(self, i: int, o: int, k: int, groups: int = 1, **more: object) -> None:
+    def __init__(self, i: int, o: int, k: int, groups: int = 1, **more: Any) -> None:
         super().__init__()
         self.weight = nn.Parameter(torch.randn(o, i // groups, k, k))
         self.bias = nn.Parameter(torch.randn(o))
@@ -184,7 +185,7 @@ def test_function_becomes_module(function, name: str) -> None:
         lambda s, x: s.conv(x) ** 2 + (-s.conv2(x)).abs(),
         lambda s, x: torch.mul(input=s.conv(x), other=s.conv2(x)),
         lambda s, x: torch.cat(tensors=[s.conv(x), s.conv2(x)], dim=-3),
-        lambda s, x: torch.concat((s.conv(x), s.conv2(x)), axis=1),
+        lambda s, x: torch.concat((s.conv(x), s.conv2(x)), axis=1),  # pyright: ignore[reportCallIssue]
         lambda s, x: s.conv(x).mean([-1, -2]),
         lambda s, x: s.conv(x).mean(dim=1, keepdim=True),
         lambda s, x: torch.mean(s.conv(x), (2, 3), True),

@@ -117,7 +117,7 @@ def test_trained_networks(
 ) -> None:
     monkeypatch.syspath_prepend(str(assets))
     sys.modules.pop("zoo", None)
-    import zoo
+    import zoo  # pyright: ignore[reportMissingImports]
 
     gm = traced(getattr(zoo, name)(), 3, size, size, sizes=(2,))
     assert not gm.meta["opaque"]

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 from collections import namedtuple
+from typing import Any
 
 import pytest
 import torch
@@ -83,10 +84,13 @@ def test_no_state_of_torch_is_left_patched() -> None:
 
 
 class Defaults(Plain):
-    def forward(self, x, targets=None, *, scale: float = 2.0, flags: tuple = (True, "a"), **rest):
+    def forward(
+        self, x, targets: Any = None, *, scale: float = 2.0, flags: tuple = (True, "a"), **rest
+    ):
         y = super().forward(x)
         if targets is not None or not flags[0] or rest:
-            return F.cross_entropy(y, targets)
+            wanted: Any = targets
+            return F.cross_entropy(y, wanted)
         return y * scale
 
 
@@ -259,6 +263,8 @@ def test_a_model_that_remembers() -> None:
     traced(model, IMAGE)
 
     class Counts(Plain):
+        mean: Tensor
+
         def __init__(self) -> None:
             super().__init__()
             self.register_buffer("mean", torch.zeros(1))
@@ -325,8 +331,9 @@ def test_broken_model_and_wrong_input_are_told_apart_from_tracing() -> None:
 
 @pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::DeprecationWarning")
 def test_script_module_and_odd_outputs_are_refused() -> None:
+    scripted: Any = torch.jit.trace(randomise(Plain()), torch.randn(1, *IMAGE))
     with pytest.raises(TraceError, match="TorchScript"):
-        trace(torch.jit.trace(randomise(Plain()), torch.randn(1, *IMAGE)), torch.randn(1, *IMAGE))
+        trace(scripted, torch.randn(1, *IMAGE))
 
     class Odd(Plain):
         def forward(self, x):

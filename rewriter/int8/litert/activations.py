@@ -122,9 +122,11 @@ def _prelu(e: Emission, node: fx.Node, m: nn.PReLU) -> None:
 def _silu(e: Emission, node: fx.Node, m: nn.SiLU) -> None:
     del m
     x = e.read(source_of(node), node)
-    params, inner = written(e, node, x), annotation(node).inner
-    if params is None or inner is None:
-        params = inner = None
+    params, inner = written(e, node, x), None
+    if params is not None and annotation(node).inner:
+        inner = e.quantized.gate_params(node)
+    else:
+        params = None
         x = x if x.params is None else e.dequantize(x)
     gate = e.op("LOGISTIC", [x], x.shape, inner)
     e.set(node, e.op("MUL", [x, gate], x.shape, params, options("Mul")))

@@ -11,6 +11,7 @@ from torch import fx
 
 from rewriter.graph import facts
 from rewriter.int8.annotate import with_number
+from rewriter.int8.onnx.activations import spread_gate
 from rewriter.int8.onnx.arguments import argument, axes, first, rank
 from rewriter.int8.onnx.builder import Emission, UnsupportedError, Value
 
@@ -62,6 +63,9 @@ def _binary(kind: str) -> Emitter:
         number = _by_number(e, node)
         if number is not None:
             return e.op(kind, *number)
+        gated = _gated(e, node) if kind == "Mul" else None
+        if gated is not None:
+            return e.op(kind, *gated)
         real = kind == "Div"
         a, b = _operands(e, node, node.args[0], argument(node, 1, "other"), real=real)
         factor: Any = node.kwargs.get("alpha", 1)
@@ -82,6 +86,17 @@ def _by_number(e: Emission, node: fx.Node) -> tuple[str, str] | None:
     source, number = found
     x = e.read(source, node)
     return x, e.number_in_int8(number, e.integer_kind(x))
+
+
+def _gated(e: Emission, node: fx.Node) -> tuple[str, str] | None:
+    """A value (N, C, H, W) and its gate (N, C, 1, 1), both in int8."""
+    values = [v for v in node.args if isinstance(v, fx.Node) and v.name in e.note(node).reads]
+    if len(values) != 2 or node.kwargs:
+        return None
+    x, gate = sorted(values, key=lambda v: -math.prod(facts.SHAPE.of(v)))
+    if facts.SHAPE.of(x)[:2] != facts.SHAPE.of(gate)[:2] or len(facts.SHAPE.of(x)) != 4:
+        return None
+    return e.read(x, node), spread_gate(e, gate, node, x)
 
 
 def _logical(kind: str) -> Emitter:

@@ -114,6 +114,16 @@ class Emission:
             del self.constants[name]
         self._dequantized, self._widened, self._shared = caches
 
+    def drop_unread(self, returned: Sequence[str]) -> None:
+        """Take back what nobody reads: a runtime would compute it all the same, in floats and another layout."""
+        read = set(returned)
+        kept: list[onnx.NodeProto] = []
+        for made in reversed(self.nodes):
+            if read.intersection(made.output):
+                kept.append(made)
+                read.update(made.input)
+        self.nodes = kept[::-1]
+
     # ------------------------------------------------------------------------------ building
 
     def name(self, wanted: str) -> str:
@@ -177,6 +187,21 @@ class Emission:
         """The ONNX type of the integers behind a tensor that DequantizeLinear made."""
         made = next(n for n in reversed(self.nodes) if dequantized in n.output)
         return self.constants[made.input[2]].data_type
+
+    def is_dequantized(self, value: str) -> bool:
+        """Whether a tensor is one that DequantizeLinear made."""
+        made = next((n for n in reversed(self.nodes) if value in n.output), None)
+        return made is not None and made.op_type == "DequantizeLinear"
+
+    def integers_behind(self, dequantized: str) -> tuple[str, tuple[str, str]]:
+        """The integers behind a tensor that DequantizeLinear made, and the names of their scale and zero point."""
+        made = next(n for n in reversed(self.nodes) if dequantized in n.output)
+        return made.input[0], (made.input[1], made.input[2])
+
+    def stored_behind(self, dequantized: str) -> tuple[str, np.float32, str]:
+        """The integers behind a tensor that DequantizeLinear made, their scale, and the name of their zero point."""
+        integers, (scale, zero) = self.integers_behind(dequantized)
+        return integers, np.float32(numpy_helper.to_array(self.constants[scale])), zero
 
     def ints(self, values: Sequence[Any]) -> str:
         """A vector of int64 from numbers and from nodes that compute a number."""

@@ -25,8 +25,12 @@ def clip_is_free(e: Emission, node: fx.Node) -> bool:
         return False
     if not all(node.name in e.note(user).reads for user in node.users):
         return False
+    return is_saturated(e, node, *bounds)
+
+
+def is_saturated(e: Emission, node: fx.Node, low: float, high: float) -> bool:
+    """Whether the quantizer of a node's value cuts off at least what lies outside of [low, high]."""
     scale, zero, spec = e.value_params(node)
-    low, high = bounds
     # QuantizeLinear saturates at the type's own bounds
     limits = np.iinfo(integer_type(spec))
     least, most = int(limits.min), int(limits.max)

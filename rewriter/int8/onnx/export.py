@@ -78,6 +78,7 @@ def _emit(
             elif node.op != "output":
                 e.values[node] = _emit_node(e, node)
         returned = _returned(e, exposed)
+    e.drop_unread([value.name for value in returned])
     graph = helper.make_graph(
         e.nodes, type(gm).__name__, inputs, returned, list(e.constants.values())
     )

@@ -9,10 +9,12 @@ import torch
 from torch import fx, nn
 
 from rewriter.graph import facts
+from rewriter.int8.onnx.activations import hard_sigmoid, hardswish, silu
 from rewriter.int8.onnx.arguments import pad, source_of
 from rewriter.int8.onnx.builder import Emission, UnsupportedError, Value
 from rewriter.int8.onnx.layers import transposed_convolution, weight_and_bias
 from rewriter.int8.onnx.pooling import adaptive_pool, average_pool, max_pool, upsample
+from rewriter.int8.onnx.stems import over_blocks
 
 Emitter = Callable[[Emission, fx.Node, Any], Value]
 
@@ -33,7 +35,10 @@ def _convolution(e: Emission, node: fx.Node, m: Any) -> Value:
     if source in e.pads:
         left, right, top, bottom = e.pads[source]
         (inner,) = source.all_input_nodes
-        x = e.read(inner, source, node)  # the convolution reads the pad as the pad reads its input
+        x, source = (
+            e.read(inner, source, node),
+            inner,
+        )  # the convolution reads the pad as the pad reads its input
     else:
         x = e.read(source, node)
     begin, end = _padding(m)
@@ -42,6 +47,9 @@ def _convolution(e: Emission, node: fx.Node, m: Any) -> Value:
         begin = end = [0] * len(begin)
     if len(begin) == 2:
         begin, end = [begin[0] + top, begin[1] + left], [end[0] + bottom, end[1] + right]
+        blocks = over_blocks(e, node, m, x, source, begin)
+        if blocks is not None:
+            return blocks
     w, b = weight_and_bias(e, node, m, m.weight)
     return e.op(
         "Conv",
@@ -116,17 +124,6 @@ def _clip(low: Callable[[Any], float], high: Callable[[Any], float]) -> Emitter:
     return emit
 
 
-def _silu(e: Emission, node: fx.Node, m: nn.SiLU) -> Value:
-    x = e.read(source_of(node), node)
-    gate, inner = e.op("Sigmoid", x), e.note(node).inner
-    return e.op("Mul", x, gate if inner is None else e.rounded_to(gate, inner, node))
-
-
-def _hardswish(e: Emission, node: fx.Node, m: nn.Hardswish) -> Value:
-    x = e.read(source_of(node), node)
-    return e.op("Mul", x, e.op("HardSigmoid", x, alpha=1 / 6, beta=0.5))
-
-
 def _prelu(e: Emission, node: fx.Node, m: nn.PReLU) -> Value:
     slope = m.weight.detach()
     if slope.numel() == 1:  # which has an int8 kernel
@@ -189,9 +186,9 @@ MODULES: dict[type[nn.Module], Emitter] = {
     nn.Hardtanh: _clip(lambda m: m.min_val, lambda m: m.max_val),
     nn.LeakyReLU: _plain("LeakyRelu", alpha=lambda m: m.negative_slope),
     nn.PReLU: _prelu,
-    nn.SiLU: _silu,
-    nn.Hardswish: _hardswish,
-    nn.Hardsigmoid: _plain("HardSigmoid", alpha=lambda m: 1 / 6, beta=lambda m: 0.5),
+    nn.SiLU: silu,
+    nn.Hardswish: hardswish,
+    nn.Hardsigmoid: hard_sigmoid,
     nn.Sigmoid: _plain("Sigmoid"),
     nn.Tanh: _plain("Tanh"),
     nn.GELU: _plain("Gelu", approximate=lambda m: m.approximate),

@@ -15,6 +15,27 @@ from torch import Tensor
 Array = np.ndarray[Any, Any]
 
 
+def settings(threads: int) -> ort.SessionOptions:
+    """What every session is opened with."""
+    options = ort.SessionOptions()
+    options.intra_op_num_threads = threads
+    options.inter_op_num_threads = 1
+    options.log_severity_level = 3
+    # otherwise int8 values are turned into uint8, except those with several readers, whose
+    # neighbors then have two types and no kernel
+    options.add_session_config_entry("session.qdqisint8allowed", "1")
+    return options
+
+
+def save_graph(options: ort.SessionOptions, path: Path) -> None:
+    """Have a session write the graph that it runs."""
+    options.optimized_model_filepath = str(path)
+    # large tensors lie in a file beside it, so that it is read in no time
+    key = "session.optimized_model_external_initializers"
+    options.add_session_config_entry(f"{key}_file_name", f"{path.name}.data")
+    options.add_session_config_entry(f"{key}_min_size_in_bytes", "1024")
+
+
 class Session:
     """An ONNX Runtime session on the CPU.
 
@@ -33,24 +54,13 @@ class Session:
         optimize: bool = True,
         save_optimized: str | Path | None = None,
     ) -> None:
-        options = ort.SessionOptions()
-        options.intra_op_num_threads = threads
-        options.inter_op_num_threads = 1
-        options.log_severity_level = 3
-        # otherwise int8 values are turned into uint8, except those with several readers, whose
-        # neighbors then have two types and no kernel
-        options.add_session_config_entry("session.qdqisint8allowed", "1")
+        options = settings(threads)
         level = ort.GraphOptimizationLevel
         options.graph_optimization_level = (
             level.ORT_ENABLE_ALL if optimize else level.ORT_DISABLE_ALL
         )
         if save_optimized is not None:
-            options.optimized_model_filepath = str(save_optimized)
-            # large tensors lie in a file beside it, so that it is read in no time
-            name = f"{Path(save_optimized).name}.data"
-            key = "session.optimized_model_external_initializers"
-            options.add_session_config_entry(f"{key}_file_name", name)
-            options.add_session_config_entry(f"{key}_min_size_in_bytes", "1024")
+            save_graph(options, Path(save_optimized))
         source = model.SerializeToString() if isinstance(model, onnx.ModelProto) else model
         source = str(source) if isinstance(source, Path) else source
         self._session = ort.InferenceSession(source, options, providers=["CPUExecutionProvider"])

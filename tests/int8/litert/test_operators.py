@@ -173,7 +173,7 @@ def test_an_operator_computes_what_the_simulation_does(name: str) -> None:
 
 def test_prelu_rounds_its_slopes() -> None:
     torch.manual_seed(0)
-    model = randomise(nn.Sequential(conv(3, 8), nn.PReLU(8), conv(8, 4, 1)))
+    model: Any = randomise(nn.Sequential(conv(3, 8), nn.PReLU(8), conv(8, 4, 1)))
     model[1].weight.data.uniform_(0.05, 0.4)
     q, x = quantized(model, 3, 11, 9)
     assert_agrees(q, x, share=0.2)

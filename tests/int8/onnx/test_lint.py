@@ -52,7 +52,7 @@ def findings(q: Quantized, code: str) -> list[Finding]:
 def test_a_plain_network_has_no_findings() -> None:
     q = quantized(Net(nn.ReLU()))
     with torch.no_grad():
-        q.gm.second.weight.mul_(0.3)
+        q.gm.get_parameter("second.weight").mul_(0.3)
     q = quantize(q.gm, q.scheme, [torch.randn(4, 3, 9, 8)])
     assert [f for f in lint(q, to_onnx(q)) if f.code != "saturation"] == []
 
@@ -100,7 +100,7 @@ def test_a_bias_over_weights_that_are_never_seen_is_none() -> None:
 def test_a_range_that_a_concatenation_merges_is_found() -> None:
     q = quantized(Net(nn.ReLU()))
     with torch.no_grad():
-        q.gm.second.weight.mul_(60)
+        q.gm.get_parameter("second.weight").mul_(60)
     q = quantize(q.gm, q.scheme, [torch.randn(4, 3, 9, 8)])
     (finding,) = findings(q, "merged_range")
     assert finding.node == "cat"

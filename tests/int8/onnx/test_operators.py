@@ -80,7 +80,7 @@ CONVOLUTIONS: list[tuple[nn.Module, tuple[int, ...]]] = [
     (nn.BatchNorm2d(6), IMAGE),
     (nn.BatchNorm2d(6, affine=False), IMAGE),
     (nn.BatchNorm1d(6), (6, 7)),
-    (nn.LayerNorm((11, 8), eps=1e-3), IMAGE),
+    (nn.LayerNorm([11, 8], eps=1e-3), IMAGE),
     (nn.LayerNorm(8, elementwise_affine=False), IMAGE),
     (nn.LayerNorm(8, bias=False), IMAGE),
     (nn.Sequential(nn.ZeroPad2d((0, 1, 2, 3)), nn.Conv2d(6, 4, 3, 2, 1)), IMAGE),

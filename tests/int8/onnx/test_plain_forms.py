@@ -130,7 +130,14 @@ def test_deformable_convolution(settings: dict[str, Any], masked: bool, parts: i
 
 def test_deformable_convolution_by_the_function() -> None:
     def convolve(m: Forward, x: Tensor) -> Tensor:
-        return deform_conv2d(x, m.offset(x), m.conv.weight, m.conv.bias, padding=1)
+        # an int works too, whatever the annotation says
+        return deform_conv2d(
+            x,
+            m.offset(x),
+            m.conv.weight,
+            m.conv.bias,
+            padding=1,  # pyright: ignore[reportArgumentType]
+        )
 
     runs(Forward(convolve, conv=conv(3, 5, 3), offset=conv(3, 18, 3, padding=1)))
 

@@ -27,6 +27,11 @@ CHANNELS = 6
 class Frozen(nn.Module):
     """A batch norm written out as arithmetic, as detectors have it."""
 
+    weight: Tensor
+    bias: Tensor
+    mean: Tensor
+    var: Tensor
+
     def __init__(self) -> None:
         super().__init__()
         for name in ("weight", "bias", "mean"):

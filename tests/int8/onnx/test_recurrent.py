@@ -22,7 +22,7 @@ STEPS, WIDTH, HIDDEN = 7, 6, 5
 class Layer(nn.Module):
     """A recurrent layer with the batch first outside, whatever it wants inside."""
 
-    def __init__(self, rnn: nn.Module, started: bool = False) -> None:
+    def __init__(self, rnn: Any, started: bool = False) -> None:
         super().__init__()
         self.rnn, self.started = rnn, started
         rows = rnn.num_layers * (2 if rnn.bidirectional else 1)

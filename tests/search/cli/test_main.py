@@ -161,6 +161,7 @@ def test_fix_keeps_the_best_so_far_and_exits_1_where_nothing_meets_the_goal(
     assert (out / "fixed" / "model_int8.onnx").exists()
 
 
+@pytest.mark.slow
 def test_without_labels_the_damage_decides(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -56,6 +56,7 @@ def test_wrong_arguments_are_refused_without_torch(words: tuple[str, ...]) -> No
     assert heavy == []
 
 
+@pytest.mark.slow
 def test_the_check_sees_torch_where_a_command_is_carried_out() -> None:
     code, said, heavy = answered("front", "no such folder")
     assert code == 2 and "no such file" in said

@@ -261,7 +261,7 @@ def test_timm_says_how_its_models_read_images(config: Written, tmp_path: Path) -
     save_images(tmp_path / "set", [f"{i}.png" for i in range(4)], size=(300, 260))
     # size 224, bicubic, cropped to 0.875, ImageNet mean and std
     data = load_data(config("{imagefolder: set}", model="model: {timm: efficientnet_lite0}"))
-    wanted = create_transform(
+    wanted: Any = create_transform(
         224,
         interpolation="bicubic",
         mean=(0.485, 0.456, 0.406),

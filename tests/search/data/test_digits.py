@@ -58,6 +58,7 @@ def test_no_pixel_sits_on_a_rounding_tie_of_the_input() -> None:
     assert distance.min() > 2e-4  # of a step; float32 is a hundred times finer
 
 
+@pytest.mark.slow
 def test_training_is_fixed_by_its_seed_and_leaves_the_global_generator_alone() -> None:
     torch.manual_seed(5)
     before = torch.get_rng_state()
@@ -155,9 +156,9 @@ def rounded(net: nn.Module, axis: int | None) -> nn.Module:
     net = copy.deepcopy(net)
     for module in list(net.modules()):
         if isinstance(module, nn.Sequential) and isinstance(module[0], nn.Conv2d):
-            norm = module[1]
-            assert isinstance(norm, nn.BatchNorm2d)
-            conv = fuse_conv_bn_eval(module[0], norm)
+            first, norm = module[0], module[1]
+            assert isinstance(first, nn.Conv2d) and isinstance(norm, nn.BatchNorm2d)
+            conv = fuse_conv_bn_eval(first, norm)
             module[0], module[1] = conv, nn.Identity()
             weight = conv.weight.data
             size = weight.abs().amax((1, 2, 3), keepdim=True) if axis == 0 else weight.abs().max()

@@ -11,6 +11,7 @@ from torch import nn
 from rewriter import Plan, profile, trace
 from rewriter.graph.lookup import layers
 from rewriter.plan import rewrite
+from rewriter.rules.replace_relu6 import ReplaceRelu6
 from search.pareto.limits import Limits, float_islands, size_of
 from search.run_dir.scores import Score
 from tests.search.cli.test_main import load, quantfix, write_config
@@ -51,7 +52,7 @@ def test_islands_are_float_layers_with_no_int8_layer_between(
 
 def test_each_limit_is_a_bound_of_its_own() -> None:
     score = Score(plan="a@b", macs=10, params=10, weight_bytes=10, float_layers=10,
-                  float_islands=10, latency_ms=10)  # fmt: skip
+                  float_islands=10, latency_ms=10, latency_ratio=10)  # fmt: skip
     for name in Limits().to_dict():
         assert Limits.of({name: 10}).meets(score)
         assert not Limits.of({name: 9}).meets(score)
@@ -80,8 +81,26 @@ def test_a_plan_that_cannot_be_carried_out_is_known_before_it_is_run(chain: Any)
     assert not Limits().admits(chain)(Plan.parse("absorb_bias@model"))  # the layers pad
 
 
+def test_a_rule_for_the_whole_model_counts_with_what_it_makes(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    chain = nn.Sequential(nn.Conv2d(3, 8, 1), nn.ReLU6(), nn.Conv2d(8, 4, 1)).eval()
+    gm = trace(chain, torch.randn(2, 3, 8, 8))
+    profile(gm, [torch.randn(4, 3, 8, 8)])
+    last = list(layers(gm))[-1]
+
+    def grow(self: ReplaceRelu6, made: Any, site: Any) -> None:
+        del self, site
+        made.set_submodule(str(last.target), nn.Conv2d(8, 4, 3, padding=1).eval())
+
+    monkeypatch.setattr(ReplaceRelu6, "apply", grow)
+    admits = Limits(params=sum(p.numel() for p in chain.parameters())).admits(gm)
+    assert admits(Plan())
+    assert not admits(Plan.parse("replace_relu6@model"))
+
+
 def test_the_parts_of_a_layer_in_float_count_once() -> None:
-    chain = nn.Sequential(nn.Conv2d(3, 8, 1), nn.SiLU(), nn.Conv2d(8, 4, 1))
+    chain: Any = nn.Sequential(nn.Conv2d(3, 8, 1), nn.SiLU(), nn.Conv2d(8, 4, 1))
     nn.init.uniform_(chain[0].weight, -0.01, 0.01)
     nn.init.uniform_(chain[0].weight[:2].data, 5, 9)
     gm = trace(chain.eval(), torch.randn(2, 3, 8, 8))

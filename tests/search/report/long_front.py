@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 
+from search.report.snapshot_network import trimmed
 from search.results import Results, load_results
 from search.run_dir.files import write_json
 from search.run_dir.scores import Records, Samples, Score, fingerprint
@@ -95,6 +96,54 @@ def make_front(folder: Path, count: int, **facts: Any) -> Results:
     } | head | facts  # fmt: skip
     write_json(folder / "run.json", about)
     return load_results(folder)
+
+
+def exhibits(results: Results) -> dict[str, Any]:
+    """Pictures of a network with residual sums, of which a layer's widest channel is a million times the others."""
+    before: list[dict[str, Any]] = []
+    last, trunk = "", ""
+    for name, (layer, kind) in places().items():
+        entry = {
+            "name": name,
+            "layer": layer,
+            "kind": kind,
+            "size": "32 to 32, 3x3",
+            "made_by": "",
+            "in_float": False,
+        }
+        before.append({**entry, "reads": [last] if last else []})
+        last = name
+        if name.endswith("_pwl"):
+            if trunk:
+                total = {**entry, "name": f"add_{name}", "layer": "", "kind": "add", "size": ""}
+                before.append({**total, "reads": [trunk, name]})
+                last = f"add_{name}"
+            trunk = last
+    after = [dict(d) for d in before if d["name"] != "blocks_0_dw"]
+    for entry in after:
+        if entry["name"] == "blocks_0_pwl":
+            entry |= {
+                "made_by": "merge_separable@blocks_0_dw",
+                "size": "32 to 16, 3x3",
+                "reads": ["blocks_0_pw"],
+            }
+    ranges: list[dict[str, Any]] = []
+    random = np.random.default_rng(1)
+    for i, (name, (layer, _)) in enumerate(places().items()):
+        high = random.uniform(0.1, 1.0, 32)
+        high[3] = (1e6, 1.5, 40.0)[i % 3]
+        tensor = {
+            "name": name, "low": (-high).tolist(), "high": high.tolist(),
+            "limits": [-float(high.max()), float(high.max())],
+        }  # fmt: skip
+        kept = {k: [trimmed(tensor, 28)] for k in ("weights", "reads", "writes")}
+        wide = {k: float(high.max() / np.median(high)) for k in kept}
+        ranges.append({"layer": layer, "node": name, "before": kept, "after": kept,
+                       "spread": {"before": wide, "after": wide}})  # fmt: skip
+    return {
+        "plan": results.best().plan, "before": before, "after": after, "ranges": ranges, "ranges_shown": 3,
+        "calibration_samples": 100, "outputs": None,
+    }  # fmt: skip
 
 
 CAUSES = (

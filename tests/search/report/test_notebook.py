@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from search.report.front_svg import front_svg
+from search.report.front_picture import front_picture
 from search.report.notebook import load_results, shown
 from search.run_dir.files import RunError, write_json
 from search.run_dir.scores import Records, fingerprint
@@ -48,10 +48,10 @@ def test_points_that_were_scored_again_on_all_samples_are_drawn_as_points(tmp_pa
         results.front, points=tuple(replace(s, samples=999) for s in results.front.points)
     )
     results = replace(results, front=again)
-    assert front_svg(results).count('class="point"') == len(again.points)
+    assert front_picture(results).count('class="chosen"') == len(again.points)
     stopped = tuple(replace(s, stopped=True) for s in results.scores)
-    drawn = front_svg(replace(results, scores=(*results.scores, *stopped)))
-    assert drawn == front_svg(results)
+    drawn = front_picture(replace(results, scores=(*results.scores, *stopped)))
+    assert drawn == front_picture(results)
 
 
 def test_layers_show_their_causes(tmp_path: Path) -> None:

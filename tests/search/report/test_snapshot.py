@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import io
+import re
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -21,12 +22,13 @@ from search.data.evaluation_set import load_samples
 from search.job import open_job, silent
 from search.report.finish import reported
 from search.report.front import groups
-from search.report.network import Row, aligned, network_section, network_svg, shortened
+from search.report.network import network_section, network_svg
+from search.report.network_rows import Row, aligned, shortened
 from search.report.outputs import outputs_section
 from search.report.ranges import ranges_section, ranges_svg
 from search.report.rows import ladder_rows
 from search.report.snapshot import PLAIN, REWRITTEN, read_exhibits, write_exhibits
-from search.report.snapshot_network import channel_ranges, layer_list, spread
+from search.report.snapshot_network import channel_ranges, layer_list, spread, trimmed
 from search.report.snapshot_outputs import LEAST_SCORE, outputs_shown
 from search.results import load_results
 from search.run import note_run, run_search, sensitivity_of
@@ -63,9 +65,10 @@ def test_ranges_are_those_of_the_weights_and_of_the_values(network: Any) -> None
     assert high >= max(said["high"]) * 0.99
     assert low == -high
     x = network[1][0]
+    net: Any = small.small()
     with torch.no_grad():
-        reads = small.small().stem(x)
-        writes = small.small().dw(reads)
+        reads = net.stem(x)
+        writes = net.dw(reads)
     for key, value in (("reads", reads), ("writes", writes)):
         (said,) = found[key]
         np.testing.assert_allclose(said["high"], value.amax((0, 2, 3)), rtol=2e-3)
@@ -124,10 +127,30 @@ def test_long_runs_of_unchanged_layers_are_counted() -> None:
 
 def test_channels_beyond_what_fits_keep_the_widest(network: Any) -> None:
     tensor = {"name": "t", "low": [0.0] * 1000, "high": [1.0] * 999 + [9.0], "limits": [0, 9]}
-    picture = ranges_svg([tensor], "said")
-    assert "channel 999: 0 to 9" in picture
-    assert picture.count("<rect") < 200
-    assert picture.count("<line") == 3  # zero, and what int8 can hold
+    kept = trimmed(tensor, 40)
+    assert kept["count"] == 1000
+    assert len(kept["channels"]) == 40
+    assert kept["channels"][0] == 999
+    assert kept["high"][0] == 9.0
+    picture = ranges_svg([kept], "said")
+    assert picture.count("M") == 40 + 2  # a bar for each, and the two limits
+
+
+@pytest.mark.parametrize("widest", [1.0, 40.0, 1e6])
+def test_the_narrow_channels_are_seen_beside_a_wide_one(widest: float) -> None:
+    tensor = {
+        "name": "t",
+        "low": [-widest] + [-0.5] * 9,
+        "high": [widest] + [0.5] * 9,
+        "limits": [-widest, widest],
+    }
+    picture = ranges_svg([trimmed(tensor, 96)], "said")
+    (path,) = re.findall(r'class="range" d="([^"]*)"', picture)
+    bars = [(float(a), float(b)) for a, b in re.findall(r"M[\d.]+ ([\d.]+)V([\d.]+)", path)]
+    tall = [low - high for high, low in bars]
+    assert len(tall) == 10
+    assert tall[0] == max(tall)
+    assert min(tall) > 8, tall
 
 
 @pytest.mark.slow
@@ -231,7 +254,8 @@ def test_boxes_of_float_and_int8_are_drawn_on_the_same_image(tmp_path: Path) -> 
         assert [len(image["boxes"][n]) for n in ("float", PLAIN, REWRITTEN)] == [1, 1, 1]
         assert image["boxes"][PLAIN] == image["boxes"][REWRITTEN]
     page = outputs_section({"outputs": found}).body
-    assert page.count("data:image/jpeg;base64,") == 9
+    assert page.count("data:image/jpeg;base64,") == 3  # the pixels of each sample once
+    assert page.count("<use ") == 6
     assert "1: 0.90" in page
     names = {1: "cat <b>", 7: "not seen"}
     named = outputs_shown(made, {PLAIN: plain}, names=names)

@@ -58,6 +58,7 @@ def test_how_many_are_held_back() -> None:
     assert chosen_on(2, 0.9) == 1
 
 
+@pytest.mark.slow
 def test_a_run_shows_its_front_on_all_images_and_on_either_part(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -90,6 +91,7 @@ def test_a_run_shows_its_front_on_all_images_and_on_either_part(
     assert "chosen on 36 images and confirmed on 12 others" in page
 
 
+@pytest.mark.slow
 def test_a_front_that_is_not_confirmed_says_so(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from rewriter import Plan, cost, profile, target, trace
 from rewriter.errors import RewriteError
+from rewriter.int8.onnx import ReadBack
 from search.config.schema import ConfigError
 from search.data.evaluation_set import load_samples
 from search.engines import onnxruntime as onnxruntime_engine
@@ -163,9 +164,9 @@ def test_outputs_that_are_not_finite_are_a_failed_candidate(
     evaluate.reference()
 
     def broken(*args: object) -> Any:
-        return lambda x: [torch.full((len(x), 5), torch.nan)]
+        return lambda x: [torch.full((len(x), 5), torch.nan)], ReadBack(1.0)
 
-    monkeypatch.setattr(RewriteEvaluator, "opened", broken)
+    monkeypatch.setattr(RewriteEvaluator, "opened_and_read", broken)
     assert evaluate(Plan.parse("keep_float@fc")).error == (
         "the int8 network's outputs are NaN or infinite"
     )
@@ -245,6 +246,7 @@ def test_a_metric_that_is_no_mean_gets_its_interval_from_replicates(
     samples = make(network, tmp_path / "a").records.samples("")
     assert samples is not None
     assert samples.metric is None
+    assert samples.replicates is not None
     assert np.shape(samples.replicates) == (500,)
 
 

@@ -149,6 +149,7 @@ def test_the_predicted_front_is_thinned_but_keeps_its_ends() -> None:
     assert [few[0], few[-1]] == [whole[0], whole[-1]]
 
 
+@pytest.mark.slow
 def test_a_space_of_hundreds_of_anchors_is_solved_at_once() -> None:
     random = np.random.default_rng(0)
     names = [f"n{i}" for i in range(200)]

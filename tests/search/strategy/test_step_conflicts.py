@@ -51,6 +51,7 @@ def carried_out(gm: Any, plan: Plan) -> bool:
     return True
 
 
+@pytest.mark.slow
 def test_the_clashes_are_the_pairs_that_cannot_be_carried_out(gm: Any) -> None:
     sites = [s for s in find_sites(gm) if not s.blocked and not saves(s)]
     found = {frozenset(pair) for pair in clashes(gm, sites)}
@@ -85,6 +86,7 @@ def test_what_is_thinned_is_not_replaced_and_can_be_split(gm: Any) -> None:
                 assert carried_out(gm, Plan((Step.at(site), Step.at(other)))), (site, other)
 
 
+@pytest.mark.slow
 def test_plans_of_the_space_can_be_carried_out(gm: Any) -> None:
     # whether it finds something depends on what equalization has made of the channels
     sites = [s for s in find_sites(gm) if not s.blocked and s.rule != "absorb_bias"]

@@ -7,6 +7,7 @@ import signal
 import time
 from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 
 import optuna
 import pytest
@@ -70,7 +71,7 @@ def _check_dashboard(folder: Path, least: int) -> None:
 
     from optuna_dashboard import wsgi  # pyright: ignore[reportMissingImports]
 
-    app = wsgi(journal(folder / "journal.log"))
+    app: Any = wsgi(journal(folder / "journal.log"))
 
     def get(path: str) -> dict[str, object]:
         said: list[str] = []

@@ -1,7 +1,9 @@
 from __future__ import annotations
 
 import multiprocessing
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import optuna
 import pytest
@@ -16,7 +18,7 @@ from tests.search import fake
 BUDGET = Budget(macs=1.15 * fake.MACS, float_layers=2)
 
 
-def worth(scores: dict[str, Score]) -> list[Plan]:
+def worth(scores: Mapping[str, Score]) -> list[Plan]:
     space = fake.space(BUDGET)
     first = reference_plans(
         sorted(fake.DAMAGE, key=lambda n: -fake.DAMAGE[n]), space
@@ -63,7 +65,8 @@ def test_finds_the_best_plan_within_the_budget(tmp_path: Path) -> None:
     assert plans is not None
     feasible = {str(p) for p in plans}
     best = min(fake.fake_damage(p) for p in plans)
-    assert min(s.damage for s in records.scores() if s.plan in feasible) == pytest.approx(best)
+    found: list[Any] = [s.damage for s in records.scores() if s.plan in feasible]
+    assert min(found) == pytest.approx(best)
 
 
 def test_each_trial_carries_what_a_dashboard_shows_and_its_constraints(tmp_path: Path) -> None:
@@ -92,6 +95,7 @@ def test_the_same_call_again_does_only_what_is_missing(tmp_path: Path) -> None:
     assert (outcome.plans, len(evaluate.scored)) == (15, 3)
 
 
+@pytest.mark.slow
 def test_the_seed_decides_and_the_same_seed_repeats(tmp_path: Path) -> None:
     one, two, other = (
         run(tmp_path / n, seed=s)[1].scored for n, s in (("a", 1), ("b", 1), ("c", 2))
@@ -238,7 +242,9 @@ def test_a_queue_that_others_emptied_meanwhile(
         if len(calls) % 3:
             return pop(study)
         if taken:  # and nothing is left in exchange
-            study.tell(pop(study), state=optuna.trial.TrialState.FAIL)
+            claimed = pop(study)
+            assert claimed is not None
+            study.tell(claimed, state=optuna.trial.TrialState.FAIL)
         return None
 
     monkeypatch.setattr(optuna.Study, "_pop_waiting_trial_id", too_late)

@@ -1,0 +1,1 @@
+"""What a file takes on a device: times of its kernels, measured once and kept in a table."""
