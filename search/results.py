@@ -255,9 +255,11 @@ class Results:
 
     def _dearest(self) -> float:
         """The cost beyond which a plan adds nothing to the hypervolume."""
-        if self.cost == "latency":
-            known = (s.latency_ms for s in self.scores if not s.plan and s.latency_ms)
-            return self.limits.get("latency_ms") or 1.15 * next(known, 0.0)
+        if self.cost != "macs":
+            price = cost_named(self.cost)
+            plain = next((price(s) for s in self.scores if not s.plan), 0.0)
+            limit = self.limits.get("latency_ms") if self.cost == "latency" else None
+            return limit or (1.15 * plain if isfinite(plain) else 0.0)
         return self.limits.get("macs") or 1.15 * self.baseline.macs
 
     def _quality(self, score: Score) -> float:

@@ -36,8 +36,8 @@ from search.scoring.slow_steps import warn_of_slow_plan
 from search.sensitivity.run import Sensitivity, analyze, float_gains_on, read_sensitivity
 from search.strategy.budgets import STEP, Savings
 from search.strategy.ladder_replay import climbed
-from search.strategy.recipe import Worth, architecture_digest, first, read_recipe
-from search.strategy.schedule import of_the_ladder, splits_of, worth_trying
+from search.strategy.recipe import architecture_digest, first, read_recipe
+from search.strategy.schedule import Worth, of_the_ladder, splits_of, worth_trying
 from search.strategy.space import KEEP_FLOAT, Budget, Space, make_space
 from search.strategy.step_conflicts import clashes
 from search.study.storage import storage_at
@@ -215,7 +215,7 @@ def run_search(
     place = storage_at(storage or str(job.folder / "journal.log"))
     gains_on = partial(float_gains_on, job.evaluator)
     savings = _savings(job, space)
-    worth = worth_trying(
+    worth: Worth = worth_trying(
         job.gm,
         space,
         sensitivity,
@@ -227,11 +227,9 @@ def run_search(
     )
     if options.recipe is not None:
         recipe = read_recipe(job.cfg.resolve(options.recipe), job.gm, job.cfg.target)
-        worth_it: Worth = first(recipe, worth, settings.admits)
-    else:
-        worth_it = worth
+        worth = first(recipe, worth, settings.admits)
     enough = _meets(job, goal)
-    return search(evaluator, job.records, space, worth_it, settings, place, on_score, enough)
+    return search(evaluator, job.records, space, worth, settings, place, on_score, enough)
 
 
 def _savings(job: Job, space: Space) -> Savings | None:

@@ -12,6 +12,7 @@ import importlib.util
 import re
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -57,8 +58,8 @@ def network() -> nn.Module:
         state: dict[str, Tensor] = torch.load(file, map_location="cpu", weights_only=True)
     except OSError as error:
         raise ConfigError(f"model: {file}: {error.strerror}") from error
-    net: nn.Module = timm.create_model("tf_efficientnet_lite0", pretrained=False)
-    stages = [len(stage) for stage in net.blocks]  # pyright: ignore[reportArgumentType, reportUnknownVariableType]
+    net: Any = timm.create_model("tf_efficientnet_lite0", pretrained=False)
+    stages = [len(stage) for stage in net.blocks]
     try:
         net.load_state_dict({renamed(key, stages): value for key, value in state.items()})
     except (KeyError, RuntimeError) as error:

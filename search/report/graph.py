@@ -121,7 +121,8 @@ def jumps(rows: Sequence[Row], most: int = 10) -> list[tuple[str, str]]:
     found: dict[str, str] = {}
     harmful: list[Any] = sorted((r for r in rows if r.harm and r.before), key=lambda r: r.harm)
     for row in (*harmful, *(r for r in rows if r.changed and r.before)):
-        found.setdefault(str(row.before["name"]), str(row.before["layer"] or row.before["name"]))
+        entry: Any = row.before
+        found.setdefault(str(entry["name"]), str(entry["layer"] or entry["name"]))
     return list(found.items())[:most]
 
 
