@@ -35,8 +35,8 @@ from search.scoring.slow_steps import warn_of_slow_plan
 from search.sensitivity.run import Sensitivity, analyze, float_gains_on, read_sensitivity
 from search.strategy.budgets import STEP, Savings
 from search.strategy.ladder_replay import climbed
-from search.strategy.recipe import Worth, architecture_digest, first, read_recipe
-from search.strategy.schedule import of_the_ladder, splits_of, worth_trying
+from search.strategy.recipe import architecture_digest, first, read_recipe
+from search.strategy.schedule import Worth, of_the_ladder, splits_of, worth_trying
 from search.strategy.space import KEEP_FLOAT, Budget, Space, make_space
 from search.strategy.step_conflicts import clashes
 from search.study.storage import storage_at

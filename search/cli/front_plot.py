@@ -38,7 +38,7 @@ def front_plot(results: Results) -> list[str]:
         return []
     level = results.baseline.float if results.objective == "metric" else None
     across = [x for x, _, _ in shown]
-    lowest = min(y for x, y, mark in shown if mark != "o" or len(shown) == 1)
+    lowest = min(y for _, y, mark in shown if mark != "o" or len(shown) == 1)
     heights = [max(y, lowest) for _, y, _ in shown] + ([] if level is None else [level])
     grid = [[" "] * WIDTH for _ in range(HEIGHT)]
     if level is not None:

@@ -12,6 +12,7 @@ import importlib.util
 import re
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -58,7 +59,8 @@ def network() -> nn.Module:
     except OSError as error:
         raise ConfigError(f"model: {file}: {error.strerror}") from error
     net: nn.Module = timm.create_model("tf_efficientnet_lite0", pretrained=False)
-    stages = [len(stage) for stage in net.blocks]  # pyright: ignore[reportArgumentType, reportUnknownVariableType]
+    blocks: Any = net.blocks
+    stages = [len(stage) for stage in blocks]
     try:
         net.load_state_dict({renamed(key, stages): value for key, value in state.items()})
     except (KeyError, RuntimeError) as error:

@@ -7,7 +7,7 @@ what they measured. ``quantfix recipe DIR`` writes one of a run; ``search: {reci
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any, Literal
 
@@ -20,10 +20,9 @@ from rewriter.storage import Digest
 from search.config.messages import dotted
 from search.config.schema import ConfigError
 from search.run_dir.scores import Score
+from search.strategy.schedule import Worth
 
 log = logging.getLogger(__name__)
-
-Worth = Callable[[Mapping[str, Score]], Iterable[Plan]]
 
 
 class Proven(BaseModel):
@@ -113,8 +112,8 @@ def first(plans: Iterable[Plan], worth: Worth, admits: Callable[[Plan], bool]) -
     """
     known = tuple(plans)
 
-    def tried(scores: Mapping[str, Score]) -> Iterator[Plan]:
-        yield from (p for p in (Plan(()), *known) if str(p) not in scores and admits(p))
-        yield from worth(scores)
+    def tried(scores: Mapping[str, Score]) -> list[Plan]:
+        new = [p for p in (Plan(()), *known) if str(p) not in scores and admits(p)]
+        return [*new, *worth(scores)]
 
     return tried
