@@ -88,7 +88,7 @@ def measured(name: str, row: dict[str, Any], folder: Path) -> None:
     row["batch"] = first.dim_value or "free"
     row["stage"] = "import"
     network = import_onnx(path)
-    x = inputs_for(network.input_sizes)
+    x: Any = inputs_for(network.input_sizes)
     row["float_error"] = f"{largest_error(path, network, x):.1e}"
     row["stage"] = "trace"
     gm = trace(network, x[0][:2] if len(x) == 1 else tuple(v[:2] for v in x))

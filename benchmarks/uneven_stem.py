@@ -69,11 +69,11 @@ def network(seed: int) -> nn.Sequential:
     return net
 
 
-def train(net: nn.Module, x: Tensor, y: Tensor, epochs: int) -> None:
+def train(net: nn.Module, x: Tensor, y: Tensor, epochs: int, rate: float = 6e-3) -> None:
     batch = 64
     optimizer = torch.optim.AdamW(net.parameters(), lr=3e-3, weight_decay=1e-4)
     steps = epochs * (len(x) // batch)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 6e-3, total_steps=steps)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, rate, total_steps=steps)
     net.train()
     for _ in range(epochs):
         for index in torch.randperm(len(x))[: len(x) // batch * batch].split(batch):

@@ -6,7 +6,9 @@ Of a grid of a and b those are taken, by channel, that leave least after a regre
 layer, s into the layer (ReLU, which is homogeneous) or into the readers. Then each reader is fitted in closed form,
 in the order of the graph, on what it reads in the network as it is rewritten so far, towards what the *float* network
 has behind it; how far its weights are pulled towards those it had is judged on inputs held back. At last a few
-gradient steps move the layer and those behind it (``rewriter.fitting.distill``).
+gradient steps move the layer and those behind it (``rewriter.fitting.distill``). Nothing is rounded meanwhile: what was
+replaced can be scaled or split afterwards, and a fit on values of which one coarse range has left nothing would give
+them up.
 
 A fit depends on the steps before it in the graph and is stored by them: where the reader of one activation is the
 layer of the next, both steps move it, one after the other.
@@ -26,7 +28,7 @@ from torch import Tensor, fx, nn
 
 from rewriter.damage.grouping import fidelity_of
 from rewriter.fitting.distill import distill
-from rewriter.fitting.refit import ends_of, refit
+from rewriter.fitting.refit import refit
 from rewriter.fitting.side_by_side import Batches, values
 from rewriter.graph import facts
 from rewriter.graph.lookup import find, is_call, layers, module_of
@@ -41,11 +43,18 @@ log = logging.getLogger(__name__)
 State = dict[str, Tensor]
 
 # Raised whenever a fit comes out differently, so that stored ones are not taken for it.
-VERSION = 1
+VERSION = 3
 # Values of each channel that the shape of the function is fitted on.
 ROWS = 8192
-# Shifts and slopes that are tried for each channel.
-SHIFTS = (-1.0, -0.75, -0.5, -0.25, -0.1, 0.0, 0.1, 0.25, 0.5, 0.75, 1.0)
+# Shifts and slopes that are tried for each channel. A channel that hardly leaves zero is nearly linear there: it is
+# moved by the least of its values, or by some quantile of them, and so passes a ReLU with a range as narrow as its own.
+SHIFTS = (0.0, -1.0, -0.75, -0.5, -0.25, -0.1, 0.1, 0.25, 0.5, 0.75, 1.0)
+QUANTILES = (0.0, 0.02, 0.1, 0.3, 0.5)
+LINEAR = 2.0
+# A shift must leave this share less than one that was tried before it.
+BETTER = 0.98
+# Where zeros are put around a value they count as what the function gives there: of its places so many.
+PADDED = 0.1
 SLOPES = (0.5, 0.75, 0.9, 1.0, 1.1, 1.25, 1.5, 1.7, 2.0)
 CAP = 6.0
 # Layers after the activation that gradient steps move.
@@ -138,7 +147,8 @@ def _fit(
     direct = reads_directly(student, activation) and all(
         is_call(student, r, nn.Linear) == linear for r in readers
     )
-    shape = fitted_shape(z, function(z), replaced, direct)
+    padded = any(_pads(module_of(student, reader)) for reader in readers)
+    shape = fitted_shape(z, function(z), replaced, direct, padded)
     _put_shape(student, layer_node, readers if direct else [], replaced, shape)
     known = {n.name for n in teacher.graph.nodes}
     errors = [
@@ -193,17 +203,15 @@ def _distilled(
     seed: int,
 ) -> int:
     """Move a layer and those behind it by gradient steps; how many were kept."""
-    source = node.args[0]
-    assert isinstance(source, fx.Node)
-    scale = scheme.activations.params(*ends_of(student, source.name, batches))
     near = [n for n in moved if is_call(student, n, nn.Conv2d, nn.Linear)]
-    return distill(teacher, student, node, batches, scheme, scale, near, seed, DISTILLED)
+    return distill(teacher, student, node, batches, scheme, None, near, seed, DISTILLED)
 
 
 def _state(gm: fx.GraphModule, first: fx.Node | None, others: Sequence[fx.Node]) -> State:
     """Weights of a layer, and of others under their names."""
     found: State = {}
-    for node in dict.fromkeys((*([] if first is None else [first]), *others)):
+    nodes = [*([] if first is None else [first]), *others]
+    for node in dict.fromkeys(nodes):
         owner = "" if node is first else f"{node.name}."
         for name, value in module_of(gm, node).state_dict().items():
             found[owner + name] = value.detach().cpu().clone()
@@ -232,7 +240,9 @@ def _followers(gm: fx.GraphModule, node: fx.Node) -> list[fx.Node]:
 # ------------------------------------------------------------------------- the function's shape
 
 
-def fitted_shape(z: Tensor, wanted: Tensor, made: nn.Module, free: bool) -> Shape:
+def fitted_shape(
+    z: Tensor, wanted: Tensor, made: nn.Module, free: bool, padded: bool = False
+) -> Shape:
     """The best slope, shift, scale and offset of each channel, of those on the grid.
 
     Args:
@@ -240,6 +250,7 @@ def fitted_shape(z: Tensor, wanted: Tensor, made: nn.Module, free: bool) -> Shap
         wanted: (rows, C) what it gave.
         made: the new function.
         free: whether readers can take a scale.
+        padded: whether readers put zeros around the value.
     """
     z, wanted = z.double(), wanted.double()
     one = torch.ones(z.shape[1], dtype=z.dtype, device=z.device)
@@ -247,12 +258,13 @@ def fitted_shape(z: Tensor, wanted: Tensor, made: nn.Module, free: bool) -> Shap
     best: Shape | None = None
     least = torch.full_like(one, float("inf"))
     for slope in SLOPES if not (capped or homogeneous) else (1.0,):
-        for shift in SHIFTS:
-            a, b = slope * one, shift * one
+        ends = [-z.quantile(q, 0).clamp(-LINEAR, LINEAR) for q in QUANTILES]
+        for shift in (*(torch.tensor(v).to(z) for v in SHIFTS[:1]), *ends, *SHIFTS[1:]):
+            a, b = slope * one, slope * shift * one
             if capped:  # the widest value of each channel lies at the cap
-                high = z.amax(0) + b
+                high = z.amax(0) + shift
                 a = torch.where(high > 0, CAP / high.clamp_min(1e-6), one)
-                b = a * b
+                b = a * shift
             g = made(a * z + b)
             if free or homogeneous:
                 centered = g - g.mean(0)
@@ -262,16 +274,23 @@ def fitted_shape(z: Tensor, wanted: Tensor, made: nn.Module, free: bool) -> Shap
                 s = one
             c = (wanted - s * g).mean(0)
             left = (wanted - s * g - c).square().mean(0)
-            better = left < least
+            if padded:
+                left = left + PADDED * c.square()
+            better = left < BETTER * least
             new = Shape(a, b, s, c)
             if best is None:
                 best = new
             else:
                 fields = zip(vars(new).values(), vars(best).values(), strict=True)
                 best = Shape(*(torch.where(better, n, o) for n, o in fields))
-            least = torch.minimum(left, least)
+            least = torch.where(better, left, least)
     assert best is not None
     return best
+
+
+def _pads(layer: nn.Module) -> bool:
+    amount = getattr(layer, "padding", 0)
+    return amount == "same" or (amount != "valid" and bool(torch.tensor(amount).any()))
 
 
 def _put_shape(

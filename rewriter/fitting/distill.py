@@ -67,7 +67,7 @@ class _Student:
     gm: fx.GraphModule
     node: fx.Node
     scheme: QuantScheme
-    input_scale: tuple[float, int]
+    input_scale: tuple[float, int] | None
     neighbors: Sequence[fx.Node] = ()
 
     def __post_init__(self) -> None:
@@ -99,14 +99,19 @@ class _Student:
             if node is self.node:
                 source = node.args[0]
                 assert isinstance(source, fx.Node)
-                x = fake_quantize(values[source], *self.input_scale, self.scheme.activations)
-                values[node] = self.layer(x)
+                values[node] = self.layer(self._input(values[source]))
             elif node in self.after and node.op != "output":
                 read = values
-                if is_call(self.gm, node, *LAYER_TYPES) and node.args[0] in self.moving:
+                rounds = self.input_scale is not None and node.args[0] in self.moving
+                if rounds and is_call(self.gm, node, *LAYER_TYPES):
                     read = {n: self._as_read(values[n]) for n in node.all_input_nodes}
                 values[node] = run_node(self.gm, node, read)
         return [values[n] for n in outputs(self.gm)]
+
+    def _input(self, x: Tensor) -> Tensor:
+        if self.input_scale is None:
+            return x
+        return fake_quantize(x, *self.input_scale, self.scheme.activations)
 
     def _as_read(self, x: Tensor) -> Tensor:
         """A value rounded in its own range, with the gradient as if it were not."""
@@ -165,7 +170,7 @@ def distill(
     node: fx.Node,
     batches: Batches,
     scheme: QuantScheme,
-    input_scale: tuple[float, int],
+    input_scale: tuple[float, int] | None,
     neighbors: Sequence[fx.Node] = (),
     seed: int = 0,
     share: float = 1.0,
@@ -178,7 +183,8 @@ def distill(
         node: the new layer.
         batches: unlabelled inputs; every fifth is held out.
         scheme: how the new layer's weights and input are rounded.
-        input_scale: scale and zero point of the new layer's input.
+        input_scale: scale and zero point of the new layer's input; None: nothing is rounded, for what later steps scale
+            or split, whose ranges are not those of now.
         neighbors: layers after it that are moved with it.
         seed: of the views and of the order of the inputs.
         share: of the steps that a whole new layer takes.

@@ -13,7 +13,7 @@ from rewriter.fitting.least_squares import NormalEquations
 from rewriter.fitting.side_by_side import Batches, values
 from rewriter.graph import facts
 from rewriter.graph.lookup import module_of
-from rewriter.int8.integer_grid import dequantized_weight, fake_quantize
+from rewriter.int8.integer_grid import dequantized_weight
 from rewriter.int8.scheme import QuantScheme, channel_axis, weight_scale
 
 # A fitted reader is pulled towards its weights by one of these shares; None: its bias alone is fitted.
@@ -39,8 +39,6 @@ def refit(
         return 0.0, 0.0
     source = reader.args[0]
     assert isinstance(source, fx.Node)
-    spec = scheme.activations
-    ends = spec.params(*ends_of(student, source.name, batches))
     proxy = layer if isinstance(layer, nn.Conv2d) else _as_convolution(layer)
     size = proxy.weight[0].numel() + 1
     images = sum(len(b[0]) for b in batches)
@@ -53,7 +51,6 @@ def refit(
         with torch.no_grad():
             (x,) = values(student, (source.name,), batch)
             (y,) = values(teacher, (reader.name,), batch)
-            x = fake_quantize(x, *ends, spec)
             held = (torch.arange(at, at + len(x), device=x.device) % HELD) == 0
             at += len(x)
             for part, chosen in zip(sets, (~held, held), strict=True):
@@ -105,7 +102,7 @@ class _Means:
 
 
 def _solve(layer: nn.Conv2d, sets: list[NormalEquations | _Means]) -> None:
-    """Put the weights into a layer that are best on inputs held back."""
+    """Put the weights into a layer that are best on inputs held back, for each output by itself."""
     fitted, held = sets
     if isinstance(fitted, _Means) or isinstance(held, _Means):
         if isinstance(fitted, _Means) and fitted.total is not None:
@@ -113,24 +110,33 @@ def _solve(layer: nn.Conv2d, sets: list[NormalEquations | _Means]) -> None:
         return
     start = fitted.weights()
     judge = held if held.rows else fitted
-    tried: list[tuple[float, int, Tensor]] = []
-    for number, pull in enumerate((None, *PULLS)):
-        fitted.set_weights(start)
-        if pull is None:
-            _mean_bias(fitted)
-        else:
-            fitted.solve(pull)
-        tried.append((judge.error(), number, fitted.weights()))
-    fitted.set_weights(min(tried, key=lambda t: t[:2])[2])
+    best, least = start, torch.full_like(start[:, 0], float("inf"))
+    for pull in (None, *PULLS):
+        w = _mean_bias(fitted, start) if pull is None else _pulled(fitted, start, pull)
+        # what it leaves of each output; the power of what is wanted is the same for all
+        left = ((judge.xx @ w - 2 * judge.xy) * w).sum(1)
+        better = left < least
+        best = torch.where(better[:, None], w, best)
+        least = torch.where(better, left, least)
+    fitted.set_weights(best)
 
 
-def _mean_bias(equations: NormalEquations) -> None:
-    """Move the biases so that the mean of each output is right."""
-    w = equations.weights()
+def _pulled(equations: NormalEquations, start: Tensor, pull: float) -> Tensor:
+    """Least squares, each weight pulled towards what it was by a share of the power of its own input."""
+    size = equations.xx.diagonal(dim1=1, dim2=2).sqrt().clamp_min(1e-9)
+    scaled = equations.xx / size[:, :, None] / size[:, None]
+    more = pull * torch.eye(scaled.shape[1], dtype=scaled.dtype, device=scaled.device)
+    missing = (equations.xy - equations.xx @ start) / size[:, :, None]
+    return start + torch.linalg.solve(scaled + more, missing) / size[:, :, None]
+
+
+def _mean_bias(equations: NormalEquations, start: Tensor) -> Tensor:
+    """The weights as they were, with biases that make the mean of each output right."""
+    w = start.clone()
     ones = equations.xx[:, -1]  # (groups, K), sums of what is read
     missing = equations.xy[:, -1] - (ones[:, None] @ w)[:, 0]
     w[:, -1] += missing / ones[:, -1:].clamp_min(1e-300)
-    equations.set_weights(w)
+    return w
 
 
 def _as_convolution(layer: nn.Linear) -> nn.Conv2d:
@@ -150,13 +156,3 @@ def _as_rows(
         chosen = torch.randperm(len(x), generator=generator)[:most].to(x.device)
         x, y = x[chosen], y[chosen]
     return x[:, :, None, None], y[:, :, None, None]
-
-
-def ends_of(gm: fx.GraphModule, name: str, batches: Batches) -> tuple[float, float]:
-    """Least and largest value of a node on the inputs, zero included."""
-    low, high = 0.0, 0.0
-    for batch in batches:
-        with torch.no_grad():
-            (x,) = values(gm, (name,), batch)
-        low, high = min(low, float(x.min())), max(high, float(x.max()))
-    return low, high

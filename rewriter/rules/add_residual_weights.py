@@ -144,7 +144,7 @@ def split_weights(layer: nn.Module, spec: QuantSpec) -> tuple[nn.Module, nn.Modu
     kept = rounded(layer, spec)
     high.weight = nn.Parameter(kept.clone(), requires_grad=False)
     low.weight = nn.Parameter(weight - kept, requires_grad=False)
-    low.bias = None
+    low.register_parameter("bias", None)
     return high.eval(), low.eval()
 
 

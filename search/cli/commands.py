@@ -14,7 +14,7 @@ from rewriter.damage import fidelity_of
 from rewriter.graph import facts
 from search.cli.console import err, out, progress, say
 from search.cli.finetune_commands import as_trained, train_chosen, with_training
-from search.cli.from_model import MAX_DAMAGE, config_of_model
+from search.cli.from_model import MAX_DAMAGE, MODEL_FILES, config_of_model
 from search.cli.options import Plans
 from search.cli.summary import show_results
 from search.cli.tables import clock_table, forms_table, sensitivity_table, sites_table
@@ -227,14 +227,14 @@ def fix(
     std: str | None = None,
 ) -> None:
     """The cheapest plan that meets both goals, in DIR/fixed; exit 1 and the best if none does."""
-    if config.suffix == ".onnx":
+    if config.suffix in MODEL_FILES:
         folder = out_dir or Path("runs") / config.stem
         written = config_of_model(config, images, folder, target, shape, mean, std, quiet)
         config, out_dir = written.path, folder
         max_damage = MAX_DAMAGE if max_damage is None and max_drop is None else max_damage
     elif any(v is not None for v in (images, target, shape, mean, std)):
         raise ConfigError(
-            "fix: --images, --target, --shape, --mean and --std go with an .onnx file, not with a config"
+            "fix: --images, --target, --shape, --mean and --std go with an .onnx or .tflite file, not with a config"
         )
     given = {"max_drop": max_drop, "max_macs": max_macs, "max_damage": max_damage}
     cfg, folder = _opened(

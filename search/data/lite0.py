@@ -58,9 +58,8 @@ def network() -> nn.Module:
         state: dict[str, Tensor] = torch.load(file, map_location="cpu", weights_only=True)
     except OSError as error:
         raise ConfigError(f"model: {file}: {error.strerror}") from error
-    net: nn.Module = timm.create_model("tf_efficientnet_lite0", pretrained=False)
-    blocks: Any = net.blocks
-    stages = [len(stage) for stage in blocks]
+    net: Any = timm.create_model("tf_efficientnet_lite0", pretrained=False)
+    stages = [len(stage) for stage in net.blocks]
     try:
         net.load_state_dict({renamed(key, stages): value for key, value in state.items()})
     except (KeyError, RuntimeError) as error:

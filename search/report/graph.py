@@ -120,10 +120,9 @@ def jumps(rows: Sequence[Row], most: int = 10) -> list[tuple[str, str]]:
     """Layers to jump to, the most harmful first, then changed ones: name in the graph, and what is shown of it."""
     found: dict[str, str] = {}
     harmful: list[Any] = sorted((r for r in rows if r.harm and r.before), key=lambda r: r.harm)
-    for row in (*harmful, *(r for r in rows if r.changed)):
-        entry = row.before
-        if entry is not None:
-            found.setdefault(str(entry["name"]), str(entry["layer"] or entry["name"]))
+    for row in (*harmful, *(r for r in rows if r.changed and r.before)):
+        entry: Any = row.before
+        found.setdefault(str(entry["name"]), str(entry["layer"] or entry["name"]))
     return list(found.items())[:most]
 
 

@@ -113,7 +113,7 @@ def first(plans: Iterable[Plan], worth: Worth, admits: Callable[[Plan], bool]) -
     known = tuple(plans)
 
     def tried(scores: Mapping[str, Score]) -> list[Plan]:
-        new = [p for p in (Plan(()), *known) if str(p) not in scores and admits(p)]
-        return [*new, *worth(scores)]
+        own = [p for p in (Plan(()), *known) if str(p) not in scores and admits(p)]
+        return [*own, *worth(scores)]
 
     return tried

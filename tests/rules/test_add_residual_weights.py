@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import copy
+from typing import Any
 
 import pytest
 import torch
@@ -94,7 +95,8 @@ def test_what_is_left_over_is_computed_anew_after_scaling() -> None:
     scale = torch.logspace(1, -1, 8).view(-1, 1, 1, 1)
     with torch.no_grad():
         for name in ("0", "0_rest"):
-            new.get_submodule(name).weight.mul_(scale)
+            part: Any = new.get_submodule(name)
+            part.weight.mul_(scale)
     whole = gm.get_submodule("0").weight * scale
     settle_residuals(new)
     high, low = (new.get_submodule(n) for n in ("0", "0_rest"))

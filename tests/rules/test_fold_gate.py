@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor, fx, nn
 
@@ -28,7 +30,7 @@ class Gated(nn.Module):
         return self.c(self.b(x * g).relu())
 
 
-def steady(model: nn.Module, share: float) -> nn.Module:
+def steady(model: Any, share: float) -> nn.Module:
     """Random, with a gate that depends on the image by a share of what it would."""
     check.randomise(model)
     with torch.no_grad():

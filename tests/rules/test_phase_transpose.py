@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from torch import nn
@@ -24,7 +26,7 @@ def test_the_function_is_kept(stride: int, bias: bool) -> None:
 
 def test_each_phase_has_a_scale_of_its_own() -> None:
     """Planted: one phase with weights a hundred times as large as those of the others."""
-    model = check.randomise(nn.Sequential(nn.ConvTranspose2d(4, 6, 2, 2, bias=False)))
+    model: Any = check.randomise(nn.Sequential(nn.ConvTranspose2d(4, 6, 2, 2, bias=False)))
     with torch.no_grad():
         model[0].weight[:, :, 0, 0] *= 100
     gm = check.graph_of(model, SHAPE, "onnxruntime").float()
@@ -32,8 +34,8 @@ def test_each_phase_has_a_scale_of_its_own() -> None:
     found: list[float] = []
     for text in ("", "phase_transpose@_0"):
         q = quantize(rewrite(gm, Plan.parse(text)), target("onnxruntime"), [x])
-        sim = simulate(q)
-        (layer,) = (m for m in sim.modules() if type(m).__name__ == "QuantizedLayer")
+        parts: list[Any] = list(simulate(q).modules())
+        (layer,) = (m for m in parts if type(m).__name__ == "QuantizedLayer")
         missing = (layer.weight() - layer.layer.weight).abs()
         if not text:
             missing = missing.permute(1, 2, 3, 0)

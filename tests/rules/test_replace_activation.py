@@ -99,7 +99,7 @@ def test_the_shape_of_what_the_new_function_can_make_is_found(kind: str) -> None
     slope = 1.25 if kind == "hardswish" else 1.0
     if kind == "relu6":
         slope = 6 / (z.amax(0) + 0.5)
-    wanted = 0.7 * made(slope * (z + 0.5 / (slope if kind == "hardswish" else 1))) - 0.2
+    wanted = 0.7 * made(slope * (z + 0.5)) - 0.2
     found = fitted_shape(z, wanted, made, free=True)
     again = found.scale * made(found.slope * z + found.shift) + found.offset
     torch.testing.assert_close(again, wanted, rtol=1e-6, atol=1e-6)
@@ -162,3 +162,36 @@ def test_a_plan_with_a_step_that_does_not_apply_is_refused() -> None:
     plan = Plan.parse("replace_activation_relu@_0 replace_activation_hardswish@_0")
     with pytest.raises(PlanError, match="both change _0"):
         fit(gm, plan, [torch.randn(4, 3, 16, 16)], SCHEME)
+
+
+def test_a_channel_that_hardly_leaves_zero_passes_a_relu_with_its_own_range() -> None:
+    """Planted: values of a few hundredths, where SiLU is half of what it reads."""
+    z = 0.02 * torch.randn(
+        4000, 2, dtype=torch.float64, generator=torch.Generator().manual_seed(0)
+    )
+    wanted = nn.SiLU()(z)
+    found = fitted_shape(z, wanted, nn.ReLU(), free=True)
+    value = found.scale * nn.ReLU()(z + found.shift)
+    left = (value + found.offset - wanted).square().mean() / wanted.var()
+    assert float(left) < 1e-3
+    assert float(value.amax()) < 3 * float(wanted.amax() - wanted.amin())  # no constant of 1 in it
+
+
+def uneven() -> nn.Module:
+    """Channels whose sizes span four decades, undone by the reader, as batch norms leave them."""
+    model = deep()
+    size = torch.logspace(-2.5, 1.5, 12)
+    with torch.no_grad():
+        model[0].weight.mul_(size.view(-1, 1, 1, 1))
+        model[0].bias.mul_(size)
+        model[2].weight.div_(size.view(-1, 1, 1, 1).clamp_max(1))
+    return model
+
+
+def test_narrow_channels_are_not_given_up_beside_wide_ones() -> None:
+    gm = check.graph_of(uneven(), (3, 16, 16)).float()
+    x = torch.randn(64, 3, 16, 16, generator=torch.Generator().manual_seed(1))
+    plan = Plan.parse("replace_activation_relu@_0")
+    fits = fit(gm, plan, [x], SCHEME)
+    fresh = torch.randn(64, 3, 16, 16, generator=torch.Generator().manual_seed(2))
+    assert relative_error(gm, rewrite(gm, plan, fits.weights), fresh) < 0.02

@@ -20,7 +20,7 @@ def outlier(model: nn.Module, factor: float = 60.0) -> nn.Module:
     check.randomise(model)
     with torch.no_grad():
         for m in model.modules():
-            if isinstance(m, nn.LayerNorm) and m.weight is not None:
+            if isinstance(m, nn.LayerNorm) and m.elementwise_affine:
                 m.weight[:2] *= factor
                 m.bias[:2] *= factor
             if isinstance(m, (nn.Linear, nn.Conv2d)):
@@ -112,7 +112,7 @@ def test_ranges_are_known_afterwards() -> None:
             nn.Sequential(nn.LayerNorm(16, elementwise_affine=False), nn.Linear(16, 5)),
             "no weights",
         ),
-        (nn.Sequential(nn.LayerNorm((7, 16)), nn.Linear(16, 5)), "over several axes"),
+        (nn.Sequential(nn.LayerNorm([7, 16]), nn.Linear(16, 5)), "over several axes"),
         (nn.Sequential(nn.LayerNorm(16), nn.Linear(16, 5)), "of the rounding error"),
     ],
 )

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from torch import Tensor, fx, nn
@@ -64,7 +66,9 @@ def graph(form: str, on: str = "onnxruntime") -> tuple[fx.GraphModule, str]:
 @pytest.mark.parametrize("form", FORMS)
 def test_the_function_is_kept(form: str) -> None:
     gm, anchor = graph(form)
-    new = check.check_site(RULE, gm, RULE.site_at(gm, anchor), (4, 12))
+    site = RULE.site_at(gm, anchor)
+    assert site is not None
+    new = check.check_site(RULE, gm, site, (4, 12))
     assert check.layer_count(new) == check.layer_count(gm) + 2
 
 
@@ -78,7 +82,8 @@ def value_error(form: str, on: str, split: bool) -> float:
     )
     q = quantize(new, target(on), [x])
     sim = simulate(q)
-    for module in sim.modules():
+    parts: list[Any] = list(sim.modules())
+    for module in parts:
         if hasattr(module, "layer") and hasattr(module, "spec"):
             module._rounded = module.layer.weight.detach()  # exact weights
     with torch.no_grad():
@@ -149,7 +154,9 @@ def test_refuses(model: nn.Module, on: str, reason: str) -> None:
 
 def test_a_half_is_not_split_again_and_a_plan_twice_is_refused() -> None:
     gm, anchor = graph("norm")
-    new = check.check_site(RULE, gm, RULE.site_at(gm, anchor), (4, 12))
+    site = RULE.site_at(gm, anchor)
+    assert site is not None
+    new = check.check_site(RULE, gm, site, (4, 12))
     assert "it is half of a value in 16 bits" in [s.blocked for s in RULE.match(new)]
     with pytest.raises(PlanError, match="no node is called"):
         rewrite(gm, Plan.parse("split_precision@nowhere"))

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from torch import nn
@@ -13,10 +15,10 @@ RULE = UnmergeRep()
 SHAPE = (8, 9, 7)
 
 
-def merged(size: float = 2.0, **more: object) -> nn.Sequential:
+def merged(size: float = 2.0, **more: Any) -> nn.Sequential:
     """A random convolution with an identity in it, and what reads it."""
-    settings: dict[str, object] = {"kernel_size": 3, "padding": 1, **more}
-    model = check.randomise(nn.Sequential(nn.Conv2d(8, 8, **settings), nn.ReLU()))  # type: ignore[arg-type]
+    settings: dict[str, Any] = {"kernel_size": 3, "padding": 1, **more}
+    model: Any = check.randomise(nn.Sequential(nn.Conv2d(8, 8, **settings), nn.ReLU()))
     with torch.no_grad():
         height, width = model[0].kernel_size
         at = torch.arange(8)
@@ -36,7 +38,7 @@ def merged(size: float = 2.0, **more: object) -> nn.Sequential:
         {"padding_mode": "reflect"},
     ],
 )
-def test_the_function_is_kept(setting: dict[str, object]) -> None:
+def test_the_function_is_kept(setting: dict[str, Any]) -> None:
     gm = check.graph_of(merged(**setting), SHAPE)
     (site,) = check.sites_of(RULE, gm)
     new = check.check_site(RULE, gm, site, SHAPE)
@@ -51,7 +53,7 @@ def test_the_other_weights_have_finer_steps(on: str) -> None:
     found: list[float] = []
     for text in ("", "unmerge_rep@_0"):
         q = quantize(rewrite(gm, Plan.parse(text)), target(on), [check.inputs(SHAPE).float()])
-        layer = simulate(q).get_submodule("0")
+        layer: Any = simulate(q).get_submodule("0")
         missing = (layer.weight() - layer.layer.weight).abs()
         found.append(float(missing[:, :, 0, 0].square().mean().sqrt()))
     assert found[1] < 0.2 * found[0]

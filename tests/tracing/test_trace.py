@@ -89,7 +89,8 @@ class Defaults(Plain):
     ):
         y = super().forward(x)
         if targets is not None or not flags[0] or rest:
-            return F.cross_entropy(y, targets)
+            wanted: Any = targets
+            return F.cross_entropy(y, wanted)
         return y * scale
 
 

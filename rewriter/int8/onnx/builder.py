@@ -188,11 +188,20 @@ class Emission:
         made = next(n for n in reversed(self.nodes) if dequantized in n.output)
         return self.constants[made.input[2]].data_type
 
+    def is_dequantized(self, value: str) -> bool:
+        """Whether a tensor is one that DequantizeLinear made."""
+        made = next((n for n in reversed(self.nodes) if value in n.output), None)
+        return made is not None and made.op_type == "DequantizeLinear"
+
+    def integers_behind(self, dequantized: str) -> tuple[str, tuple[str, str]]:
+        """The integers behind a tensor that DequantizeLinear made, and the names of their scale and zero point."""
+        made = next(n for n in reversed(self.nodes) if dequantized in n.output)
+        return made.input[0], (made.input[1], made.input[2])
+
     def stored_behind(self, dequantized: str) -> tuple[str, np.float32, str]:
         """The integers behind a tensor that DequantizeLinear made, their scale, and the name of their zero point."""
-        made = next(n for n in reversed(self.nodes) if dequantized in n.output)
-        scale = np.float32(numpy_helper.to_array(self.constants[made.input[1]]))
-        return made.input[0], scale, made.input[2]
+        integers, (scale, zero) = self.integers_behind(dequantized)
+        return integers, np.float32(numpy_helper.to_array(self.constants[scale])), zero
 
     def ints(self, values: Sequence[Any]) -> str:
         """A vector of int64 from numbers and from nodes that compute a number."""

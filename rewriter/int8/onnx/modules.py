@@ -14,6 +14,7 @@ from rewriter.int8.onnx.arguments import pad, source_of
 from rewriter.int8.onnx.builder import Emission, UnsupportedError, Value
 from rewriter.int8.onnx.layers import transposed_convolution, weight_and_bias
 from rewriter.int8.onnx.pooling import adaptive_pool, average_pool, max_pool, upsample
+from rewriter.int8.onnx.stems import over_blocks
 
 Emitter = Callable[[Emission, fx.Node, Any], Value]
 
@@ -34,7 +35,10 @@ def _convolution(e: Emission, node: fx.Node, m: Any) -> Value:
     if source in e.pads:
         left, right, top, bottom = e.pads[source]
         (inner,) = source.all_input_nodes
-        x = e.read(inner, source, node)  # the convolution reads the pad as the pad reads its input
+        x, source = (
+            e.read(inner, source, node),
+            inner,
+        )  # the convolution reads the pad as the pad reads its input
     else:
         x = e.read(source, node)
     begin, end = _padding(m)
@@ -43,6 +47,9 @@ def _convolution(e: Emission, node: fx.Node, m: Any) -> Value:
         begin = end = [0] * len(begin)
     if len(begin) == 2:
         begin, end = [begin[0] + top, begin[1] + left], [end[0] + bottom, end[1] + right]
+        blocks = over_blocks(e, node, m, x, source, begin)
+        if blocks is not None:
+            return blocks
     w, b = weight_and_bias(e, node, m, m.weight)
     return e.op(
         "Conv",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import timm
@@ -70,7 +71,7 @@ def test_the_network_computes_with_the_file_of_the_package(package: Path) -> Non
     state = published()
     state["_fc.bias"] = torch.randn(1000)
     torch.save(state, package)
-    net = lite0.network()
+    net: Any = lite0.network()
     assert not net.training
     assert torch.equal(net.classifier.bias, state["_fc.bias"])
 

@@ -90,7 +90,7 @@ def no_ladder(monkeypatch: pytest.MonkeyPatch) -> None:
     """The network as it is is the best rung."""
     monkeypatch.setattr(worth, "find_sites", lambda gm: [])
     monkeypatch.setattr(worth, "exact_splits", lambda gm, sites, damage: [])
-    monkeypatch.setattr(worth, "rungs", lambda gm, scores, splits: ())
+    monkeypatch.setattr(worth, "rungs", lambda gm, scores, splits, most: ())
     monkeypatch.setattr(worth, "start", lambda ladder: Plan())
 
 

@@ -33,7 +33,9 @@ LEFT = {
 def ladder(monkeypatch: pytest.MonkeyPatch) -> None:
     """Plain int8, then one rung on top of it, which helps."""
 
-    def rungs(gm: object, scores: Any, splits: object) -> tuple[Rung, ...] | Plan:
+    def rungs(
+        gm: object, scores: Any, splits: object, most: object = None
+    ) -> tuple[Rung, ...] | Plan:
         for plan in (Plan(), RUNG):
             if str(plan) not in scores:
                 return plan
