@@ -108,6 +108,8 @@ def measure(options: argparse.Namespace, target: str, folder: Path) -> Record:
         rows=rows,
         seconds=round(time.perf_counter() - start),
         cpu_seconds=round(time.process_time() - spent),
+        # without a search nothing was chosen: the table alone is no advice
+        **({} if options.trials else {"chosen": None}),
     )
 
 

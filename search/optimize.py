@@ -15,6 +15,7 @@ from search.results import Results, load_results
 from search.run import Goal, cheapest, confirm_front, note_run, run_search, sensitivity_of
 from search.run_dir.scores import Score
 from search.sensitivity.run import Sensitivity
+from search.study.trackers import tracked
 from search.workers.processes import helpers
 from search.workers.ray import search_on_ray
 
@@ -64,10 +65,15 @@ def _search(
 ) -> None:
     """Search beside the other worker processes that the config asks for."""
     trials = job.cfg.search.trials
-    with helpers(job, storage, goal) as threads, progress("scoring plans") as tick:
+    watched = tracked(job.cfg.search.trackers, job.folder, job.folder.name)
+    with (
+        watched as track,
+        helpers(job, storage, goal) as threads,
+        progress("scoring plans") as tick,
+    ):
 
         def told(score: Score, count: int) -> None:
-            del score
+            track(score, count)
             tick(count, trials)
 
         own = replace(job, evaluator=replace(job.evaluator, threads=threads))

@@ -68,6 +68,7 @@ class SearchConfig(Section):
         trials: How many plans are tried.
         macs: Costs to cover, as ratios to the original: below 1, channels may be taken away.
         recipe: File of plans that proved good on this architecture (``quantfix recipe``), tried first.
+        trackers: Where scores go as they come: ``tensorboard``, ``mlflow``, ``wandb``.
         resolution: ``fixed``: images are not made smaller to save compute.
         max_macs: Largest cost alone: 1.15 allows 15 % more. Default: that of `macs`, or 1.15.
         max_params: Most parameters, as a ratio to the original.
@@ -100,6 +101,7 @@ class SearchConfig(Section):
     """
 
     recipe: str | None = None
+    trackers: tuple[Literal["tensorboard", "mlflow", "wandb"], ...] = ()
     trials: int = Field(default=100, ge=1)
     macs: tuple[float, float] | None = None
     resolution: Literal["free", "fixed"] = "free"

@@ -22,8 +22,9 @@ def losses_section(exhibits: Mapping[str, Any] | None) -> Section:
 def shift_said(shift: Mapping[str, Any]) -> str:
     """The shift of the scores in one sentence."""
     lost = f"; {shift['lost']} boxes of float are gone" if shift["lost"] else ""
+    middle, low, high = (round(shift[k], 3) + 0.0 for k in ("median", "low", "high"))
     return (
-        f"{shift['median']:+.3f} in the middle, half of them between {shift['low']:+.3f} and {shift['high']:+.3f} "
+        f"{middle:+.3f} in the middle, half of them between {low:+.3f} and {high:+.3f} "
         f"({shift['pairs']} boxes on {shift['images']} images{lost})"
     )
 
@@ -68,10 +69,9 @@ def _classes(found: Mapping[str, Any]) -> str:
     networks = list(found["worst"][0]["said"]) if found["worst"] else []
     said = f"{found['changed']} of {found['images']} images get another answer in {shipped} than in float."
     parts = [paragraph(said)]
-    if found["worst"]:
-        parts.append(
-            f'<div class="side">{"".join(_image(w, names) for w in found["worst"])}</div>'
-        )
+    worst = [w for w in found["worst"] if w["said"][shipped] != w["said"]["float"]]
+    if worst:
+        parts.append(f'<div class="side">{"".join(_image(w, names) for w in worst)}</div>')
     lost = [r for r in found["classes"] if r["right"][shipped] != r["right"]["float"]]
     if lost:
         rows = [

@@ -25,6 +25,7 @@ from optuna.trial import FrozenTrial, TrialState
 from rewriter.plan import Plan
 from search.pareto.front import Cost, cost_named
 from search.pareto.limits import Limits
+from search.pareto.plan_summary import plan_summary
 from search.run_dir.scores import Records, Score
 from search.strategy.schedule import Worth
 from search.strategy.space import Space, in_float
@@ -254,6 +255,7 @@ def _try(
         with suppress(OSError):  # a full disk takes nothing; the next run ends the trial
             give_back(study, trial.number)
         raise
+    trial.set_user_attr("summary", plan_summary(score.plan))
     for name in SHOWN:
         trial.set_user_attr(name, getattr(score, name))
     known = study.get_trials(deepcopy=False)[trial.number].constraints

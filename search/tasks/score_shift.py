@@ -140,7 +140,11 @@ def _operating(
     boxes = (counts[0] / max(len(reference), 1), counts[1] / max(len(int8), 1))
     if known is None or not targets or not known[0][2]:
         every = np.sort(np.concatenate([d["scores"].numpy() for d in int8] or [np.zeros(0)]))[::-1]
-        at = float(every[min(counts[0], len(every)) - 1]) if counts[0] and len(every) else None
+        at = (
+            _near(threshold, every, min(counts[0], len(every)) - 1)
+            if counts[0] and len(every)
+            else None
+        )
         return Operating(threshold, boxes, restored=at)
     (a_precision, a_recall), (b_precision, b_recall) = (_at(threshold, *k) for k in known)
     scores, true, count = known[1]
@@ -148,20 +152,35 @@ def _operating(
     hits = np.cumsum(true[order])
     recall, precision = hits / count, hits / np.arange(1, len(hits) + 1)
     sorted_scores = scores[order]
-    restored = next((i for i in range(len(hits)) if recall[i] >= a_recall - 1e-9), None)
-    precise = next(
-        (i for i in reversed(range(len(hits))) if precision[i] >= a_precision - 1e-9), None
-    )
+    reaching = np.flatnonzero(recall >= a_recall - 1e-9)
+    restored = precise = None
+    if len(reaching):
+        first = int(reaching[0])
+        last = int(np.flatnonzero(recall <= recall[first] + 1e-9)[-1])
+        restored = _near(threshold, sorted_scores, last, first)
+    right = np.flatnonzero(precision >= a_precision - 1e-9)
+    if len(right):
+        precise = _near(threshold, sorted_scores, int(right[-1]))
     return Operating(
         threshold,
         boxes,
         (a_precision, b_precision),
         (a_recall, b_recall),
-        None if restored is None else float(sorted_scores[restored]),
-        None if restored is None else float(precision[restored]),
-        None if precise is None else float(sorted_scores[precise]),
-        None if precise is None else float(recall[precise]),
+        restored,
+        None if restored is None else _at(restored, *known[1])[0],
+        precise,
+        None if precise is None else _at(precise, *known[1])[1],
     )
+
+
+def _near(threshold: float, scores: Array, last: int, first: int | None = None) -> float:
+    """The threshold nearest to the float one of those that let through the descending scores up to ``first``.
+
+    They let through none behind ``last``; without ``first``, all up to ``last``.
+    """
+    low = float(scores[last + 1]) if last + 1 < len(scores) else 0.0
+    high = float(scores[last if first is None else first])
+    return min(high, max(threshold, low + min(1e-3, (high - low) / 2)))
 
 
 def _at(threshold: float, scores: Array, true: Array, count: int) -> tuple[float, float]:
