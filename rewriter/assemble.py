@@ -73,23 +73,11 @@ def assemble(
         PlanError: the plan does not apply.
         QuantizeError: the calibration inputs are unusable.
     """
-    fidelity = fidelity_of(gm, batches)
+    fidelity_of(gm, batches)
     base, whole, fits = _single(gm, plan, scheme, batches, store, seed, device)
     name = ""
     if store is not None and whole.steps:
-        rules = [rule_named(s.rule) for s in whole.steps]
-        name = key(
-            [
-                graph_digest(base),
-                data_digest(batches),
-                scheme.identity,
-                str(plan),
-                str(VERSION),
-                str(facts.CALIBRATION.get(base)),
-                fidelity.digest,
-                *(f"{r.name} {r.version}" for r in rules),
-            ]
-        )
+        name = _record_name(base, plan, whole, scheme, batches)
         found = load(store, name)
         if found is not None:
             shape = Plan(tuple(s for s in whole.steps if _whole(s).replaces))
@@ -104,9 +92,50 @@ def assemble(
     return Assembled(quantized, fits)
 
 
-def prepare(gm: fx.GraphModule, batches: Batches, store: Store | None = None) -> None:
-    """Measure of the network as it is what plans without single places need; otherwise the first such plan does."""
+def _record_name(
+    base: fx.GraphModule, plan: Plan, whole: Plan, scheme: QuantScheme, batches: Batches
+) -> str:
+    """Under what an assembled plan is stored."""
+    rules = [rule_named(s.rule) for s in whole.steps]
+    return key(
+        [
+            graph_digest(base),
+            data_digest(batches),
+            scheme.identity,
+            str(plan),
+            str(VERSION),
+            str(facts.CALIBRATION.get(base)),
+            fidelity_of(base, batches).digest,
+            *(f"{r.name} {r.version}" for r in rules),
+        ]
+    )
+
+
+def prepare(
+    gm: fx.GraphModule,
+    batches: Batches,
+    store: Store | None = None,
+    plan: Plan | None = None,
+    scheme: QuantScheme | None = None,
+) -> None:
+    """Measure of the network as it is what plans without single places need; otherwise the first such plan does.
+
+    Args:
+        gm: profiled canonical graph.
+        batches: calibration inputs.
+        store: where it is kept.
+        plan: a plan that is assembled next, in a process forked from this one: what it takes over from its repairs alone is
+            loaded here, once for all such processes, where it is stored.
+        scheme: its target.
+    """
     measure(gm, batches, store, again=False)
+    if plan is None or scheme is None or store is None:
+        return
+    whole = Plan(tuple(s for s in plan.steps if isinstance(rule_named(s.rule), WholeModelRule)))
+    if _builds_on_another(plan, whole):
+        name = _record_name(gm, whole, whole, scheme, batches)
+        if load(store, name) is not None:
+            _alike(gm, whole, scheme, batches, store)
 
 
 def rewritten(

@@ -22,9 +22,9 @@ from rewriter.int8.annotate import annotation
 from rewriter.int8.simulate import Quantized
 
 # Errors of an input are as large as they were where their power, relative to its variance, is within this factor.
-ALIKE = 1.25
+ALIKE = 1.1
 # Inputs of each batch whose errors are looked at.
-ROWS = 4
+ROWS = 2
 Range = tuple[float, float]
 
 

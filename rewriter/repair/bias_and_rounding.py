@@ -23,7 +23,7 @@ from rewriter.graph.interpret import clips_in_place, last_uses, run_node
 from rewriter.graph.lookup import is_call, module_of
 from rewriter.int8.annotate import annotation, is_layer, moves_values
 from rewriter.int8.calibrate import input_scale
-from rewriter.int8.integer_grid import dequantized_weight, fake_quantize, least_weight_scale
+from rewriter.int8.integer_grid import dequantized_weight, least_weight_scale, round_to_int8
 from rewriter.int8.scheme import TINY, QuantSpec, channel_axis
 from rewriter.int8.simulate import Quantized
 from rewriter.repair.alike import Alike, input_noise
@@ -208,7 +208,7 @@ def _rounded(quantized: Quantized, value: fx.Node, x: Tensor, in_place: bool) ->
     """A value as int8 holds it."""
     spec = annotation(value).output
     assert spec is not None, value.name
-    return fake_quantize(x, *quantized.value_params(value), spec, x if in_place else None)
+    return round_to_int8(x, *quantized.value_params(value), spec, in_place)
 
 
 def _repair(

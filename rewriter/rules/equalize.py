@@ -46,7 +46,7 @@ class Equalize(WholeModelRule):
     """Cross-layer equalization of all free channels; exact."""
 
     name: ClassVar[str] = "equalize"
-    version: ClassVar[int] = 2
+    version: ClassVar[int] = 3
     contract: ClassVar[Contract] = "exact"
     weighs: ClassVar[bool] = True
 

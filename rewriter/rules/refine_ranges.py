@@ -32,6 +32,7 @@ class RefineRanges(WholeModelRule):
     """Carried out by ``assemble`` after calibration."""
 
     name: ClassVar[str] = "refine_ranges"
+    version: ClassVar[int] = 2
     contract: ClassVar[Contract] = "annotation"
     repair: ClassVar[str] = "ranges"
 

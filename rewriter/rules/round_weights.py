@@ -30,6 +30,7 @@ class RoundWeights(WholeModelRule):
     """Carried out by ``assemble`` after calibration."""
 
     name: ClassVar[str] = "round_weights"
+    version: ClassVar[int] = 2
     contract: ClassVar[Contract] = "annotation"
     repair: ClassVar[str] = "rounding"
 

@@ -114,9 +114,12 @@ class RewriteEvaluator(Bench):
         action = partial(self.measure, plan, parts, race)
         if self.limit_s is None:
             return action()
-        self.measured.float_metric(self.choosing)  # once, and not in each child
+        # once, and not in each child
+        self.measured.float_metric(self.choosing)
         self.plain_ms()
-        prepare(self.gm, self.calibration, self.store)
+        cost(self.gm)
+        if self.maker is None:
+            prepare(self.gm, self.calibration, self.store, plan, self.scheme)
         try:
             return apart(action, self.limit_s)
         except LostError as cause:

@@ -9,6 +9,7 @@ import torch
 from hypothesis import given, settings
 from torch import Tensor, nn
 
+from rewriter.graph import cost as module
 from rewriter.graph.cost import cost, layer_macs
 from rewriter.graph.lookup import kind_of, layers
 from rewriter.plan import Plan, find_sites, rewrite
@@ -141,3 +142,30 @@ def test_merging_the_first_block_of_efficientnet_lite0() -> None:
     places = 112 * 112  # 3 x 3 depthwise on 32 channels and 32 -> 16, against 3 x 3 on 32 -> 16
     assert cost(merged).macs - cost(gm).macs == places * (9 * 32 * 16 - 9 * 32 - 32 * 16)
     assert cost(merged).macs / cost(gm).macs == pytest.approx(1.124, abs=0.001)
+
+
+def test_networks_of_one_structure_are_counted_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    counted: list[int] = []
+    whole = module._counted_macs
+
+    def watched(gm: Any) -> int:
+        counted.append(whole(gm))
+        return counted[-1]
+
+    monkeypatch.setattr(module, "_counted_macs", watched)
+    x = torch.zeros(2, 3, 11, 7)
+    first, wider, larger = (
+        trace(randomise(nn.Sequential(nn.Conv2d(3, c, 3), nn.ReLU())), x[..., :h, :])
+        for c, h in ((5, 9), (6, 9), (5, 11))
+    )
+    other = trace(randomise(nn.Sequential(nn.Conv2d(3, 5, 3), nn.ReLU()), 1), x[..., :9, :])
+    kept = rewrite(first, Plan.parse(f"keep_float@{layers(first)[0].name}"))
+    places = (7 * 5, 7 * 5, 9 * 5)
+    expected = [27 * c * p for c, p in zip((5, 6, 5), places, strict=True)]
+    assert [cost(gm).macs for gm in (first, wider, larger, other, kept)] == [
+        *expected,
+        expected[0],
+        expected[0],
+    ]
+    assert len(counted) <= 3
+    assert cost(kept).weight_bytes == 4 * cost(first).weight_bytes - 3 * 4 * 5
