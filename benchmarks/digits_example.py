@@ -30,6 +30,7 @@ import sklearn
 import torch
 from torch import nn
 
+from benchmarks import record
 from search.data import digits, digits_detection, digits_video
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -41,6 +42,7 @@ class Example:
 
     config: str
     seed: int
+    what: str
     data: str
     build: Callable[[], nn.Module]
     train: Callable[[Any, int], None]
@@ -50,6 +52,7 @@ EXAMPLES = {
     "digits": Example(
         "configs/digits.yaml",
         digits.SEED,
+        "classifier in the manner of EfficientNet-Lite, shipped weights",
         "scikit-learn's handwritten digits, 897 of 1797 images; the other 900 evaluate",
         digits.architecture,
         digits.train,
@@ -57,6 +60,7 @@ EXAMPLES = {
     "digits_detection": Example(
         "configs/detection_digits.yaml",
         digits_detection.SEED,
+        "depthwise detector with one head, shipped weights",
         "1500 scenes composed of the 897 training images; 200 of the other images' evaluate",
         digits_detection.architecture,
         digits_detection.train,
@@ -64,6 +68,7 @@ EXAMPLES = {
     "digits_video": Example(
         "configs/video_digits.yaml",
         digits_video.SEED,
+        "depthwise network and GRU over frames, shipped weights",
         "1500 sequences composed of the 897 training images; 300 of the other images' evaluate",
         digits_video.VideoDigits,
         digits_video.train,
@@ -111,19 +116,29 @@ def trained_record(name: str) -> dict[str, Any]:
 
 def measure(name: str) -> None:
     """Run one example's config anew; write its front as the record that documents quote."""
-    config = EXAMPLES[name].config
-    start = time.perf_counter()
-    found = quantfix("run", config, "front.json")
-    record = {
-        "format": 1,
-        "network": name,
-        "command": f"quantfix run {config}",
-        "weights": f"search/data/shipped/{name}.safetensors",
-        "seconds": round(time.perf_counter() - start),
-        "versions": versions(),
-        **{key: found[key] for key in ("target", "metric", "samples", "baseline", "points")},
-    }
-    write(ROOT / "results" / name / f"{found['target']}.json", record)
+    example, start = EXAMPLES[name], time.perf_counter()
+    with tempfile.TemporaryDirectory() as folder:
+        words = [
+            sys.executable,
+            "-m",
+            "search.cli",
+            "run",
+            example.config,
+            "--out",
+            folder,
+            "--quiet",
+        ]
+        subprocess.run(words, cwd=ROOT, check=True)
+        found = record.record_of(
+            Path(folder),
+            name,
+            example.what,
+            example.data,
+            f"quantfix run {example.config}",
+            weights=f"search/data/shipped/{name}.safetensors",
+            seconds=round(time.perf_counter() - start),
+        )
+    print(record.write(found).relative_to(ROOT))
 
 
 def quantfix(command: str, config: str, file: str) -> dict[str, Any]:

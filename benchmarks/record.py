@@ -76,6 +76,7 @@ class Record(_Part):
     cpu_seconds: float | None = None
     versions: dict[str, str]
     commit: str = ""
+    weights: str = Field("", description="file in the project, where they are shipped")
 
 
 def records() -> dict[str, Record]:

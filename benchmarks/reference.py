@@ -58,7 +58,9 @@ def config_of(options: argparse.Namespace, target: str, folder: Path) -> Config:
         data |= {"csv": str(options.labels.resolve()), "images": images}
     data |= {"calibration": options.calibration, "evaluation": options.evaluation}
     content |= {"data": data, "target": target}
-    path = folder / f"{NETWORK}.yaml"
+    path = folder.with_name(
+        f"{NETWORK}_{target}.yaml"
+    )  # beside the run directory, which is the run's own
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(yaml.safe_dump(content))
     return load_config(path)

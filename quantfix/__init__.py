@@ -4,7 +4,7 @@ result = quantfix.optimize(model, calibration, evaluation, target="onnxruntime",
 result.front; result.best().plan; result.export("out/")
 """
 
-from quantfix._networks import load_onnx, rewrite
+from quantfix._networks import load_onnx, load_tflite, rewrite
 from quantfix._result import Point, Result
 from quantfix._runs import analyze, fix, optimize
 from rewriter import RewriteError
@@ -20,6 +20,7 @@ __all__ = [
     "analyze",
     "fix",
     "load_onnx",
+    "load_tflite",
     "optimize",
     "rewrite",
 ]

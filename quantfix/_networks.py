@@ -79,6 +79,17 @@ def load_onnx(path: str | Path, shape: Sequence[int] | None = None) -> nn.Module
     return import_onnx(Path(path), shape)
 
 
+def load_tflite(path: str | Path) -> nn.Module:
+    """The float network in a TensorFlow Lite file, as an ``nn.Module`` with channels first whose batch is free.
+
+    Raises:
+        TraceError: it holds an operator that is not known, or is no float network; or LiteRT is not installed.
+    """
+    from rewriter.tflite_import import import_tflite
+
+    return import_tflite(Path(path))
+
+
 def _noise(model: nn.Module) -> Tensor:
     """Two inputs of the shape that a network of timm says, else of an image of 224 pixels."""
     known: Any = getattr(model, "pretrained_cfg", None) or {}

@@ -42,8 +42,9 @@ STARTS = 2
 # A split adds kernel calls, which MACs do not show: a rung of them is kept if it takes away this
 # share of the damage.
 SPLIT_GAIN = 0.2
-# Steps without kernel calls of their own: any gain is one.
-COSTLESS = frozenset({"scale_norm", "float_trunk"})
+# Rungs of such steps alone need less: the first costs nothing at all, the second conversions where convolutions write
+# the sums' terms.
+LEAST_GAIN = {"scale_norm": 0.0, "float_trunk": 0.05}
 # Damage below which nothing is replaced that the float network misses.
 FITTED_DAMAGE = 0.02
 # Nothing is free that slows the file by more than this. What it slows it by is weighed to this power: 10 % more
@@ -200,7 +201,8 @@ def _split(
     most: float | None,
 ) -> Rung:
     plan = Plan(tuple(dict.fromkeys((*below.plan.steps, *steps))))
-    gain = 0.0 if all(step.rule in COSTLESS for step in steps) else SPLIT_GAIN
+    new = [step for step in steps if step not in below.plan.steps]
+    gain = max((LEAST_GAIN.get(step.rule, SPLIT_GAIN) for step in new), default=SPLIT_GAIN)
     return _measured(score, below, name, plan, (1 - gain) * below.damage, most)
 
 

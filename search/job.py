@@ -288,7 +288,7 @@ def open_job(
         seed=cfg.search.seed,
         threads=threads or torch.get_num_threads(),
         confirmations=Confirmations.of(records, chosen) if chosen < samples.count else None,
-        timed=cfg.search.max_latency_ms is not None,
+        timed=cfg.search.cost == "latency" or cfg.search.max_latency_ms is not None,
         table=table_of(cfg),
     )
     return Job(cfg, folder, evaluator, network.data, given)

@@ -199,10 +199,8 @@ class Results:
 
     def front_dict(self) -> dict[str, Any]:
         """The content of ``front.json``."""
-        points = self.front.points
-        quality = [self._quality(s) for s in points]
-        price = cost_named(self.cost)
-        macs = [price(s) for s in points]
+        control = {c["plan"]: c for c in controls(self.scores)}
+        alone = [s for s in self.scores if s.plan in control]
         corner = (self._dearest(), self._quality_of_empty())
         return {
             "format": 1,
@@ -217,15 +215,16 @@ class Results:
             "engine": self.facts["engine"],
             "baseline": baseline_of(self.baseline),
             "limits": dict(self.limits),
-            "points": [self.point_dict(s) for s in points],
+            "points": [self.point_dict(s) for s in self.front.points],
             "ties": [self.point_dict(s) for s in self.front.ties],
             "overtaken": [s.plan for s in self.overtaken()],
             "references": [self.point_dict(s) for s in self.references],
-            "control": controls(self.scores),
+            "control": list(control.values()),
             "separable": self.separable,
-            "best": self.best().plan if points else None,
-            "knee": self.knee().plan if points else None,
-            "hypervolume": hypervolume(np.array(macs), np.array(quality), corner),
+            "best": self.best().plan if self.front.points else None,
+            "knee": self.knee().plan if self.front.points else None,
+            "hypervolume": self._hypervolume(self.front.points, corner),
+            "control_hypervolume": self._hypervolume(alone, corner),
             "hypervolume_reference": list(corner),
             "plans_scored": len(self.scores),
             "plans_failed": sum(s.error is not None for s in self.scores),
@@ -244,19 +243,23 @@ class Results:
         return [self.confirmed[s.plan].whole for s in self.chosen.all() if s.plan not in left]
 
     def point_dict(self, score: Score) -> dict[str, Any]:
-        known = self.confirmed.get(score.plan)
-        tuned = self.finetuned.get(score.plan)
+        known, tuned = self.confirmed.get(score.plan), self.finetuned.get(score.plan)
         more: dict[str, Any] = {} if tuned is None else {"finetuned": tuned.to_dict()}
         more["steps"] = [e.to_dict() for e in step_effects(score.plan, self.scores)]
         more["confirmed"] = confirmed_on(score, self.facts["target"], self.deployed)
         return point(score, self.places) | ({} if known is None else known.to_dict()) | more
 
+    def _hypervolume(self, scores: Sequence[Score], corner: tuple[float, float]) -> float:
+        macs = np.array([cost_named(self.cost)(s) for s in scores])
+        return hypervolume(macs, np.array([self._quality(s) for s in scores]), corner)
+
     def _dearest(self) -> float:
         """The cost beyond which a plan adds nothing to the hypervolume."""
-        if self.cost == "latency":
-            return self.limits.get("latency_ms") or 1.15 * next(
-                (s.latency_ms for s in self.scores if not s.plan and s.latency_ms), 0.0
-            )
+        if self.cost != "macs":
+            price = cost_named(self.cost)
+            plain = next((price(s) for s in self.scores if not s.plan), 0.0)
+            limit = self.limits.get("latency_ms") if self.cost == "latency" else None
+            return limit or (1.15 * plain if isfinite(plain) else 0.0)
         return self.limits.get("macs") or 1.15 * self.baseline.macs
 
     def _quality(self, score: Score) -> float:

@@ -18,6 +18,7 @@ from rewriter.storage import short
 from search.config.messages import dotted, explain
 from search.config.schema import Config, ConfigError, SearchConfig
 from search.job import Job, OnScore, Progress, silent
+from search.pareto.controls import has_one_knob
 from search.pareto.front import cost_named, select_front
 from search.pareto.limits import Limits
 from search.pareto.plan_summary import places_of
@@ -114,7 +115,8 @@ def space_of(job: Job, sensitivity: Sensitivity) -> Space:
     limits = limits_of(job)
     least = job.cfg.search.least_macs
     # a plan for the lowest budget comes out a little below it
-    budget = Budget(limits.macs, limits.float_layers, (least - STEP) * macs)
+    lowest = least if least >= 1 else least - STEP
+    budget = Budget(limits.macs, limits.float_layers, lowest * macs)
     fixed = job.cfg.search.resolution == "fixed"
     unwanted = [r.name for r in RULES if r.saves and (least >= 1 or (r.scales and fixed))]
     sites = [s for s in find_sites(job.gm) if s.rule not in unwanted]
@@ -153,7 +155,9 @@ def race_of(job: Job) -> Race:
         objective=job.objective,
         higher_is_better=job.evaluator.task.higher_is_better,
         spared=lambda plan: (
-            of_the_ladder(plan, AT_PLACES) or all(s.rule == KEEP_FLOAT for s in plan.steps)
+            of_the_ladder(plan, AT_PLACES)
+            or all(s.rule == KEEP_FLOAT for s in plan.steps)
+            or has_one_knob(plan)  # what the front is compared with
         ),
         cost=cost_named(options.cost),
     )

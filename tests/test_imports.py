@@ -75,7 +75,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (
     ("rewriter.errors", "rewriter.graph"),
     ("rewriter.storage",),
     ("rewriter.tracing", "rewriter.int8", "rewriter.damage", "rewriter.onnx_import"),
-    ("rewriter.surgery", "rewriter.repair"),
+    ("rewriter.surgery", "rewriter.repair", "rewriter.tflite_import"),
     ("rewriter.rules",),
     ("rewriter.plan",),
     ("rewriter.ladder", "rewriter.fitting", "rewriter.sensitivity"),

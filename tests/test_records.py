@@ -9,6 +9,9 @@ from typing import Any
 
 import pytest
 
+from benchmarks.record import records
+from benchmarks.tables import DOCUMENTS, filled
+from benchmarks.tables import figures as figures_of_record
 from rewriter import Plan
 from search.config.schema import load_config
 from search.data import digits
@@ -16,6 +19,8 @@ from search.job import open_job
 
 ROOT = Path(__file__).resolve().parents[1]
 RECORDS = sorted((ROOT / "results").glob("digits*/*.json"))
+# Documents all of whose percentages come from records.
+QUOTING = ("docs/reference.md",)
 EXAMPLES = {"digits", "digits_detection", "digits_video"}
 # A text that quotes a record, the record, and which of its figures the text has to name.
 QUOTED = [
@@ -24,6 +29,42 @@ QUOTED = [
     ("docs/detector.md", "digits_detection/onnxruntime", ("float", "int8", "best", "interval")),
     ("docs/video.md", "digits_video/per_tensor", ("float", "int8", "best")),
 ]
+
+
+def test_every_record_has_what_a_reader_needs() -> None:
+    found = records()
+    assert {f"{name}/per_tensor" for name in ("digits", "digits_video")} <= set(found)
+    for name, known in found.items():
+        assert name == f"{known.network}/{known.target}"
+        assert known.what and known.data and known.command and known.versions
+        best = known.chosen
+        assert best is None or best.plan in {p["plan"] for p in known.points} | {""}
+
+
+@pytest.mark.parametrize("path", DOCUMENTS, ids=lambda p: p.name)
+def test_tables_of_documents_are_those_of_the_records(path: Path) -> None:
+    text = path.read_text()
+    assert filled(text) == text, "python -m benchmarks.tables"
+
+
+def unrecorded(text: str) -> list[str]:
+    """Percentages of a text that no record holds, rounded as the text rounds them."""
+    known = [v for r in records().values() for v in figures_of_record(r)]
+    return [
+        quoted
+        for quoted in sorted(percentages(text))
+        if "." in quoted
+        and not any(f"{v:.{len(quoted.partition('.')[2])}f}" == quoted for v in known)
+    ]
+
+
+@pytest.mark.parametrize("path", QUOTING)
+def test_a_document_quotes_no_figure_that_no_record_holds(path: str) -> None:
+    assert unrecorded((ROOT / path).read_text()) == []
+
+
+def test_a_figure_without_a_record_is_noticed() -> None:
+    assert unrecorded("falls to 88.78 %, and with the rewrite 12.34 %") == ["12.34"]
 
 
 def record(name: str) -> dict[str, Any]:

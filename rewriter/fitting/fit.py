@@ -1,4 +1,4 @@
-"""Weights for approximate rewrites, without labels, from a few hundred unlabelled inputs.
+"""Weights for approximate rewrites, without labels, from a few hundred unlabeled inputs.
 
 First in closed form, to give the values that the replaced layers gave
 (``rewriter.fitting.least_squares``); then by gradient steps so that the *network* gives what it gave

@@ -1,4 +1,4 @@
-"""Ranges of activations from a few unlabelled inputs, streaming.
+"""Ranges of activations from a few unlabeled inputs, streaming.
 
 Memory is one batch and, for each value, its channel ranges and (where asked for) one histogram.
 ``minmax`` takes the largest and smallest value seen; ``percentile`` cuts 0.005 % of the values

@@ -58,6 +58,12 @@ class Quantized:
         highest = float(_gate_of(module_of(self.gm, node))(most))
         return note.output.params(0.0, highest or 1.0)
 
+    def gated(self, node: fx.Node) -> GatedActivation:
+        """An activation of two kernels with the int8 value between them."""
+        spec = annotation(node).output
+        assert spec is not None, node.name
+        return GatedActivation(_gate_of(module_of(self.gm, node)), self.gate_params(node), spec)
+
 
 def _gate_of(module: nn.Module) -> nn.Module:
     return nn.Hardsigmoid() if isinstance(module, nn.Hardswish) else nn.Sigmoid()
@@ -249,9 +255,7 @@ def simulate(
                 layer.fixed_point = fixed_point
             gm.set_submodule(str(node.target), layer)
         elif note.inner and note.output is not None:
-            inner = quantized.gate_params(before)
-            gate = GatedActivation(_gate_of(module_of(gm, node)), inner, note.output)
-            gm.set_submodule(str(node.target), gate)
+            gm.set_submodule(str(node.target), quantized.gated(before))
     if kernels:
         _add_integers(quantized, gm, by_name, fixed_point)
     made: dict[str, fx.Node] = {}

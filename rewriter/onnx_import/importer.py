@@ -273,9 +273,17 @@ def import_onnx(
         TraceError: the file is no float ONNX model, has operators that are not supported (all are
             named), or what was imported does not compute what ONNX Runtime does.
     """
+    return import_model(read_file(path), path, sizes)
+
+
+def import_model(
+    model: onnx.ModelProto,
+    path: Path,
+    sizes: Mapping[str, Sequence[int]] | Sequence[int] | None = None,
+) -> OnnxNetwork:
+    """The same of a model in memory; ``path`` names it."""
     for part in ("layers", "arithmetic", "data_movement", "recurrent"):
         importlib.import_module(f"rewriter.onnx_import.{part}")  # each registers its operators
-    model = read_file(path)
     shapes = input_shapes(model, sizes)
     _check_operators(model, list(shapes), path.name)
     values = values_of(model, shapes)

@@ -354,12 +354,10 @@ def resize(im: Importer, node: onnx.NodeProto) -> fx.Node:
         if not (old or (how == "asymmetric" and rounding == "floor")) and not whole:
             kind = "nearest-exact"
     else:
-        # before opset 11 positions were scaled from the corner, which no mode of torch does
+        # before opset 11 positions were scaled from the corner
         keywords["align_corners"] = how == "align_corners"
         if old or how == "asymmetric":
-            raise TraceError(
-                f"onnx: {label(node)}: linear with asymmetric positions is not supported"
-            )
+            return _from_the_corner(im, node, kind)
     if im.attribute(node, "antialias", 0):
         keywords["antialias"] = True
         return im.call(
@@ -371,3 +369,17 @@ def resize(im: Importer, node: onnx.NodeProto) -> fx.Node:
     else:
         module = nn.Upsample(size=tuple(after[2:]), mode=kind, **keywords)
     return im.module(module, node, im.value(node.input[0]))
+
+
+def _from_the_corner(im: Importer, node: onnx.NodeProto, kind: str) -> fx.Node:
+    """Linear resizing at positions i n / m, which no mode of torch has.
+
+    With the last row and column repeated once, n / m is the step of aligned corners from n + 1 to m + 1 places.
+    """
+    before, after = im.shape(node.input[0])[2:], im.shape(node.output[0])[2:]
+    if kind == "bicubic":
+        raise TraceError(f"onnx: {label(node)}: cubic with asymmetric positions is not supported")
+    x = im.call(F.pad, im.value(node.input[0]), [0, 1] * len(before), "replicate")
+    module = nn.Upsample(size=tuple(a + 1 for a in after), mode=kind, align_corners=True)
+    cut = tuple(slice(0, a) for a in after)
+    return im.call(py.getitem, im.module(module, node, x), (slice(None), slice(None), *cut))

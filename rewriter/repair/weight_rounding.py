@@ -52,15 +52,15 @@ class MomentSums:
     """Accumulates ``Moments`` in two halves, about the first batch's mean: so they stay precise in the inputs' own type."""
 
     def __init__(self) -> None:
-        self.centre: tuple[Tensor, Tensor] | None = None
+        self.center: tuple[Tensor, Tensor] | None = None
         self.sums: list[list[Tensor]] = [[], []]
         self.places = [0, 0]
 
     def add(self, exact: Tensor, rounded: Tensor, half: int = 0) -> None:
         """Add columns (G, K, positions) of the float input and of the int8 input to one half."""
-        if self.centre is None:
-            self.centre = exact.mean(2, keepdim=True), rounded.mean(2, keepdim=True)
-        x, y = exact - self.centre[0], rounded - self.centre[1]
+        if self.center is None:
+            self.center = exact.mean(2, keepdim=True), rounded.mean(2, keepdim=True)
+        x, y = exact - self.center[0], rounded - self.center[1]
         new = [y @ y.transpose(1, 2), x @ y.transpose(1, 2), x.sum(2), y.sum(2)]
         old = self.sums[half]
         self.sums[half] = [a.add_(b) for a, b in zip(old, new, strict=True)] if old else new

@@ -49,6 +49,9 @@ RULES: tuple[RewriteRule, ...] = (
     *(LowerResolution(percent) for percent in SIDES),
     PhaseTranspose(),
     ScaleNorm(),
+    # what a split divides afterwards stays in float
+    FloatTrunk(),
+    FloatGate(),
     # before what divides their inputs: a layer that has become a sum is no head any more
     SplitHead(2),
     SplitHead(3),
@@ -72,8 +75,6 @@ RULES: tuple[RewriteRule, ...] = (
     CorrectBias(),
     RoundWeights(),
     FloatTail(),
-    FloatTrunk(),
-    FloatGate(),
     KeepInt16(),
     KeepFloat(),
 )

@@ -82,12 +82,12 @@ def analyze(
     progress: OnProgress | None = None,
     candidates: Sequence[Candidate] = (),
 ) -> Analysis:
-    """Rank the layers of a network by the harm that int8 does to each, and say why.
+    """Rank the layers of a network by the damage that int8 does to each, and say why.
 
     Args:
         gm: canonical graph; it is annotated for ``scheme``, nothing else in it changes.
         scheme: the target.
-        calibration_batches: unlabelled inputs, each (N, ...).
+        calibration_batches: unlabeled inputs, each (N, ...).
         evaluation_inputs: (n, ...) inputs on which damage is measured; no labels are needed.
         targets: n targets, for ``metric``.
         metric: (flat outputs, targets) -> (N,) contribution of each sample; the metric is their
@@ -285,8 +285,8 @@ class _Run:
             self._measure({}, alive | (whole if seen < MIN_SAMPLES or not race else {}), [block])
             seen += len(range(len(self.inputs))[block])
             if race and seen >= MIN_SAMPLES:
-                harm = {n: self.tallies[n].by_block("damage") for n in variants}
-                unsure = undecided(harm, (1, LEADERS), APART)
+                damages = {n: self.tallies[n].by_block("damage") for n in variants}
+                unsure = undecided(damages, (1, LEADERS), APART)
                 alive = {n: v for n, v in alive.items() if n in unsure}
                 if not alive:
                     break

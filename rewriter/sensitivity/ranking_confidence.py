@@ -24,36 +24,36 @@ MIN_SAMPLE_SHARE = 1e-3
 HALVINGS = 8
 
 
-def sample_weights(harm: Tensor) -> Tensor:
+def sample_weights(damages: Tensor) -> Tensor:
     """(N,) weights of the samples, of (L, N) damages, such that a damage is its mean times weight.
 
     Damages of layers that are in proportion on all samples keep their mean.
     """
-    mean = harm.mean(1)
+    mean = damages.mean(1)
     known = (mean > 0) & mean.isfinite()
-    weights = torch.ones(harm.shape[1], dtype=torch.float64)
+    weights = torch.ones(damages.shape[1], dtype=torch.float64)
     for _ in range(3 if known.any() else 0):
-        share = (harm[known] / mean[known, None]).mean(0)
+        share = (damages[known] / mean[known, None]).mean(0)
         weights = share.clamp_min(MIN_SAMPLE_SHARE).pow(-EVEN)
         weights = weights * share.mean() / (weights * share).mean()
-        mean = (harm * weights).mean(1).clamp_min(1e-300)
+        mean = (damages * weights).mean(1).clamp_min(1e-300)
     return weights
 
 
-def reliability(harm: Tensor) -> float:
+def reliability(damages: Tensor) -> float:
     """Expected rank correlation of the order by (L, N) damages with that by endless samples.
 
     The two halves of the samples rank the layers apart from each other; by the formula of
     Spearman and Brown (1910) their correlation tells that of the whole with another whole, whose
     root is that with the truth.
     """
-    count = harm.shape[1]
-    if len(harm) < 2 or count < 2:
-        return 1.0 if len(harm) < 2 else 0.0
+    count = damages.shape[1]
+    if len(damages) < 2 or count < 2:
+        return 1.0 if len(damages) < 2 else 0.0
     found: list[float] = []
     for k in range(HALVINGS):
         order = torch.randperm(count, generator=torch.Generator().manual_seed(k))
-        a, b = harm[:, order[: count // 2]].sum(1), harm[:, order[count // 2 :]].sum(1)
+        a, b = damages[:, order[: count // 2]].sum(1), damages[:, order[count // 2 :]].sum(1)
         found.append(rank_correlation(a, b))
     half = max(math.fsum(found) / len(found), 0.0)
     return math.sqrt(2 * half / (1 + half))
@@ -85,28 +85,28 @@ def surely_apart(a: Sequence[float], b: Sequence[float], errors: float) -> bool:
 
 
 def undecided(
-    harm: Mapping[str, Mapping[int, Sequence[float]]], places: Sequence[int], errors: float
+    damages: Mapping[str, Mapping[int, Sequence[float]]], places: Sequence[int], errors: float
 ) -> set[str]:
     """The layers of which it is not sure on which side of a place in the order they belong.
 
     Args:
-        harm: for each layer, by block of samples, its damage on each of them.
+        damages: for each layer, by block of samples, its damage on each of them.
         places: numbers of layers before each place that matters; order between places does not.
         errors: how many standard errors of a difference make it sure.
     """
     mean = {
         name: math.fsum(v for b in blocks.values() for v in b) / sum(map(len, blocks.values()))
-        for name, blocks in harm.items()
+        for name, blocks in damages.items()
     }
-    order = sorted(harm, key=lambda n: (-mean[n], n))
+    order = sorted(damages, key=lambda n: (-mean[n], n))
     found: set[str] = set()
     for i, first in enumerate(order):
         for j in range(i + 1, len(order)):
             second = order[j]
             if not any(i < place <= j for place in places):
                 continue
-            shared = [b for b in sorted(harm[first]) if b in harm[second]]
-            a, b = ([v for s in shared for v in harm[n][s]] for n in (first, second))
+            shared = [b for b in sorted(damages[first]) if b in damages[second]]
+            a, b = ([v for s in shared for v in damages[n][s]] for n in (first, second))
             if not surely_apart(a, b, errors):
                 found |= {first, second}
     return found

@@ -107,23 +107,23 @@ class Screening:
 
     def error(self, projections: Tensor) -> float:
         """Standard error of that damage over samples, infinite for one sample."""
-        harm = self._weighted(projections)
-        return float(harm.std()) / len(harm) ** 0.5 if len(harm) > 1 else float("inf")
+        damages = self._weighted(projections)
+        return float(damages.std()) / len(damages) ** 0.5 if len(damages) > 1 else float("inf")
 
     def _weighted(self, projections: Tensor) -> Tensor:
-        harm = projections.double().square().mean(1)
-        if len(harm) != self.samples:  # of nothing at all
-            return harm
+        damages = projections.double().square().mean(1)
+        if len(damages) != self.samples:  # of nothing at all
+            return damages
         if self._counts is None:
-            self._counts = sample_weights(self._harm())
-        return harm * self._counts
+            self._counts = sample_weights(self._damages())
+        return damages * self._counts
 
     def reliability(self) -> float:
         """Expected rank correlation of the order of layers with that by endless samples."""
-        harm = self._harm()
-        return reliability(harm * sample_weights(harm))
+        damages = self._damages()
+        return reliability(damages * sample_weights(damages))
 
-    def _harm(self) -> Tensor:
+    def _damages(self) -> Tensor:
         """(L, N) damage of each layer on each sample, estimated."""
         return torch.stack([self.layer(n).double().square().mean(1) for n in self.parts.inputs])
 

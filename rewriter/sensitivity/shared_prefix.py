@@ -10,7 +10,7 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -34,10 +34,11 @@ LARGEST_BLOCK = 24 << 20
 
 @dataclass(frozen=True)
 class State:
-    """What is int8 at one node: its weight, and the arguments (by name) that it reads rounded."""
+    """What is int8 at one node: its weight, the arguments (by name) that it reads rounded, and the gate inside an activation."""
 
     weight: bool = False
     reads: frozenset[str] = frozenset()
+    gate: bool = False
 
 
 FLOAT = State()
@@ -54,7 +55,7 @@ def only(parts: Parts, layer: fx.Node) -> dict[str, State]:
     variant = {layer.name: State(note.weight is not None, frozenset(note.reads))}
     for reader, value in parts.returned[layer.name]:
         known = variant.get(reader, FLOAT)
-        variant[reader] = State(known.weight, known.reads | {value})
+        variant[reader] = replace(known, reads=known.reads | {value})
     return variant
 
 
@@ -64,7 +65,8 @@ def int8_variant(gm: fx.GraphModule) -> dict[str, State]:
     for node in gm.graph.nodes:
         note = annotation(node)
         if note.weight is not None or note.reads:
-            found[node.name] = State(note.weight is not None, frozenset(note.reads))
+            inner = note.inner and note.output is not None
+            found[node.name] = State(note.weight is not None, frozenset(note.reads), inner)
     return found
 
 
@@ -163,6 +165,7 @@ class Forks:
         moved = {n.name for n in self.nodes if moves_values(self.gm, n)}
         self.moved = moved
         self.params: dict[fx.Node, tuple[float, int, QuantSpec]] = {}
+        self.gates: dict[fx.Node, nn.Module] = {}
         self.device = device_of(self.gm)
 
     def share(self, base: Variant, variant: Variant) -> float:
@@ -326,7 +329,14 @@ class Forks:
                 bias = rounded_bias(self.quantized, node, self._params(source)[0])
             weight = rounded_weight(self.quantized, node)
             return with_weight(layer, weight, bias)(seen[source])
+        if state.gate:
+            return self._gated(node)(seen[node.all_input_nodes[0]])
         return compute(self.gm, self.modules, node, seen)
+
+    def _gated(self, node: fx.Node) -> nn.Module:
+        if node not in self.gates:
+            self.gates[node] = self.quantized.gated(node)
+        return self.gates[node]
 
     def _on_grid(self, node: fx.Node, variant: Variant) -> bool:
         """What was moved in int8 needs no second rounding."""

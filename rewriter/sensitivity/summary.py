@@ -146,7 +146,7 @@ def _values(quantized: Quantized, screening: Screening) -> list[ValueDamage]:
     found: list[ValueDamage] = []
     nodes = {n.name: n for n in gm.graph.nodes}
     weighted = [(n.name, layer_name(n)) for n in layers(gm)]
-    for name, harm in screening.value_damage().items():
+    for name, damage in screening.value_damage().items():
         node = nodes[name]
         low, high = quantized.calibration.values[annotation(node).range_of]
         stats = quantized.calibration.stats.get(name)
@@ -161,7 +161,7 @@ def _values(quantized: Quantized, screening: Screening) -> list[ValueDamage]:
         readers = {reader for reader, _ in screening.parts.values[name]}
         feeds = tuple(layer for n, layer in weighted if n in readers)
         found.append(
-            ValueDamage(name, _made_by(gm, node), low, high, channels, spread, feeds, harm)
+            ValueDamage(name, _made_by(gm, node), low, high, channels, spread, feeds, damage)
         )
     return sorted(found, key=lambda v: (-v.damage, v.value))
 

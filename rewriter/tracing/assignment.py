@@ -27,7 +27,7 @@ def assign_(x: Tensor, index: Any, value: Any) -> Tensor:
 
 
 def spans(shape: tuple[int, ...], index: Any) -> Spans | None:
-    """What part of a tensor an index means; None where it is no box of neighbouring elements.
+    """What part of a tensor an index means; None where it is no box of neighboring elements.
 
     Args:
         shape: of the tensor, batch first; a part of the batch is no constant of the model.

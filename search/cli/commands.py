@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -13,11 +14,12 @@ from rewriter.damage import fidelity_of
 from rewriter.graph import facts
 from search.cli.console import err, out, progress, say
 from search.cli.finetune_commands import as_trained, train_chosen, with_training
-from search.cli.from_model import MAX_DAMAGE, config_of_model
+from search.cli.from_model import MAX_DAMAGE, MODEL_FILES, config_of_model
 from search.cli.options import Plans
 from search.cli.summary import show_results
 from search.cli.tables import clock_table, forms_table, sensitivity_table, sites_table
 from search.config.schema import Config, ConfigError, load_config
+from search.data.datasets import batches
 from search.export.forms import checked_forms, export_forms
 from search.export.ship import ship
 from search.export.trained import with_weights
@@ -38,10 +40,12 @@ from search.run import (
 )
 from search.run_dir.files import RunError
 from search.run_dir.scores import Score, read_run
+from search.sensitivity.calibration_set import calibration_set
 from search.sensitivity.run import Sensitivity
 from search.workers.processes import work
 
 GOAL_NOT_MET = 1
+CHECKED = 256  # images of each set that ``check`` compares
 
 
 def check(config: Path, quiet: bool = False) -> None:
@@ -61,6 +65,7 @@ def check(config: Path, quiet: bool = False) -> None:
         ("float", float_metric(network)),
         ("sites", f"{len(found) - near}, and {near} near misses (quantfix sites)"),
         *_file_facts(cfg, network),
+        *_calibration_facts(network),
     ]
     rows += [("output", line) for line in fidelity_of(gm).about]
     rows += [
@@ -69,6 +74,19 @@ def check(config: Path, quiet: bool = False) -> None:
     ]
     for name, fact in [] if quiet else rows:
         say(f"{name:>10}  {fact}")
+
+
+def _calibration_facts(network: Network) -> list[tuple[str, str]]:
+    """Whether the calibration set covers what evaluation needs."""
+    pairs = batches(network.data.evaluation, 32)
+    inputs = (b[0] if isinstance(b, tuple) else b for b in islice(pairs, CHECKED // 32))
+    calibration, left = list[Any](), CHECKED
+    for batch in network.calibration:
+        calibration += [batch[:left]] if left > 0 else []
+        left -= len(batch)
+    found = calibration_set(network.gm, calibration, inputs)
+    rows = [("ranges", line) for line in found.lines()]
+    return rows + [("warning", line) for line in found.warnings()]
 
 
 def _file_facts(cfg: Config, network: Network) -> list[tuple[str, str]]:
@@ -209,14 +227,14 @@ def fix(
     std: str | None = None,
 ) -> None:
     """The cheapest plan that meets both goals, in DIR/fixed; exit 1 and the best if none does."""
-    if config.suffix == ".onnx":
+    if config.suffix in MODEL_FILES:
         folder = out_dir or Path("runs") / config.stem
         written = config_of_model(config, images, folder, target, shape, mean, std, quiet)
         config, out_dir = written.path, folder
         max_damage = MAX_DAMAGE if max_damage is None and max_drop is None else max_damage
     elif any(v is not None for v in (images, target, shape, mean, std)):
         raise ConfigError(
-            "fix: --images, --target, --shape, --mean and --std go with an .onnx file, not with a config"
+            "fix: --images, --target, --shape, --mean and --std go with an .onnx or .tflite file, not with a config"
         )
     given = {"max_drop": max_drop, "max_macs": max_macs, "max_damage": max_damage}
     cfg, folder = _opened(

@@ -1,4 +1,4 @@
-"""A config for a user who has an ONNX file and a folder of images and nothing else."""
+"""A config for a user who has an ONNX or TensorFlow Lite file and a folder of images and nothing else."""
 
 from __future__ import annotations
 
@@ -10,12 +10,14 @@ import yaml
 
 from rewriter.errors import TraceError
 from rewriter.onnx_import import file_sizes
+from rewriter.tflite_import import tflite_sizes
 from search.cli.console import say
 from search.config.schema import Config, ConfigError, load_config
 
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 # Of the damage, where the user names no goal: a KL divergence or a relative squared error that is hardly seen.
 MAX_DAMAGE = 0.02
+MODEL_FILES = (".onnx", ".tflite")
 TRIALS = 40
 HEAD = """\
 # Written by quantfix fix for {model}; edit it, and quantfix run, front, export and fix take it as any other config.
@@ -35,7 +37,7 @@ def config_of_model(
     """Write ``config.yaml`` into the run directory, and read it.
 
     Args:
-        model: An ONNX file.
+        model: An ONNX or TensorFlow Lite file.
         images: A folder of images; labels in its sub-folders are not read.
         folder: The run directory.
         target: Name of an int8 profile; None: that of a config which is there, or onnxruntime.
@@ -61,8 +63,11 @@ def config_of_model(
     if not images.is_dir():
         raise ConfigError(f"fix: --images: no such folder: {images}")
     sizes = _sizes(shape) if shape is not None else None
+    lite = model.suffix == ".tflite"
     try:
-        found = file_sizes(model, sizes)
+        if lite and sizes:
+            raise ConfigError("fix: --shape goes with .onnx; a .tflite file fixes its sizes")
+        found = tflite_sizes(model) if lite else file_sizes(model, sizes)
     except TraceError as error:
         raise ConfigError(f"model.{error}") from error
     if len(found) != 1 or len(found[0]) != 3 or found[0][0] not in (1, 3):
@@ -84,7 +89,7 @@ def config_of_model(
         )
     if height == width:
         data["crop"] = 1.0
-    source: dict[str, Any] = {"onnx": str(model.absolute())}
+    source: dict[str, Any] = {"tflite" if lite else "onnx": str(model.absolute())}
     if sizes:
         source["args"] = {"shape": sizes}
     content = {

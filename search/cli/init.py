@@ -13,16 +13,37 @@ _SHAPE = {
     "classification": "(3, 224, 224)",
     "detection": "(3, 416, 416)",
     "video": "(8, 3, 112, 112)",
+    "segmentation": "(3, 256, 256)",
+    "keypoints": "(3, 192, 192)",
+    "regression": "(3, 224, 224)",
+    "ocr": "(3, 32, 160)",
+    "embedding": "(3, 112, 112)",
+    "custom": "(3, 224, 224)",
+    "unlabelled": "(3, 224, 224)",
 }
 _TARGET = {
     "classification": "the class index, an int",
     "detection": '{"boxes": (n, 4) float, x1 y1 x2 y2 in pixels of the input, "labels": (n,) int}',
     "video": "(T,) int64: 0 or 1 for each frame, -1 where nobody labeled it",
+    "segmentation": "mask (H, W) int64 of class indices, 255 where a pixel does not count",
+    "keypoints": "(K, 3) float: x, y as the network returns them, and 0 where a point is not labelled",
+    "regression": "a float tensor of the shape of one output",
+    "ocr": "the text, a str",
+    "embedding": "the identity, an int",
+    "custom": "whatever metric below reads",
+    "unlabelled": "not read; return the input alone",
 }
 _RETURNS = {
     "classification": "logits, (N, classes)",
     "detection": "raw outputs, nested as you like; Decode below turns them into boxes",
     "video": "scores, (N, T), for inputs (N, T, C, H, W)",
+    "segmentation": "scores, (N, classes, h, w), or (N, 1, h, w) of one foreground",
+    "keypoints": "points, (N, K, 2) or (N, 2 K), or maps (N, K, h, w)",
+    "regression": "numbers, vectors or maps",
+    "ocr": "scores, (N, T, classes), class 0 the blank",
+    "embedding": "vectors, (N, D)",
+    "custom": "whatever metric below reads",
+    "unlabelled": "whatever it returns; the distance to that is what counts",
 }
 
 _CONFIG = """\
@@ -84,7 +105,75 @@ _SOURCES = {
   # mean: [0.45, 0.45, 0.45]
   # std: [0.225, 0.225, 0.225]
 """,
+    "segmentation": """\
+  # Or, instead of factory, a folder of mask images (or coco: annotations.json, or yolo: a folder of polygons):
+  # masks: masks
+  # images: images
+  # size: [256, 256]
+""",
+    "keypoints": """\
+  # Or, instead of factory, COCO's keypoints (or yolo: a folder of poses), each object cut out by its box:
+  # coco: annotations.json
+  # images: images
+  # size: [256, 192]
+""",
+    "regression": """\
+  # Or, instead of factory, a table with the columns file, label, a number:
+  # csv: table.csv
+  # images: images
+  # size: 224
+  # mean: [0.485, 0.456, 0.406]
+  # std: [0.229, 0.224, 0.225]
+""",
+    "ocr": """\
+  # Or, instead of factory, a table with the columns file, text:
+  # csv: lines.csv
+  # images: images
+  # size: [32, 160]
+  # mean: [0.5, 0.5, 0.5]
+  # std: [0.5, 0.5, 0.5]
+""",
+    "embedding": """\
+  # Or, instead of factory, a folder with a sub-folder for each identity, or LFW's list of pairs:
+  # pairs: pairs.txt
+  # images: images
+  # size: 112
+  # mean: [0.5, 0.5, 0.5]
+  # std: [0.5, 0.5, 0.5]
+""",
+    "custom": "",
+    "unlabelled": """\
+  # Or, instead of factory, a folder of images:
+  # imagefolder: images
+  # size: 224
+  # mean: [0.485, 0.456, 0.406]
+  # std: [0.229, 0.224, 0.225]
+""",
 }
+_OPTIONS = {
+    "keypoints": """
+# What is measured: pck, nme or oks.
+task_args: {measure: pck}
+""",
+    "regression": """
+# What is measured: mae, rmse, absrel, delta or psnr.
+task_args: {measure: mae}
+""",
+    "ocr": """
+# The character of each class behind the blank, class 0; or a file with one in each line. measure: words or characters.
+task_args: {alphabet: "0123456789abcdefghijklmnopqrstuvwxyz", measure: words}
+""",
+    "embedding": """
+# What is measured: auc, tar or retrieval.
+task_args: {measure: auc}
+""",
+}
+_METRIC = """
+# How good the outputs are: a function of all outputs and targets.
+metric:
+  factory: "{name}_code:metric"
+  higher_is_better: true
+"""
 _POSTPROCESS = """
 # What turns your network's raw outputs into boxes.
 postprocess:
@@ -158,6 +247,15 @@ class Decode:
 '''
 
 
+_MEASURE = '''
+
+def metric(outputs: Any, targets: Any) -> float:
+    """How good the outputs of all samples are; outputs are batched as forward returns them."""
+    # {mark}: one number, such as the mean error
+    raise NotImplementedError("{mark}: metric()")
+'''
+
+
 def write_start(kind: str, folder: Path, name: str) -> list[Path]:
     """Write ``NAME.yaml`` and ``NAME_code.py``; no file is overwritten.
 
@@ -182,9 +280,13 @@ def write_start(kind: str, folder: Path, name: str) -> list[Path]:
         "returns": _RETURNS[kind],
         "timm": _TIMM if kind == "classification" else "",
         "sources": _SOURCES[kind],
-        "postprocess": _POSTPROCESS.format(name=name) if kind == "detection" else "",
+        "postprocess": _POSTPROCESS.format(name=name)
+        if kind == "detection"
+        else _METRIC.format(name=name)
+        if kind == "custom"
+        else _OPTIONS.get(kind, ""),
     }
-    code = _CODE + (_DECODE if kind == "detection" else "")
+    code = _CODE + {"detection": _DECODE, "custom": _MEASURE}.get(kind, "")
     texts = {f"{name}.yaml": _CONFIG.format(**facts), f"{name}_code.py": code.format(**facts)}
     files = {folder / file: text for file, text in texts.items()}
     there = next((path for path in files if path.exists()), None)

@@ -8,7 +8,18 @@ from typing import Annotated
 
 import typer
 
-KINDS = ("classification", "detection", "video")
+KINDS = (
+    "classification",
+    "detection",
+    "video",
+    "segmentation",
+    "keypoints",
+    "regression",
+    "ocr",
+    "embedding",
+    "custom",
+    "unlabelled",
+)
 """Tasks that ``quantfix init`` writes a start for."""
 
 
@@ -24,14 +35,19 @@ class Plans(StrEnum):
 ConfigPath = Annotated[Path, typer.Argument(metavar="CONFIG", help="YAML file of the run.")]
 FixPath = Annotated[
     Path,
-    typer.Argument(metavar="CONFIG", help="YAML file of the run, or an .onnx file with --images."),
+    typer.Argument(
+        metavar="CONFIG", help="YAML file of the run, or an .onnx or .tflite file with --images."
+    ),
 ]
 Images = Annotated[
     Path | None,
-    typer.Option(metavar="DIR", help="With an .onnx file: images to calibrate and to judge on."),
+    typer.Option(
+        metavar="DIR", help="With an .onnx or .tflite file: images to calibrate and to judge on."
+    ),
 ]
 Target = Annotated[
-    str | None, typer.Option(metavar="NAME", help="With an .onnx file: the int8 profile.")
+    str | None,
+    typer.Option(metavar="NAME", help="With an .onnx or .tflite file: the int8 profile."),
 ]
 Shape = Annotated[
     str | None,
@@ -39,9 +55,13 @@ Shape = Annotated[
 ]
 Mean = Annotated[
     str | None,
-    typer.Option(metavar="R,G,B", help="With an .onnx file: subtracted from pixels in [0, 1]."),
+    typer.Option(
+        metavar="R,G,B", help="With an .onnx or .tflite file: subtracted from pixels in [0, 1]."
+    ),
 ]
-Std = Annotated[str | None, typer.Option(metavar="R,G,B", help="With an .onnx file: divided by.")]
+Std = Annotated[
+    str | None, typer.Option(metavar="R,G,B", help="With an .onnx or .tflite file: divided by.")
+]
 RunFolder = Annotated[Path, typer.Argument(metavar="DIR", help="Run directory.")]
 Out = Annotated[
     Path | None,

@@ -17,7 +17,19 @@ Channels = Annotated[tuple[float, ...], Field(min_length=1)]
 Side = Annotated[int, Field(ge=1)]
 Factory = Annotated[str, Field(pattern=r"^[A-Za-z_][\w.]*:[A-Za-z_]\w*$")]
 
-SOURCES = ("factory", "imagefolder", "csv", "npz", "coco", "yolo", "digits")
+SOURCES = (
+    "factory",
+    "imagefolder",
+    "csv",
+    "npz",
+    "coco",
+    "yolo",
+    "voc",
+    "masks",
+    "pairs",
+    "digits",
+)
+BESIDE_IMAGES = ("csv", "coco", "yolo", "voc", "masks", "pairs")
 PREPROCESSING = ("size", "mean", "std", "crop", "interpolation")
 
 
@@ -51,6 +63,7 @@ class ModelConfig(Section):
         timm: Name of a timm model.
         torchvision: Name of a torchvision model.
         onnx: A float ONNX file, relative to the config file.
+        tflite: A float TensorFlow Lite file, relative to the config file.
         exported: A file of ``torch.export.save``, relative to the config file.
         factory: ``module:callable`` that returns an ``nn.Module``.
         weights: ``pretrained`` (fetched; the default), or a state-dict file, relative to the
@@ -61,6 +74,7 @@ class ModelConfig(Section):
     timm: str | None = None
     torchvision: str | None = None
     onnx: str | None = None
+    tflite: str | None = None
     exported: str | None = None
     factory: Factory | None = None
     weights: str | None = None
@@ -97,11 +111,15 @@ class DataConfig(Section):
             and ``training``.
         args: Keyword arguments of the factory.
         imagefolder: Folder of images, in sub-folders by class, or flat where there are no labels.
-        csv: Table ``file,label`` of images in ``images``.
-        images: Folder that the files of ``csv``, ``coco`` or ``yolo`` are relative to.
+        csv: Table ``file,label`` of images in ``images``; ``file,text`` for ocr; numbers as labels for regression.
+        images: Folder that the files of ``csv``, ``coco``, ``yolo``, ``voc``, ``masks`` or ``pairs`` are relative to.
         npz: Archive of ``x``, (N, C, H, W) float or (N, H, W, C) uint8, and ``y``, (N,) integers.
-        coco: Annotations in COCO's JSON format.
-        yolo: Folder of YOLO text labels, one file for each image.
+        coco: Annotations in COCO's JSON format: boxes, for segmentation their polygons or run lengths, for keypoints
+            objects cut out with their points.
+        yolo: Folder of YOLO text labels, one file for each image; polygons for segmentation, poses for keypoints.
+        voc: Folder of Pascal VOC's XML files.
+        masks: Folder of mask images, called as the images, of class indices; 255 is left out.
+        pairs: List of pairs of faces as LFW has it; images are ``NAME/NAME_0001.jpg``.
         digits: Side in pixels of scikit-learn's handwritten digits.
         names: Of the classes, for the report: a list, or a file (YAML with ``names``, or a name in each line).
         frames: Video only: frames of a sequence that the network reads at once.
@@ -124,6 +142,9 @@ class DataConfig(Section):
     npz: str | None = None
     coco: str | None = None
     yolo: str | None = None
+    voc: str | None = None
+    masks: str | None = None
+    pairs: str | None = None
     digits: int | None = Field(default=None, ge=8, le=512)
     names: list[str] | str | None = None
     frames: int | None = Field(default=None, ge=1)
@@ -144,8 +165,9 @@ class DataConfig(Section):
             raise ValueError(f"needs one of {', '.join(SOURCES)}{found}")
         if self.args and self.factory is None:
             raise ValueError(f"args go with factory, not with {given[0]}")
-        if (self.images is not None) != (given[0] in ("csv", "coco", "yolo")):
-            raise ValueError("images (a folder) goes with csv, coco or yolo, which need it")
+        if (self.images is not None) != (given[0] in BESIDE_IMAGES):
+            listed = ", ".join(BESIDE_IMAGES)
+            raise ValueError(f"images (a folder) goes with {listed}, which need it")
         if given[0] in ("factory", "digits") and self._preprocessed:
             keys = ", ".join(self._preprocessed)
             raise ValueError(f"{keys}: not used with {given[0]}, which prepares its own inputs")

@@ -27,7 +27,7 @@ LARGEST = 2.0  # of a fraction that is one: a box may reach beyond the image, pi
 
 
 @dataclass(frozen=True)
-class Labelled:
+class LabelledBoxes:
     """One image file and its objects; boxes (n, 4) are fractions of width and height."""
 
     file: Path
@@ -40,7 +40,7 @@ class BoxedImages:
     """(input (C, size, size) float32, {"boxes", "labels", "crowd"}) pairs, read when they are asked for."""
 
     def __init__(
-        self, rows: Sequence[Labelled], size: int, mean: Sequence[float], std: Sequence[float]
+        self, rows: Sequence[LabelledBoxes], size: int, mean: Sequence[float], std: Sequence[float]
     ) -> None:
         self.rows, self.size = rows, size
         self.mean, self.std = (torch.tensor(v).view(-1, 1, 1) for v in (mean, std))
@@ -68,20 +68,14 @@ def boxed_images(annotations: Path, images: Path, cfg: DataConfig) -> Data:
     """Images with boxes, split into calibration and evaluation.
 
     Args:
-        annotations: COCO's JSON file, or a folder of YOLO text files (class cx cy w h, as fractions).
+        annotations: COCO's JSON file, or a folder of YOLO text files (class cx cy w h, as fractions; or polygons or points, of
+            which the box counts).
         images: Folder of the images.
         cfg: ``size`` is needed; ``mean`` and ``std`` default to 0 and 1.
 
     Raises:
         ConfigError: something is missing or malformed; the message names the file and the line.
     """
-    if not isinstance(cfg.size, int):
-        found = "missing size" if cfg.size is None else f"size {list(cfg.size)}"
-        raise ConfigError(
-            f"data: {found}: boxes need the side in pixels of the square the network reads"
-        )
-    if not images.is_dir():
-        raise ConfigError(f"data.images: no such folder: {images}")
     if cfg.yolo is not None and not annotations.is_dir():
         raise ConfigError(f"data.yolo: no such folder: {annotations}")
     if annotations.is_dir():
@@ -89,6 +83,20 @@ def boxed_images(annotations: Path, images: Path, cfg: DataConfig) -> Data:
         names: dict[int, str] = {}  # search.data.class_names looks for them beside the labels
     else:
         rows, names = _coco_rows(annotations, images)
+    return boxed(rows, names, images, cfg)
+
+
+def boxed(
+    rows: Sequence[LabelledBoxes], names: dict[int, str], images: Path, cfg: DataConfig
+) -> Data:
+    """Rows with boxes, split into calibration and evaluation; errors as for `boxed_images`."""
+    if not isinstance(cfg.size, int):
+        found = "missing size" if cfg.size is None else f"size {list(cfg.size)}"
+        raise ConfigError(
+            f"data: {found}: boxes need the side in pixels of the square the network reads"
+        )
+    if not images.is_dir():
+        raise ConfigError(f"data.images: no such folder: {images}")
     if not rows:
         raise ConfigError(f"data: {images}: holds no images")
     files = [row.file for row in rows]
@@ -100,7 +108,7 @@ def boxed_images(annotations: Path, images: Path, cfg: DataConfig) -> Data:
     return Data(Inputs(pairs), BoxedImages(evaluation, cfg.size, mean, std), names=names)
 
 
-def _yolo_row(image: Path, text: Path) -> Labelled:
+def _yolo_row(image: Path, text: Path) -> LabelledBoxes:
     """An image without a text file has no objects, as YOLO's tools have it."""
     rows: list[list[float]] = []
     try:
@@ -114,6 +122,8 @@ def _yolo_row(image: Path, text: Path) -> Labelled:
             raise ConfigError(f"data.yolo: {text.name}:{number}: {error}") from error
         if not numbers:
             continue
+        if len(numbers) > 6:
+            numbers = _box_of(numbers)
         if (
             len(numbers) != 5
             or not all(map(math.isfinite, numbers))
@@ -126,7 +136,7 @@ def _yolo_row(image: Path, text: Path) -> Labelled:
         rows.append(numbers)
     table = np.array(rows, np.float32).reshape(-1, 5)
     centre, half = table[:, 1:3], table[:, 3:5] / 2
-    return Labelled(
+    return LabelledBoxes(
         image,
         np.concatenate([centre - half, centre + half], 1).astype(np.float32),
         table[:, 0].astype(np.int64),
@@ -134,7 +144,16 @@ def _yolo_row(image: Path, text: Path) -> Labelled:
     )
 
 
-def _coco_rows(annotations: Path, images: Path) -> tuple[list[Labelled], dict[int, str]]:
+def _box_of(numbers: list[float]) -> list[float]:
+    """The box of a polygon (class x1 y1 x2 y2 ..., an odd count), or that in front of the points of a pose."""
+    if len(numbers) % 2 == 0:
+        return numbers[:5]
+    x, y = numbers[1::2], numbers[2::2]
+    center = [(min(x) + max(x)) / 2, (min(y) + max(y)) / 2]
+    return [numbers[0], *center, max(x) - min(x), max(y) - min(y)]
+
+
+def _coco_rows(annotations: Path, images: Path) -> tuple[list[LabelledBoxes], dict[int, str]]:
     """The images, and names of the classes by index."""
     try:
         content = json.loads(annotations.read_text())
@@ -158,7 +177,7 @@ def _coco_rows(annotations: Path, images: Path) -> tuple[list[Labelled], dict[in
 
 def _coco_row(
     image: dict[str, Any], objects: list[Any], number: dict[Any, int], images: Path
-) -> Labelled:
+) -> LabelledBoxes:
     for found in objects:
         if len(found["bbox"]) != 4 or not all(math.isfinite(v) for v in found["bbox"]):
             raise ValueError(f"{image['file_name']}: bbox is not x, y, w, h: {found['bbox']}")
@@ -171,7 +190,7 @@ def _coco_row(
     xywh = np.array([o["bbox"] for o in objects], np.float32).reshape(-1, 4)
     size = np.array([image["width"], image["height"]], np.float32)
     low = xywh[:, :2] / size
-    return Labelled(
+    return LabelledBoxes(
         images / image["file_name"],
         np.concatenate([low, low + xywh[:, 2:] / size], 1),
         np.array([number[o["category_id"]] for o in objects], np.int64),

@@ -24,9 +24,13 @@ from search.data.images import (
     image_folder,
     image_table,
 )
+from search.data.masks import coco_masks, mask_folder, yolo_masks
+from search.data.pairs import paired_faces
+from search.data.points import coco_points, yolo_points
 from search.data.sources import preprocessing_of
 from search.data.user_code import blame, call_factory
 from search.data.video import frame_table, sequence_arrays
+from search.data.voc import voc_images
 
 log = logging.getLogger(__name__)
 
@@ -58,20 +62,47 @@ def load_data(cfg: Config) -> Data:
         data = image_folder(cfg.resolve(source.imagefolder), source, _preprocessing(cfg))
     elif source.csv is not None and source.images is not None:
         table, images = cfg.resolve(source.csv), cfg.resolve(source.images)
-        data = image_table(table, images, source, _preprocessing(cfg))
+        data = image_table(table, images, source, _preprocessing(cfg), cfg.task)
     elif source.npz is not None:
         data = arrays(cfg.resolve(source.npz), source, lambda: _preprocessing(cfg))
     elif source.digits is not None:
         data = digits(source.digits)
+    elif source.pairs is not None:
+        table, images = cfg.resolve(source.pairs), cfg.resolve(str(source.images))
+        data = paired_faces(table, images, source, _preprocessing(cfg))
     else:
-        annotations = str(source.coco or source.yolo)
-        data = boxed_images(cfg.resolve(annotations), cfg.resolve(str(source.images)), source)
-    if cfg.task == "unlabelled" and len(data.evaluation) and isinstance(data.evaluation[0], tuple):
-        data = replace(data, evaluation=Inputs(data.evaluation))
+        data = _annotated(cfg)
     names = class_names(cfg, made)
     data = replace(data, names=names) if names else data
     check_splits(data, cfg.path.parent, "(T, C, H, W)" if cfg.task == "video" else "(C, H, W)")
+    if cfg.task == "unlabelled" and isinstance(data.evaluation[0], (tuple, list)):
+        return replace(data, evaluation=Inputs(data.evaluation))
     return data
+
+
+def _annotated(cfg: Config) -> Data:
+    """Images beside annotations, of which the task says what is read.
+
+    Raises:
+        ConfigError: they do not hold what the task needs, or are malformed.
+    """
+    source = cfg.data
+    images = cfg.resolve(str(source.images))
+    annotations = cfg.resolve(str(source.coco or source.yolo or source.voc or source.masks))
+    if source.masks is not None:
+        if cfg.task not in ("segmentation", "unlabelled", "custom"):
+            raise ConfigError(f"data.masks: go with task segmentation, not {cfg.task}")
+        return mask_folder(annotations, images, source)
+    if cfg.task == "segmentation" and source.voc is None:
+        read = coco_masks if source.coco is not None else yolo_masks
+        return read(annotations, images, source)
+    if cfg.task == "keypoints" and source.voc is None:
+        read = coco_points if source.coco is not None else yolo_points
+        return read(annotations, images, source)
+    if source.voc is not None:
+        given = [] if source.names is None else list(class_names(cfg).values())
+        return voc_images(annotations, images, source, given)
+    return boxed_images(annotations, images, source)
 
 
 def batches(dataset: Samples, size: int) -> Iterator[Any]:

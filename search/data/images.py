@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import logging
+import math
 import zipfile
 import zlib
 from collections.abc import Callable, Mapping, Sequence
@@ -103,7 +104,7 @@ class ImageFiles:
     def __init__(
         self,
         files: Sequence[Path],
-        labels: Sequence[int] | None,
+        labels: Sequence[Any] | None,
         transform: Callable[[Image.Image], Tensor],
     ) -> None:
         self.files, self.labels, self.transform = files, labels, transform
@@ -145,12 +146,16 @@ def image_folder(root: Path, cfg: DataConfig, preprocessing: Preprocessing) -> D
     found = [(f, i) for i, name in enumerate(classes) for f in image_files(root / name)]
     files, labels = [f for f, _ in found], [i for _, i in found]
     if not files:
-        return _split_files(root, image_files(root), None, cfg, preprocessing)
-    return _split_files(root, files, labels, cfg, preprocessing)
+        return split_files(root, image_files(root), None, cfg, preprocessing)
+    return split_files(root, files, labels, cfg, preprocessing)
 
 
-def image_table(table: Path, images: Path, cfg: DataConfig, preprocessing: Preprocessing) -> Data:
+def image_table(
+    table: Path, images: Path, cfg: DataConfig, preprocessing: Preprocessing, task: str
+) -> Data:
     """A CSV file with the columns ``file`` and, where there are labels, ``label`` (class index).
+
+    For task ocr the column is ``text``; for regression ``label`` is a number.
 
     Raises:
         ConfigError: the table is missing or malformed, or too many images cannot be read.
@@ -166,17 +171,28 @@ def image_table(table: Path, images: Path, cfg: DataConfig, preprocessing: Prepr
         raise ConfigError(f"data.csv: {table.name}:1: no column file; columns: {columns}")
     if not images.is_dir():
         raise ConfigError(f"data.images: no such folder: {images}")
-    labels: list[int] | None = [] if "label" in columns else None
+    column, read = {"ocr": ("text", str), "regression": ("label", _number)}.get(
+        task, ("label", int)
+    )
+    labels: list[Any] | None = [] if column in columns else None
     for line, row in enumerate(rows, start=2):
         if not row["file"]:
             raise ConfigError(f"data.csv: {table.name}:{line}: no file name")
         if labels is not None:
             try:
-                labels.append(int(row["label"]))
+                labels.append(read(row[column]))
             except (TypeError, ValueError) as error:
-                text = f"{table.name}:{line}: label is no class index: {row['label']!r}"
+                wanted = "number" if task == "regression" else "class index"
+                text = f"{table.name}:{line}: label is no {wanted}: {row[column]!r}"
                 raise ConfigError(f"data.csv: {text}") from error
-    return _split_files(table, [images / r["file"] for r in rows], labels, cfg, preprocessing)
+    return split_files(table, [images / r["file"] for r in rows], labels, cfg, preprocessing)
+
+
+def _number(text: str) -> float:
+    value = float(text)
+    if not math.isfinite(value):
+        raise ValueError(text)
+    return value
 
 
 def arrays(archive: Path, cfg: DataConfig, preprocessing: Callable[[], Preprocessing]) -> Data:
@@ -251,10 +267,10 @@ def split(source: Path, count: int, cfg: DataConfig) -> tuple[NDArray[np.intp], 
     return order[:wanted], rest if cfg.evaluation is None else rest[: cfg.evaluation]
 
 
-def _split_files(
+def split_files(
     source: Path,
     files: Sequence[Path],
-    labels: Sequence[int] | None,
+    labels: Sequence[Any] | None,
     cfg: DataConfig,
     preprocessing: Preprocessing,
 ) -> Data:

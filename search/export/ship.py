@@ -7,9 +7,12 @@ from pathlib import Path
 
 from rewriter import Plan, RewriteError
 from search.export.export import Exported, export
+from search.export.node_notes import annotate, node_notes
 from search.export.streaming import export_stream
 from search.job import Job
+from search.pareto.plan_summary import places_of
 from search.run_dir.scores import Score
+from search.sensitivity.run import read_sensitivity
 
 
 @dataclass(frozen=True)
@@ -26,6 +29,11 @@ def ship(job: Job, score: Score, folder: Path, compared: bool = False) -> Shippe
     plan = Plan.parse(score.plan)
     exported = export(job.evaluator, plan, folder, score, compared)
     files, refusal = exported.files, ""
+    if exported.quantized is not None:
+        sensitivity = read_sensitivity(job.folder, job.records.fingerprint)
+        notes = node_notes(exported.quantized.gm, sensitivity, places_of(job.gm))
+        data = annotate(files[0], notes)
+        files += () if data is None else (data,)
     if job.cfg.task == "video" and exported.quantized is not None:
         try:
             files += export_stream(job, plan, exported.quantized, folder)

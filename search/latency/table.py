@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import csv
 import io
+import logging
 import math
 import os
 import platform
@@ -21,6 +22,8 @@ import onnxruntime
 
 from rewriter.int8.onnx import Kernel, Profile
 from search.run_dir.files import RunError
+
+log = logging.getLogger(__name__)
 
 COLUMNS = ("kernel", "milliseconds", "macs", "bytes")
 # Kernels of a new file that are in the table already say how busy the machine is now, where they take this share of its time.
@@ -103,17 +106,24 @@ class Table:
         ]
         self._append(rows)
 
-    def _append(self, rows: Iterable[tuple[object, ...]]) -> None:
+    def _append(self, rows: Iterable[tuple[str, str, int, int]]) -> None:
+        """Add lines to the file; where it cannot be written, to what this process knows alone."""
+        rows = list(rows)
         text = io.StringIO()
         writer = csv.writer(text, lineterminator="\n")
         if not self.path.exists():
-            self.path.parent.mkdir(parents=True, exist_ok=True)
             text.write("".join(f"# {key}: {value}\n" for key, value in self.about.items()))
             writer.writerow(COLUMNS)
         writer.writerows(rows)
-        # one write at the end of the file, so that several processes can add to it
-        with open(self.path, "ab", buffering=0) as file:
-            file.write(text.getvalue().encode())
+        try:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            # one write at the end of the file, so that several processes can add to it
+            with open(self.path, "ab", buffering=0) as file:
+                file.write(text.getvalue().encode())
+        except OSError as cause:
+            log.warning("times of kernels are not kept: %s", cause)
+            for name, ms, macs, size in rows:
+                self._entries[name] = Entry(float(ms), macs, size)
 
 
 def read_table(path: Path) -> Iterator[tuple[str, Entry]]:

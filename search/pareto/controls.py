@@ -18,21 +18,18 @@ MIN_PLACES = 3  # places that are thinned alike
 
 def controls(scores: Sequence[Score]) -> list[dict[str, Any]]:
     """The scored plans that save by one knob for the whole network alone, cheapest first."""
-    usable = [s for s in scores if s.error is None and not s.stopped]
-    saving = {s.plan: _saving(s.plan) for s in usable}
+    saving = {s.plan: _saving(s.plan) for s in scores if has_one_knob(Plan.parse(s.plan))}
     # the same amount wherever it can be taken: of an amount the plan with the most places
     most: dict[str, int] = {}
     for steps in saving.values():
-        if len({s.rule for s in steps}) == 1:
-            most[steps[0].rule] = max(len(steps), most.get(steps[0].rule, 0))
+        most[steps[0].rule] = max(len(steps), most.get(steps[0].rule, 0))
     found: list[dict[str, Any]] = []
-    for score in usable:
-        steps = saving[score.plan]
-        if len({s.rule for s in steps}) != 1 or len(steps) < most[steps[0].rule]:
+    for score in scores:
+        steps = saving.get(score.plan, [])
+        unusable = score.error is not None or score.stopped
+        if not steps or unusable or len(steps) < most[steps[0].rule]:
             continue
         scales = rule_named(steps[0].rule).scales
-        if not scales and len(steps) < MIN_PLACES:
-            continue
         found.append(
             {
                 "macs_ratio": score.macs_ratio,
@@ -43,6 +40,14 @@ def controls(scores: Sequence[Score]) -> list[dict[str, Any]]:
             }
         )
     return sorted(found, key=lambda c: (c["macs_ratio"], c["how"]))
+
+
+def has_one_knob(plan: Plan) -> bool:
+    """Whether a plan saves by one rule alone: by its share of all, or at several places alike."""
+    steps = [s for s in plan.steps if rule_named(s.rule).saves]
+    if len({s.rule for s in steps}) != 1:
+        return False
+    return rule_named(steps[0].rule).scales or len(steps) >= MIN_PLACES
 
 
 def _saving(text: str) -> list[Step]:

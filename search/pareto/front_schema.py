@@ -153,6 +153,7 @@ class FrontFile(_Part):
     best: str | None = Field(description="plan with the best int8 quality")
     knee: str | None = Field(description="plan after which more compute buys little")
     hypervolume: float
+    control_hypervolume: float = Field(0.0, description="of the control alone")
     hypervolume_reference: tuple[float, float]
     plans_scored: int
     plans_failed: int

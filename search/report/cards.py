@@ -7,7 +7,7 @@ from html import escape
 from search.pareto.plan_summary import step_summary
 from search.pareto.step_effects import StepEffect, step_effects
 from search.report.page import listed, table
-from search.report.rows import InWords, numbered, percent
+from search.report.rows import InWords, milliseconds, numbered, percent
 from search.report.verdict import certainty, cost_said, words, worth
 from search.results import Results
 from search.run_dir.scores import Score
@@ -72,6 +72,7 @@ def _numbers(results: Results, best: Score) -> tuple[list[str], list[list[str]]]
         ["MACs", f"{base.macs / 1e6:.4g} M", *(f"{s.macs / 1e6:.4g} M" for s in sides)],
         ["ms, one input", _milliseconds(results), *(_ms(s) for s in sides)],
         ["weights", _size(4 * sides[0].params), *(_size(s.weight_bytes) for s in sides)],
+        ["file", "", *(_size(int((s.price or {}).get("bytes") or 0)) for s in sides)],
         ["MACs in int8", "", *("" if s.int8_share is None else f"{s.int8_share:.0%}" for s in sides)],
         ["layers in float", "", *(str(s.float_layers) for s in sides)],
     ]  # fmt: skip
@@ -85,7 +86,9 @@ def _interval(score: Score) -> str:
 
 
 def _ms(score: Score) -> str:
-    return "" if score.latency_ms is None else f"{score.latency_ms:.3g}"
+    ms = milliseconds(score)
+    ratio = "" if score.latency_ratio is None else f" ({score.latency_ratio:.2f}x)"
+    return "" if ms is None else f"{ms:.3g}{ratio}"
 
 
 def _milliseconds(results: Results) -> str:
@@ -119,7 +122,7 @@ def _card(results: Results, mark: str, score: Score, shown: bool) -> str:
         *([f"{results.metric} {score.metric:.2%}{low}"] if score.metric is not None else []),
         f"damage {'infinite' if score.damage is None else f'{score.damage:.4g}'}",
         cost_said(score),
-        *([f"{score.latency_ms:.3g} ms"] if score.latency_ms is not None else []),
+        *([f"{ms:.3g} ms"] if (ms := milliseconds(score)) is not None else []),
         *([f"{score.float_layers} in float"] if score.float_layers else []),
     ]
     hidden = "" if shown else " hidden"

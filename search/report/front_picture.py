@@ -9,7 +9,7 @@ from html import escape
 
 from search.pareto.controls import controls
 from search.report.front import groups, height
-from search.report.rows import apart, numbered, quality_lines
+from search.report.rows import apart, milliseconds, numbered, quality_lines
 from search.report.verdict import cost_said, words
 from search.results import Results
 from search.run_dir.scores import Score
@@ -98,8 +98,9 @@ def facts_of(results: Results, score: Score) -> str:
         words(results, score),
         f"{score.macs / 1e6:.4g} M MACs, {cost_said(score)}; {score.float_layers} layer{many} in float",
     ]
-    if score.latency_ms is not None:
-        lines.append(f"{score.latency_ms:.3g} ms for one input")
+    ms = milliseconds(score)
+    if ms is not None:
+        lines.append(f"{ms:.3g} ms for one input")
     lines += quality_lines(results, score)
     if score.stopped:
         lines.append("given up early: clearly not on the front")

@@ -19,11 +19,11 @@ OKS_CONSTANT = 0.1
 
 
 class Keypoints(PredictionTask):
-    """Points (n, K, 2) in pixels or any unit; targets (K, 2), or (K, 3) with a visibility, 0 where a point is not labelled.
+    """Points (n, K, 2) in pixels or any unit; targets (K, 2), or (K, 3) with a visibility, 0 where a point is not labeled.
 
     The prediction may be (n, 2 K), (n, K, 2), (n, K, 3) with scores, or heatmaps (n, K, h, w), of which the highest place
     is taken (so that targets are in pixels of the heatmap). Errors are relative to the larger side of the box around a
-    sample's labelled points; a sample whose points span no box says nothing.
+    sample's labeled points; a sample whose points span no box says nothing.
 
     Args:
         measure: ``pck``: share of points nearer than 5 % of that side; ``nme``: mean distance over it (lower is better);

@@ -3,7 +3,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from rewriter import quantize, target
+from rewriter import find_sites, quantize, target
 from rewriter.int8.annotate import annotation
 from rewriter.int8.onnx.export import to_onnx
 from rewriter.int8.onnx.session import Session
@@ -121,3 +121,18 @@ def test_a_trunk_in_float_already_is_a_near_miss() -> None:
 def test_ignores_a_single_sum_and_an_unknown_target() -> None:
     check.ignores(RULE, Trunk(1), SHAPE, on="onnxruntime")
     check.ignores(RULE, Trunk(), SHAPE)
+
+
+def test_a_trunk_that_is_split_by_range_stays_in_float() -> None:
+    model = check.spread(check.randomise(nn.Sequential(nn.Conv2d(6, 6, 1), Trunk())))
+    gm = check.graph_of(model, SHAPE, "onnxruntime")
+    split = next(
+        s.anchor
+        for s in find_sites(gm)
+        if s.rule == "split_weights_2" and not s.blocked and "add" in s.nodes
+    )
+    new = check.rewritten_by_plan(gm, "float_trunk@add", f"split_weights_2@{split}")
+    kept = [n.name for n in new.graph.nodes if n.meta.get("keep_float")]
+    assert {"add", "add_1", "add_2"} <= set(kept)
+    x = check.inputs(SHAPE)
+    torch.testing.assert_close(new(x), gm(x))

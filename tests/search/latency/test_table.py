@@ -86,6 +86,18 @@ def test_what_another_process_adds_is_seen(tmp_path: Path) -> None:
     assert one.predict([kernel("B y")]) == pytest.approx(2.0)
 
 
+def test_a_folder_that_cannot_be_written_costs_only_the_memory(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    (tmp_path / "file").write_text("")
+    table = Table(tmp_path / "file" / "t.csv")
+    with pytest.raises(RunError, match="no kernel"):
+        table.predict([kernel("A x")])
+    table.add(Profile((kernel("A x"),), (1.0,), whole=1.0))
+    assert "not kept" in caplog.text
+    assert table.predict([kernel("A x")]) == pytest.approx(1.0)
+
+
 def test_a_kernel_that_a_users_table_lacks_is_taken_after_one_like_it(tmp_path: Path) -> None:
     path = tmp_path / "phone.csv"
     path.write_text(

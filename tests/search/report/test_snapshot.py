@@ -184,7 +184,9 @@ def test_an_interrupted_run_has_pictures_too(tmp_path: Path) -> None:
 
 
 def test_a_run_stores_what_a_later_report_shows(tmp_path: Path) -> None:
-    job = open_job(load_config(write_config(tmp_path)), tmp_path / "run")
+    # a split of this tiny network costs time, which is not what this is about
+    options = {"trials": 8, "max_macs": 3.0, "seed": 0, "max_latency_ratio": 100}
+    job = open_job(load_config(write_config(tmp_path, search=options)), tmp_path / "run")
     sensitivity_of(job)
     note_run(job)
     job.evaluator(Plan.parse(PLAN))

@@ -8,7 +8,15 @@ import pytest
 from rewriter.fitting import Price
 from rewriter.plan import Plan, Step
 from search.run_dir.scores import Score
-from search.strategy.budgets import Savings, between, corrected, plans_for, ratios, uniform_plans
+from search.strategy.budgets import (
+    STEP,
+    Savings,
+    between,
+    corrected,
+    plans_for,
+    ratios,
+    uniform_plans,
+)
 from search.strategy.space import KEEP, Budget, Space
 
 AMOUNTS = ("thin_channels_75", "thin_channels_50")
@@ -141,6 +149,14 @@ def test_a_step_that_saves_pays_for_one_above_the_limit() -> None:
     assert s.repair(steps[:1]).steps == ()
     low = space(4, least=0.9)
     assert low.predicted_macs(low.repair(steps[1:])) >= 0.9 * MACS
+
+
+@pytest.mark.parametrize("lowest", [0.75, 0.7, 0.65])
+def test_the_plan_for_the_lowest_budget_is_not_cut_short(lowest: float) -> None:
+    s = space(5, least=lowest - STEP)
+    cost = {step: p.damage for step, p in prices(s).items()}
+    (plan,) = plans_for(s, BASE, cost, [lowest])
+    assert (lowest - STEP) * MACS <= s.predicted_macs(plan) <= lowest * MACS
 
 
 def test_uniform_plans_take_the_same_everywhere() -> None:
