@@ -18,9 +18,8 @@ from rewriter.int8.onnx import ReadBack, Session, lint, opened, to_onnx
 class OnnxSession:
     """A session whose outputs are tensors."""
 
-    def __init__(self, model: Any, threads: int) -> None:
-        known = isinstance(model, Session)
-        self._session = model if known else Session(model, threads=threads)
+    def __init__(self, session: Session) -> None:
+        self._session = session
 
     def run(self, x: Tensor) -> list[Tensor]:
         return [torch.from_numpy(o) for o in self._session.run(x)]
@@ -49,13 +48,13 @@ class OnnxRuntime:
 
     def open(self, model: Any, threads: int, device: str) -> OnnxSession:
         del device
-        return OnnxSession(model, threads)
+        return OnnxSession(Session(model, threads=threads))
 
     def open_and_read(
         self, quantized: Quantized, model: bytes, threads: int
     ) -> tuple[OnnxSession, ReadBack]:
         session, found = opened(quantized, onnx.load_from_string(model), threads)
-        return OnnxSession(session, threads), found
+        return OnnxSession(session), found
 
     def lint(self, quantized: Quantized, model: bytes) -> Sequence[Finding]:
         return lint(quantized, onnx.load_from_string(model))
@@ -63,7 +62,7 @@ class OnnxRuntime:
     def values(
         self, quantized: Quantized, names: Sequence[str], x: Tensor
     ) -> Mapping[str, Tensor]:
-        found = OnnxSession(to_onnx(quantized, names), 1).run(x)
+        found = OnnxSession(Session(to_onnx(quantized, names), threads=1)).run(x)
         return dict(zip(names, found[-len(names) :], strict=True))
 
     def read_back(self, quantized: Quantized, model: bytes) -> ReadBack:
