@@ -19,7 +19,6 @@ from pathlib import Path
 
 import torch
 from torch import Tensor, fx, nn
-from torch.nn import functional
 
 from benchmarks.uneven_stem import images, train
 from rewriter import Plan, cost, find_sites, profile, target, trace

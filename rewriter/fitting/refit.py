@@ -6,7 +6,6 @@ pulled towards those the layer had, or whether its bias alone moves, is judged o
 
 from __future__ import annotations
 
-
 import torch
 from torch import Tensor, fx, nn
 
