@@ -63,6 +63,7 @@ _DROPOUT_FUNCTIONS = (
     *(F.dropout, F.dropout1d, F.dropout2d, F.dropout3d),
     *(F.alpha_dropout, F.feature_alpha_dropout, torch.dropout),
 )
+_NEUTRAL = {operator.add: 0, operator.sub: 0, operator.mul: 1, operator.truediv: 1}
 _CASTS = ("float", "type_as", "type", "to", "cpu", "double")
 
 
@@ -279,6 +280,8 @@ def _is_nothing(gm: fx.GraphModule, node: fx.Node) -> bool:
         return (
             node.args[3] is False if len(node.args) > 3 else not node.kwargs.get("training", True)
         )
+    if node.target in _NEUTRAL and len(node.args) == 2 and not node.kwargs:
+        return _keeps_value(node)
     if node.op == "call_method" and node.target in _CASTS:
         before = node.args[0]
         return isinstance(before, fx.Node) and facts.DTYPE.get(before) is facts.DTYPE.get(node)
@@ -287,6 +290,21 @@ def _is_nothing(gm: fx.GraphModule, node: fx.Node) -> bool:
     return (node.op == "call_method" and node.target in clones) or (
         node.target is torch.clone and facts.DTYPE.known(node)
     )
+
+
+def _keeps_value(node: fx.Node) -> bool:
+    """Whether a value is added to 0 or multiplied by 1; ``node.args[0]`` is then the value."""
+    value, number = node.args
+    if node.target in (operator.add, operator.mul) and isinstance(number, fx.Node):
+        value, number = number, value
+    if (
+        isinstance(number, bool)
+        or number != _NEUTRAL[node.target]
+        or not isinstance(value, fx.Node)
+    ):
+        return False
+    node.args = (value, number)
+    return facts.DTYPE.get(value) is facts.DTYPE.get(node) and facts.DTYPE.known(node)
 
 
 def _flatten_by_function(gm: fx.GraphModule) -> None:

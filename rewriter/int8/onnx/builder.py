@@ -173,11 +173,9 @@ class Emission:
             kind: the ONNX type of the values that it is added to or multiplied with.
         """
         dtype = helper.tensor_dtype_to_np_dtype(kind)
-        step, zero = (1, 0) if value >= 0 else (0, 1)
+        step, zero = (int(value > 0), 0) if value >= 0 else (0, 1)
         stored = self.constant(np.array(step, dtype=dtype), "number")
         scale = self.constant(np.array(abs(value) or 1.0, dtype=np.float32), "number_scale")
-        if value == 0:
-            step = 0
         point = self.constant(np.array(zero, dtype=dtype), "number_zero_point")
         short = kind in (onnx.TensorProto.UINT8, onnx.TensorProto.INT8)
         domain = {} if short else {"domain": CONTRIB}
