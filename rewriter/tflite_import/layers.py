@@ -91,17 +91,16 @@ def _transposed(
 @operator("TRANSPOSE_CONV")
 def transposed_conv(g: Graph, o: Operator) -> None:
     steps = [int(o.options.strideH), int(o.options.strideW)]
-    bias = o.inputs[3] if len(o.inputs) > 3 else -1
+    weight, x, bias = (*o.inputs[1:], -1)[:3]
     fused = int(getattr(o.options, "fusedActivationFunction", 0) or 0)
-    _, weight, x = list(o.inputs)[:3]
     _transposed(g, o, x, weight, bias, int(o.options.padding), steps, fused)
 
 
 @operator("Convolution2DTransposeBias")
 def mediapipe_transposed_conv(g: Graph, o: Operator) -> None:
     """MediaPipe's own: its options are three integers, padding (1 is SAME), step in width, step in height."""
-    padding, width, height = struct.unpack_from("<iii", o.custom)
-    x, weight, bias = list(o.inputs)[:3]
+    padding, width, height = (int(v) for v in struct.unpack_from("<iii", o.custom))
+    x, weight, bias = o.inputs[:3]
     _transposed(g, o, x, weight, bias, 0 if padding == 1 else 1, [height, width], 0)
 
 

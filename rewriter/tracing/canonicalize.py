@@ -63,7 +63,7 @@ _DROPOUT_FUNCTIONS = (
     *(F.dropout, F.dropout1d, F.dropout2d, F.dropout3d),
     *(F.alpha_dropout, F.feature_alpha_dropout, torch.dropout),
 )
-_NEUTRAL = {operator.add: 0, operator.sub: 0, operator.mul: 1, operator.truediv: 1}
+_NEUTRAL: dict[Any, int] = {operator.add: 0, operator.sub: 0, operator.mul: 1, operator.truediv: 1}
 _CASTS = ("float", "type_as", "type", "to", "cpu", "double")
 
 

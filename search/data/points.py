@@ -93,7 +93,7 @@ def _pose(image: Path, where: str, line: str, scale: NDArray[np.float64]) -> _Pe
             f"data.yolo: {where}: expected class cx cy w h and points: {line.strip()[:60]!r}"
         )
     points = np.array(numbers[5:]).reshape(-1, 3 if triples else 2)
-    seen = points[:, 2:] if triples else (points > 0).any(1, keepdims=True).astype(float)
+    seen = points[:, 2:] if triples else (points > 0).any(1, keepdims=True).astype(np.float64)
     center, half = np.array(numbers[1:3]), np.array(numbers[3:5]) / 2
     low, high = (center - half) * scale, (center + half) * scale
     box = (float(low[0]), float(low[1]), float(high[0]), float(high[1]))
