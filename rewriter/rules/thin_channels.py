@@ -129,7 +129,7 @@ def kept_counts(channels: int, unit: int) -> dict[int, int]:
     >>> kept_counts(144, 1)
     {88: 128, 75: 112, 62: 96, 50: 80, 38: 48, 25: 32}
     >>> kept_counts(32, 1)
-    {75: 24, 50: 16}
+    {75: 24, 50: 16, 25: 8}
     >>> kept_counts(10, 1)
     {75: 8}
     """
