@@ -293,6 +293,8 @@ def _add_integers(
         operands = [n.name for n in node.args if isinstance(n, fx.Node)]
         if written is None or len(operands) != 2 or set(operands) != set(reads):
             continue
+        if any(written.name not in annotation(user).reads for user in written.users):
+            continue  # computed in floats for the sake of a reader that takes them
         values = [by_name[name] for name in operands]
         if any(_spec(v).bits > 8 for v in (*values, written)):
             continue  # ONNX Runtime has no such kernel for 16 bits

@@ -283,3 +283,32 @@ def test_shared_input_is_rounded_once_for_all_readers() -> None:
     gm = trace(randomise(Fork()), torch.randn(2, *SIZE))
     sim = simulate(quantize(gm, target("onnxruntime"), [torch.randn(2, *SIZE)]))
     assert [n for n in switches(sim) if n == "int8_a" or n.startswith("int8_a_")] == ["int8_a"]
+
+
+class Trunk(nn.Module):
+    """A sum that a layer norm reads as floats, and a linear layer in int8."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b, self.c = nn.Linear(3, 8), nn.Linear(8, 8), nn.Linear(8, 4)
+        self.norm, self.fc = nn.LayerNorm(8), nn.Linear(8, 4)
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        y = self.a(x)
+        y = y + self.b(y)
+        return self.c(y), self.fc(self.norm(y))
+
+
+@pytest.mark.parametrize("name", ["onnxruntime", "per_tensor"])
+def test_a_sum_with_a_float_reader_is_computed_in_floats(name: str) -> None:
+    from rewriter.int8.onnx import to_onnx
+    from rewriter.int8.onnx.session import Session
+
+    torch.manual_seed(0)
+    x = torch.randn(4, 7, 3) * 3
+    q = quantize(trace(randomise(Trunk()).float(), x), target(name), [x])
+    expected = simulate(q, kernels=True)(x)
+    found = Session(to_onnx(q), threads=1).run(x)
+    for a, b in zip(expected, found, strict=True):
+        error = relative_error(torch.from_numpy(b), a.detach())
+        assert error < 1e-6
