@@ -205,4 +205,4 @@ def test_splitting_the_stem_is_what_brings_a_deep_network_back(
     tail = "float_tail@output"
     plain = sum(errors(in_int8(gm, tail, x, name)[0], expected, "raw"))
     split = f"{tail} split_range_3@{layers(gm)[0].name}"
-    assert sum(errors(in_int8(gm, split, x, name)[0], expected, "raw")) < 0.2 * plain
+    assert sum(errors(in_int8(gm, split, x, name)[0], expected, "raw")) < 0.25 * plain

@@ -97,7 +97,7 @@ def _shown(job: Job, made: Table) -> rich.table.Table:
         "int8",
         "MACs",
     ):
-        shown.add_column(name, justify="right" if name else "left")
+        shown.add_column(name, justify="right" if name else "left", min_width=0 if name else 31)
     for row in made.rows:
         s = row.score
         cells: list[Any] = [row.name, percent(s.metric_float), s.error or percent(s.metric)]

@@ -28,6 +28,7 @@ from search.results import Results
 from search.scoring.added_macs import extra_macs
 from search.sensitivity.run import Sensitivity
 
+NAME = 34  # columns that the first one may claim
 MOST_PLANS = 12  # of a front; all are in the long form
 TEXTS = ("engine", "kind", "causes", "answers", "kept", "adds", "what it does", "")
 
@@ -109,7 +110,10 @@ def _rich_table(title: str, names: Sequence[str], rows: Sequence[Sequence[str]])
     table = Table(title=title, title_justify="left", title_style="bold")
     for i, name in enumerate(names):
         texts = i == 0 or name in TEXTS
-        table.add_column(name, justify="left" if texts else "right", overflow="fold")
+        # what a row is about stays on one line, unless it is a whole sentence
+        least = min(max((len(row[0]) for row in rows), default=0), NAME) if i == 0 else None
+        side = "left" if texts else "right"
+        table.add_column(name, justify=side, overflow="fold", min_width=least)
     for row in rows:
         table.add_row(*row)
     return table

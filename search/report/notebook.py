@@ -38,6 +38,10 @@ class NotebookResults(Results):
         said = f"<p><b>{escape(advice(self))}</b></p>"
         return _framed(f"{said}{front_picture(self)}{_table(*front_rows(self))}")
 
+    def advice(self) -> str:
+        """What to ship, in a sentence or two."""
+        return advice(self)
+
     def plot(self) -> Any:
         """The front as an interactive ``plotly.graph_objects.Figure``, as in the report."""
         return front_figure(self)

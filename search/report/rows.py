@@ -206,14 +206,17 @@ def ladder_rows(results: Results) -> tuple[list[str], list[list[str]]]:
     """A row for each rung, in the order in which they were tried."""
     names = ["remedy", _quality_name(results), "damage", "kept", "adds"]
     rows: list[list[str]] = []
-    below: set[str] = set()
+    below: list[str] = []
     for name, score, kept in ladder(results):
         steps = score.plan.split()
         added = " ".join(s for s in steps if s not in below)
+        taken = " ".join(s for s in below if s not in steps)
         told = InWords(plan_summary(added, results.places), added) if added else ""
+        if taken and not added:
+            told = InWords(f"leaves out: {plan_summary(taken, results.places)}", taken)
         damage = "" if score.damage is None else f"{score.damage:.4g}"
         rows.append([name, _with_interval(score), damage, "yes" if kept else "no", told])
-        below |= set(steps) if kept else set()
+        below = steps if kept else below
     return names, rows
 
 

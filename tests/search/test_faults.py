@@ -68,14 +68,15 @@ def test_the_search_goes_on_past_plans_that_fail_in_every_way(
     def too_much() -> None:
         torch.empty(1 << 60)
 
+    # the first rungs of the ladder, which every search tries
     faults: dict[str, Callable[[], Any]] = {
-        "keep_float@pw": lambda: 1 / 0,
-        "keep_float@dw_0": hang,
-        "keep_float@stem_0": lambda: os.kill(os.getpid(), signal.SIGKILL),
-        "keep_float@fc": too_much,
+        "split_range_3@stem_0": lambda: 1 / 0,
+        "refine_ranges@model": hang,
+        "equalize@model": lambda: os.kill(os.getpid(), signal.SIGKILL),
+        "correct_bias@model": too_much,
     }
     whole, opened = bench.assemble, bench.Bench.opened_and_read
-    spoilt = "merge_separable@dw_0"
+    spoilt = "replace_relu6@model"
     running: list[str] = []
 
     def assemble(gm: Any, plan: Plan, *rest: Any) -> Any:
@@ -92,16 +93,19 @@ def test_the_search_goes_on_past_plans_that_fail_in_every_way(
     monkeypatch.setattr(bench, "assemble", assemble)
     monkeypatch.setattr(bench.Bench, "opened_and_read", spoiling)
     search = {"trials": 24, "max_macs": 3.0, "candidate_timeout": 5.0, "max_float_layers": 2}
+    search["max_latency_ratio"] = 0  # a tiny network's time says nothing
     config, out = write_config(tmp_path, search=search), tmp_path / "out"
     assert quantfix(monkeypatch, "run", config, "--out", out, "-q") == 0
     known = scores(out)
     check_whole(out, len(known))
     said = {plan: known[plan]["error"] for plan in faults if plan in known}
-    assert said.pop("keep_float@dw_0", "took longer").startswith("took longer than 5 s")
-    assert said.pop("keep_float@pw", "ZeroDivisionError").startswith("ZeroDivisionError")
-    assert "killed by SIGKILL" in said.pop("keep_float@stem_0", "killed by SIGKILL")
-    assert "memory" in said.pop("keep_float@fc", "memory")
-    assert len(known.keys() & faults.keys()) >= 2
+    assert said.pop("refine_ranges@model", "took longer than 5 s").startswith(
+        "took longer than 5 s"
+    )
+    assert said.pop("split_range_3@stem_0", "ZeroDivisionError").startswith("ZeroDivisionError")
+    assert "killed by SIGKILL" in said.pop("equalize@model", "killed by SIGKILL")
+    assert "memory" in said.pop("correct_bias@model", "memory")
+    assert len(known.keys() & faults.keys()) >= 3
     bad = [s for plan, s in known.items() if spoilt in plan.split() and plan not in faults]
     assert bad
     assert all("NaN" in s["error"] for s in bad)
@@ -131,7 +135,10 @@ def test_a_run_that_filled_the_disk_goes_on_when_there_is_room(
             assert quantfix(monkeypatch, "run", config, "--out", out, "-q") == 2
         finally:
             resource.setrlimit(resource.RLIMIT_FSIZE, before)
-        assert "File too large" in capsys.readouterr().err
+        said = (
+            capsys.readouterr().err
+        )  # the second: of a file of ONNX Runtime's that was cut short
+        assert "File too large" in said or "No space left on device" in said
     assert quantfix(monkeypatch, "run", config, "--out", out, "-q") == 0
     check_whole(out, 8)
     assert points(out) == points(tmp_path / "whole")

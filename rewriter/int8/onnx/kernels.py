@@ -7,8 +7,10 @@ computed. Times are the least of several runs: what else a machine does can only
 
 from __future__ import annotations
 
+import errno
 import json
 import math
+import os
 import tempfile
 import time
 from collections import Counter
@@ -20,6 +22,7 @@ from typing import Any
 import numpy as np
 import onnx
 import onnxruntime as ort
+from google.protobuf.message import DecodeError
 from torch import Tensor
 
 from rewriter.int8.onnx.session import Session, save_graph, settings
@@ -109,8 +112,13 @@ def profiled(model: onnx.ModelProto | bytes, *inputs: Tensor, runs: int = 0) -> 
         }
         for _ in range(runs + _WARM if runs else 1):
             session.run(None, feed)
-        events = json.loads(Path(session.end_profiling()).read_text())
-        graph = onnx.load(str(path), load_external_data=False).graph
+        profile = session.end_profiling()
+        try:
+            events = json.loads(Path(profile).read_text())
+            graph = onnx.load(str(path), load_external_data=False).graph
+        except (json.JSONDecodeError, DecodeError) as error:
+            # the runtime says nothing of a disk that is full
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), folder) from error
     found = _by_node(events)
     made = {n.name: n for n in graph.node}
     weights = {i.name: (tuple(i.dims), _width(i.data_type)) for i in graph.initializer}
