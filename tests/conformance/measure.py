@@ -112,6 +112,7 @@ def runtime(name: str, scheme: str, count: int = COUNT) -> dict[str, dict[str, A
 
     model, task, calibration, inputs, targets = load(name, count)
     gm = trace(model, calibration[:2])
+    fidelity = measure_fidelity(gm, calibration.split(16), purpose=task.purpose)
     quantized = quantize(gm, target(scheme), calibration.split(16))
     engine = engine_named(RUNTIMES[scheme])
     session = engine.open(engine.emit(quantized), 2, "cpu")
@@ -124,7 +125,7 @@ def runtime(name: str, scheme: str, count: int = COUNT) -> dict[str, dict[str, A
     for label, outputs in (("simulation", simulation), (engine.name, found)):
         rows[label] = {
             "metric": round(float(task.score(outputs, targets)), 4),
-            "damage": round(float(task.damage(floats, outputs).mean()), 4),
+            "damage": round(float(fidelity.damage(outputs, floats).mean()), 4),
         }
     names, x = int8_values(quantized), inputs[:EXACT]
     compared = isolated(quantized, x, engine.values(quantized, names, x), fixed_point=False)
