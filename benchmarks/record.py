@@ -160,8 +160,11 @@ def main() -> None:
     for name in ("network", "what", "data"):
         parser.add_argument(f"--{name}", required=True)
     parser.add_argument("--command", default="")
+    parser.add_argument(
+        "--weights", default="", help="file in the project, where they are shipped"
+    )
     options = parser.parse_args()
-    found = record_of(options.folder, options.network, options.what, options.data, options.command)
+    found = record_of(**vars(options))
     print(write(found).relative_to(ROOT))
 
 
