@@ -13,7 +13,6 @@ from __future__ import annotations
 import argparse
 import csv
 import logging
-import multiprocessing
 import resource
 import sys
 import tempfile
@@ -28,7 +27,7 @@ import onnx
 import onnxruntime
 import torch
 from onnx_networks import EXPORTS, exported
-from sweep import decibels, outputs
+from sweep import LIMIT_S, decibels, in_a_process, outputs
 from sweep_networks import images
 
 from rewriter import profile, quantize, target, trace
@@ -42,8 +41,6 @@ FIELDS = (
     *("file", "opset", "operators", "batch", "stage", "layers", "float_error", "same_names"),
     *("int8_share", "float_ops", "int8_to_float_db", "worst_layer", "cpu_s", "error"),
 )
-LIMIT_S = 300  # of processor time
-WALL_S = 1800
 SAMPLES = 24
 
 
@@ -140,18 +137,7 @@ def child(name: str, pipe: Any) -> None:
 
 def one(name: str) -> dict[str, Any]:
     """The row of a file, measured in a process of its own."""
-    here, there = multiprocessing.Pipe(duplex=False)
-    process = multiprocessing.get_context("fork").Process(target=child, args=(name, there))
-    process.start()
-    there.close()
-    late = {"file": name, "stage": "late", "error": f"not done after {WALL_S} s"}
-    try:
-        row = here.recv() if here.poll(WALL_S) else late
-    except EOFError:
-        row = {"file": name, "stage": "lost", "error": f"died, or took more than {LIMIT_S} s"}
-    process.kill()
-    process.join()
-    return row
+    return {"file": name, **in_a_process(child, name)}
 
 
 def main() -> None:

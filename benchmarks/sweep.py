@@ -18,6 +18,7 @@ import sys
 import time
 import traceback
 import warnings
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -119,8 +120,8 @@ def child(name: str, pipe: Any) -> None:
     pipe.send(row)
 
 
-def one(name: str) -> dict[str, Any]:
-    """The row of a network, measured in a process of its own."""
+def in_a_process(child: Callable[[str, Any], None], name: str) -> dict[str, Any]:
+    """The row that ``child`` sends through a pipe, from a process of its own, or what became of it."""
     here, there = multiprocessing.Pipe(duplex=False)
     process = multiprocessing.get_context("fork").Process(target=child, args=(name, there))
     process.start()
@@ -132,7 +133,12 @@ def one(name: str) -> dict[str, Any]:
         row = {"stage": "lost", "error": f"the process died, or took more than {LIMIT_S} s"}
     process.kill()
     process.join()
-    return {"network": name, **row}
+    return row
+
+
+def one(name: str) -> dict[str, Any]:
+    """The row of a network, measured in a process of its own."""
+    return {"network": name, **in_a_process(child, name)}
 
 
 def main() -> None:

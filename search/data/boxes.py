@@ -21,7 +21,7 @@ from torch import Tensor
 
 from search.config.messages import reason
 from search.config.schema import ConfigError, DataConfig
-from search.data.images import Data, Inputs, image_files, readable, split
+from search.data.images import Data, Inputs, image_files, need_folders, readable, split
 
 LARGEST = 2.0  # of a fraction that is one: a box may reach beyond the image, pixels are far larger
 
@@ -76,8 +76,8 @@ def boxed_images(annotations: Path, images: Path, cfg: DataConfig) -> Data:
     Raises:
         ConfigError: something is missing or malformed; the message names the file and the line.
     """
-    if cfg.yolo is not None and not annotations.is_dir():
-        raise ConfigError(f"data.yolo: no such folder: {annotations}")
+    if cfg.yolo is not None:
+        need_folders(yolo=annotations)
     if annotations.is_dir():
         rows = [_yolo_row(f, annotations / f"{f.stem}.txt") for f in image_files(images)]
         names: dict[int, str] = {}  # search.data.class_names looks for them beside the labels
@@ -95,8 +95,7 @@ def boxed(
         raise ConfigError(
             f"data: {found}: boxes need the side in pixels of the square the network reads"
         )
-    if not images.is_dir():
-        raise ConfigError(f"data.images: no such folder: {images}")
+    need_folders(images=images)
     if not rows:
         raise ConfigError(f"data: {images}: holds no images")
     files = [row.file for row in rows]

@@ -140,8 +140,7 @@ def image_folder(root: Path, cfg: DataConfig, preprocessing: Preprocessing) -> D
     Raises:
         ConfigError: the folder is missing or holds too few images, or too many cannot be read.
     """
-    if not root.is_dir():
-        raise ConfigError(f"data.imagefolder: no such folder: {root}")
+    need_folders(imagefolder=root)
     classes = sorted(p.name for p in root.iterdir() if p.is_dir() and not p.name.startswith("."))
     found = [(f, i) for i, name in enumerate(classes) for f in image_files(root / name)]
     files, labels = [f for f, _ in found], [i for _, i in found]
@@ -169,8 +168,7 @@ def image_table(
         raise ConfigError(f"data.csv: cannot be read: {table}: {error}") from error
     if "file" not in columns:
         raise ConfigError(f"data.csv: {table.name}:1: no column file; columns: {columns}")
-    if not images.is_dir():
-        raise ConfigError(f"data.images: no such folder: {images}")
+    need_folders(images=images)
     column, read = {"ocr": ("text", str), "regression": ("label", _number)}.get(
         task, ("label", int)
     )
@@ -311,6 +309,17 @@ def _unreadable(file: Path) -> str:
         # Pillow reports a broken PNG as SyntaxError
         return error.strerror if isinstance(error, OSError) and error.strerror else str(error)
     return ""
+
+
+def need_folders(**folders: Path) -> None:
+    """Check that the folders of keys of ``data:`` are there.
+
+    Raises:
+        ConfigError: one is not; the message names its key.
+    """
+    for key, folder in folders.items():
+        if not folder.is_dir():
+            raise ConfigError(f"data.{key}: no such folder: {folder}")
 
 
 def image_files(folder: Path) -> list[Path]:

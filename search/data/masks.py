@@ -20,7 +20,7 @@ from torch import Tensor
 
 from search.config.messages import reason
 from search.config.schema import ConfigError, DataConfig
-from search.data.images import Data, image_files
+from search.data.images import Data, image_files, need_folders
 from search.data.stretched import Frame, divided, frame_of
 
 IGNORED = 255
@@ -45,9 +45,7 @@ def mask_folder(masks: Path, images: Path, cfg: DataConfig) -> Data:
     Raises:
         ConfigError: a folder is missing, or an image has no mask or several.
     """
-    for name, folder in (("masks", masks), ("images", images)):
-        if not folder.is_dir():
-            raise ConfigError(f"data.{name}: no such folder: {folder}")
+    need_folders(masks=masks, images=images)
     known: dict[str, list[Path]] = {}
     for file in image_files(masks):
         known.setdefault(str(file.relative_to(masks).with_suffix("")), []).append(file)
@@ -139,9 +137,7 @@ def yolo_masks(labels: Path, images: Path, cfg: DataConfig) -> Data:
     Raises:
         ConfigError: a folder is missing or a line malformed.
     """
-    for name, folder in (("yolo", labels), ("images", images)):
-        if not folder.is_dir():
-            raise ConfigError(f"data.{name}: no such folder: {folder}")
+    need_folders(yolo=labels, images=images)
     files = image_files(images)
     rows = [(f, _polygons(labels / f"{f.stem}.txt")) for f in files]
     return _painted(images, rows, cfg, {})

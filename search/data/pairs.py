@@ -11,7 +11,7 @@ from pathlib import Path
 
 from search.config.messages import reason
 from search.config.schema import ConfigError, DataConfig
-from search.data.images import EXTENSIONS, Data, Preprocessing, split_files
+from search.data.images import EXTENSIONS, Data, Preprocessing, need_folders, split_files
 
 
 def paired_faces(table: Path, images: Path, cfg: DataConfig, preprocessing: Preprocessing) -> Data:
@@ -26,8 +26,7 @@ def pair_list(table: Path, images: Path) -> tuple[list[Path], list[int], dict[in
     Raises:
         ConfigError: the list cannot be read, or names an image that is not there, or none.
     """
-    if not images.is_dir():
-        raise ConfigError(f"data.images: no such folder: {images}")
+    need_folders(images=images)
     try:
         lines = table.read_text(encoding="utf-8").splitlines()
     except (OSError, UnicodeDecodeError) as error:

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from search.config.messages import reason
 from search.config.schema import ConfigError, DataConfig
-from search.data.images import Data, image_files
+from search.data.images import Data, image_files, need_folders
 from search.data.stretched import Box, divided, frame_of
 
 
@@ -64,9 +64,7 @@ def yolo_points(labels: Path, images: Path, cfg: DataConfig) -> Data:
     Raises:
         ConfigError: a folder is missing or a line malformed.
     """
-    for name, folder in (("yolo", labels), ("images", images)):
-        if not folder.is_dir():
-            raise ConfigError(f"data.{name}: no such folder: {folder}")
+    need_folders(yolo=labels, images=images)
     people: list[_Person] = []
     for image in image_files(images):
         text = labels / f"{image.stem}.txt"

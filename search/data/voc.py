@@ -11,7 +11,7 @@ import numpy as np
 from search.config.messages import reason
 from search.config.schema import ConfigError, DataConfig
 from search.data.boxes import LabelledBoxes, boxed
-from search.data.images import Data
+from search.data.images import Data, need_folders
 
 
 def voc_images(
@@ -28,8 +28,7 @@ def voc_images(
     Raises:
         ConfigError: a file cannot be read, or holds something else, or a class that ``order`` lacks.
     """
-    if not annotations.is_dir():
-        raise ConfigError(f"data.voc: no such folder: {annotations}")
+    need_folders(voc=annotations)
     found: list[tuple[Path, list[tuple[str, list[float], bool]]]] = []
     for file in sorted(annotations.glob("*.xml")):
         try:

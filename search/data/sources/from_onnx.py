@@ -9,6 +9,7 @@ from torch import nn
 from rewriter.errors import TraceError
 from rewriter.onnx_import import file_sizes, import_onnx
 from search.config.schema import Config, ConfigError
+from search.data.sources._file_input import image_size
 
 KNOWN = ("shape",)
 
@@ -31,11 +32,7 @@ def preprocessing(cfg: Config) -> dict[str, Any]:
         sizes = file_sizes(cfg.resolve(str(cfg.model.onnx)), _shape(cfg))
     except TraceError as error:
         raise ConfigError(f"model.{error}") from error
-    (shape, *more) = sizes
-    if more or len(shape) != 3:
-        return {}
-    height, width = shape[1:]
-    return {"size": height if height == width else (height, width)}
+    return image_size(sizes)
 
 
 def _shape(cfg: Config) -> Any:

@@ -9,6 +9,7 @@ from torch import nn
 from rewriter.errors import TraceError
 from rewriter.tflite_import import import_tflite, tflite_sizes
 from search.config.schema import Config, ConfigError
+from search.data.sources._file_input import image_size
 
 
 def load(cfg: Config) -> nn.Module:
@@ -31,8 +32,4 @@ def preprocessing(cfg: Config) -> dict[str, Any]:
         sizes = tflite_sizes(cfg.resolve(str(cfg.model.tflite)))
     except TraceError as error:
         raise ConfigError(f"model.{error}") from error
-    (shape, *more) = sizes
-    if more or len(shape) != 3:
-        return {}
-    height, width = shape[1:]
-    return {"size": height if height == width else (height, width)}
+    return image_size(sizes)
